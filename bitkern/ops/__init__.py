@@ -1,0 +1,15 @@
+"""The operators: checks, choice of implementation, autograd, registration with torch.library."""
+
+from bitkern.ops.group_norm_act import ACTS, add_group_norm_act, checked_act, group_norm_act
+from bitkern.ops.weight_standardize import weight_standardize, weight_standardize_all
+from bitkern.ops.ws_conv2d import ws_conv2d
+
+__all__ = [
+    "ACTS",
+    "add_group_norm_act",
+    "checked_act",
+    "group_norm_act",
+    "weight_standardize",
+    "weight_standardize_all",
+    "ws_conv2d",
+]

@@ -1,0 +1,238 @@
+"""Group normalization + activation, alone and after a residual addition.
+
+    s = x (+ residual);  y = act(weight * (s - mean) * rstd + bias)
+
+mean and rstd per (sample, group). Backward keeps s and the statistics alone: it recomputes what
+it needs, and one gradient serves x and residual alike. Derivation: docs/math.md.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from bitkern import reference
+from bitkern.backend import choose, launchers
+from bitkern.layout import dense, dense_like
+
+ACTS = tuple(reference.ACTIVATIONS)
+
+
+def checked_act(act: str) -> str:
+    if act not in ACTS:
+        raise ValueError(f"act: expected one of {', '.join(ACTS)}, got {act!r}")
+    return act
+
+
+def _check(x, residual, num_groups, weight, bias, act):
+    checked_act(act)
+    if x.ndim < 2:
+        raise ValueError(f"x: expected shape (N, C, *), got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    if 0 in x.shape[2:]:
+        raise ValueError(f"x: expected at least one pixel, got shape {tuple(x.shape)}")
+    channels = x.shape[1]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(
+            f"num_groups: expected a divisor of the {channels} channels of x, got {num_groups}"
+        )
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        if parameter.shape != (channels,):
+            raise ValueError(
+                f"{name}: expected shape ({channels},) for the channels of x, "
+                f"got {tuple(parameter.shape)}"
+            )
+        _check_companion(name, parameter, x)
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}"
+            )
+        if residual.dtype != x.dtype:
+            raise TypeError(f"residual: expected the dtype of x, {x.dtype}, got {residual.dtype}")
+        _check_companion("residual", residual, x)
+
+
+def _check_companion(name, tensor, x):
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")
+
+
+def _empty_stats(x, num_groups):
+    dtype = reference.compute_dtype(x.dtype)
+    return [x.new_empty((x.shape[0], num_groups), dtype=dtype) for _ in range(2)]
+
+
+def _implementation(x, weight, bias):
+    return launchers(choose("group_norm_act", x, weight, bias).name, "group_norm_act")
+
+
+# The registered operators, for torch.compile and torch.export. An operator cannot return None:
+# an empty tensor stands for the sum that there is not, and for a gradient that nobody wants.
+
+
+def _or_empty(tensor, like):
+    return like.new_empty(0) if tensor is None else tensor
+
+
+@torch.library.custom_op(
+    "bitkern::group_norm_act",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? residual, int num_groups, Tensor? weight, Tensor? bias, float eps,"
+    " str act) -> (Tensor total, Tensor y, Tensor mean, Tensor rstd)",
+)
+def _group_norm_act(x, residual, num_groups, weight, bias, eps, act):
+    x = dense(x)
+    total, *rest = _implementation(x, weight, bias).group_norm_act_forward(
+        x, dense_like(residual, x), num_groups, weight, bias, eps, act
+    )
+    return _or_empty(total, x), *rest
+
+
+@_group_norm_act.register_fake
+def _(x, residual, num_groups, weight, bias, eps, act):
+    total = None if residual is None else torch.empty_like(dense(x))
+    stats = (x.shape[0], num_groups)
+    dtype = reference.compute_dtype(x.dtype)
+    mean, rstd = x.new_empty(stats, dtype=dtype), x.new_empty(stats, dtype=dtype)
+    return _or_empty(total, x), torch.empty_like(dense(x)), mean, rstd
+
+
+@torch.library.custom_op(
+    "bitkern::group_norm_act_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor? dtotal, Tensor total, int num_groups, Tensor? weight,"
+    " Tensor? bias, Tensor mean, Tensor rstd, str act, bool need_dx, bool need_dparams)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+)
+def _group_norm_act_backward(dy, dtotal, total, num_groups, weight, bias, *rest):
+    total = dense(total)
+    dy, dtotal = dense_like(dy, total), dense_like(dtotal, total)
+    grads = _implementation(total, weight, bias).group_norm_act_backward(
+        dy, dtotal, total, num_groups, weight, bias, *rest
+    )
+    return tuple(_or_empty(grad, total) for grad in grads)
+
+
+@_group_norm_act_backward.register_fake
+def _(dy, dtotal, total, num_groups, weight, bias, mean, rstd, act, need_dx, need_dparams):
+    wanted = [need_dx, need_dparams, need_dparams]
+    grads = [
+        torch.empty_like(p) if need and p is not None else None
+        for need, p in zip(wanted, (dense(total), weight, bias), strict=True)
+    ]
+    return tuple(_or_empty(grad, total) for grad in grads)
+
+
+# Autograd, the same for the registered operator and for eager mode.
+
+
+def _setup_context(ctx, inputs, output):
+    x, residual, ctx.num_groups, weight, bias, _, ctx.act = inputs
+    total, _, mean, rstd = output
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(total if ctx.has_residual else x, weight, bias, mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, backward, dtotal, dy):
+    """Gradients of the inputs x, residual, num_groups, weight, bias, eps, act."""
+    need_x, need_residual, _, need_weight, need_bias = ctx.needs_input_grad[:5]
+    dx, dweight, dbias = dtotal, None, None
+    if dy is not None:  # else only the sum was used
+        total, weight, bias, mean, rstd = ctx.saved_tensors
+        need_dx, need_dparams = need_x or need_residual, need_weight or need_bias
+        stats = mean, rstd, ctx.act
+        dx, dweight, dbias = backward(
+            dy, dtotal, total, ctx.num_groups, weight, bias, *stats, need_dx, need_dparams
+        )
+    return (
+        dx if need_x else None,
+        dx if need_residual else None,
+        None,
+        dweight if need_weight else None,
+        dbias if need_bias else None,
+        None,
+        None,
+    )
+
+
+def _op_backward(ctx, dtotal, dy, *_):
+    dtotal = dtotal if ctx.has_residual else None  # the empty stand-in has a gradient too
+    return _gradients(ctx, torch.ops.bitkern.group_norm_act_backward, dtotal, dy)
+
+
+_group_norm_act.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+class GroupNormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, num_groups, weight, bias, eps, act, implementation):
+        inputs = x, residual, num_groups, weight, bias, eps, act
+        outputs = implementation.group_norm_act_forward(*inputs)
+        _setup_context(ctx, inputs, outputs)
+        ctx.implementation = implementation
+        return outputs[1] if residual is None else outputs[:2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        dtotal, dy = (None, *grads) if len(grads) == 1 else grads
+        total = ctx.saved_tensors[0]
+        dtotal, dy = dense_like(dtotal, total), dense_like(dy, total)
+        backward = ctx.implementation.group_norm_act_backward
+        return *_gradients(ctx, backward, dtotal, dy), None
+
+
+def _run(x, residual, num_groups, weight, bias, eps, act):
+    """-> (total, y); total only means something with a residual."""
+    _check(x, residual, num_groups, weight, bias, act)
+    choice = choose("group_norm_act", x, weight, bias)
+    if choice.name == "reference":
+        total = x if residual is None else x + residual
+        return total, reference.group_norm_act(total, num_groups, weight, bias, eps, act)
+    if torch.compiler.is_compiling():
+        return torch.ops.bitkern.group_norm_act(x, residual, num_groups, weight, bias, eps, act)[:2]
+    x = dense(x)
+    residual = dense_like(residual, x)
+    implementation = launchers(choice.name, "group_norm_act")
+    y = GroupNormAct.apply(x, residual, num_groups, weight, bias, eps, act, implementation)
+    return (x, y) if residual is None else y
+
+
+def group_norm_act(x, num_groups, weight=None, bias=None, eps=1e-5, act="relu"):
+    """Group normalization (Wu & He, arXiv 1803.08494) followed by an activation.
+
+    ``act(weight * (x - mean) / sqrt(var + eps) + bias)``, mean and biased variance over each
+    group of channels of each sample.
+
+    Args:
+        x: (N, C, *), any floating dtype and strides. 16-bit inputs are computed in float32.
+        num_groups: a divisor of C.
+        weight, bias: (C,), any floating dtype, or None.
+        eps: added to the variance.
+        act: ``"relu"``, ``"silu"`` or ``"none"``.
+
+    Returns:
+        A tensor with the shape, dtype and memory format of ``x``, under autocast too.
+
+    Raises:
+        ValueError: a shape, a device or ``act`` does not fit.
+        TypeError: a dtype does not fit.
+    """
+    return _run(x, None, num_groups, weight, bias, eps, act)[1]
+
+
+def add_group_norm_act(x, residual, num_groups, weight=None, bias=None, eps=1e-5, act="relu"):
+    """``s = x + residual`` and :func:`group_norm_act` of s, in one pass; returns (s, y).
+
+    ``residual`` has the shape, dtype and device of ``x``; s has those and the memory format of
+    ``x``, and the statistics are those of s as rounded to its dtype. Both outputs can be
+    differentiated. Arguments and errors are those of :func:`group_norm_act`.
+    """
+    if residual is None:
+        raise TypeError("residual: expected a tensor, got None")
+    return _run(x, residual, num_groups, weight, bias, eps, act)

@@ -1,0 +1,84 @@
+"""Convolution with a standardized weight.
+
+The weight is standardized, cast and laid out for the convolution by one kernel; the convolution
+itself stays PyTorch's (cuDNN, oneDNN), which is compute-bound and fast.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from bitkern.layout import memory_format
+from bitkern.ops.weight_standardize import weight_standardize_all
+
+
+def compute_dtype(x, weight):
+    """The dtype a convolution of x runs in: autocast's where that is on, else that of x."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    if x.dtype == weight.dtype or weight.dtype == torch.float32 and x.dtype.itemsize == 2:
+        return x.dtype
+    raise TypeError(
+        f"x: expected the dtype of weight, {weight.dtype}, or a 16-bit dtype beside a float32 "
+        f"weight, got {x.dtype}"
+    )
+
+
+def ws_conv2d(
+    x,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    eps=1e-10,
+    *,
+    gain=None,
+    scale=1.0,
+    eps_outside=False,
+    unbiased=False,
+):
+    """:func:`torch.nn.functional.conv2d` with ``weight`` standardized per output filter.
+
+    Under autocast the weight is standardized in float32 and emitted once in the region's dtype.
+    Outside autocast a float32 weight also serves 16-bit maps.
+
+    Args:
+        x: (N, C, H, W) or (C, H, W).
+        weight: (O, C / groups, kh, kw).
+        bias: (O,) or None.
+        stride, padding, dilation, groups: as in ``conv2d``.
+        eps, gain, scale, eps_outside, unbiased: as in :func:`weight_standardize`.
+
+    Returns:
+        (N, O, H', W'), or without N as x.
+
+    Raises:
+        ValueError: the channels do not fit, and as :func:`weight_standardize`.
+        TypeError: dtypes do not fit.
+    """
+    if weight.ndim != 4:
+        raise ValueError(f"weight: expected shape (O, I, kh, kw), got {tuple(weight.shape)}")
+    if x.ndim not in (3, 4):
+        raise ValueError(f"x: expected shape (N, C, H, W) or (C, H, W), got {tuple(x.shape)}")
+    if x.shape[-3] != weight.shape[1] * groups:
+        raise ValueError(
+            f"x: expected {weight.shape[1] * groups} channels for a weight of shape "
+            f"{tuple(weight.shape)} in {groups} groups, got {x.shape[-3]}"
+        )
+    dtype = compute_dtype(x, weight)
+    # The layout that conv2d itself settles on, so that it has nothing left to convert.
+    channels_last = torch.channels_last in (memory_format(x), memory_format(weight))
+    (weight,) = weight_standardize_all(
+        [weight],
+        eps,
+        gains=None if gain is None else [gain],
+        scales=[scale],
+        eps_outside=eps_outside,
+        unbiased=unbiased,
+        dtype=dtype,
+        channels_last=channels_last,
+    )
+    bias = None if bias is None else bias.to(dtype)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)

@@ -1,0 +1,194 @@
+"""The mathematics of every operator in plain PyTorch.
+
+These functions have the names and signatures of :mod:`bitkern.ops`, run on any device and any
+floating dtype (float64 included), and can be differentiated any number of times. Everything else
+in the package is tested against them. 16-bit inputs are computed in float32 and rounded once.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from bitkern.layout import memory_format
+
+ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "none": lambda x: x}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype the arithmetic runs in: float64 stays float64, everything else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def weight_standardize(
+    weight, eps=1e-10, *, gain=None, scale=1.0, eps_outside=False, unbiased=False, dtype=None
+):
+    """Weight standardization (Qiao et al., arXiv 1903.10520), per output filter.
+
+    With mean m and variance v of a filter: ``gain * scale * (w - m) / sqrt(v + eps)``, or
+    ``/ (sqrt(v) + eps)`` with ``eps_outside``. See :func:`bitkern.ops.weight_standardize`.
+    """
+    w = weight.to(compute_dtype(weight.dtype)).flatten(1)
+    centered = w - w.mean(1, keepdim=True)
+    var = centered.square().sum(1, keepdim=True) / (w.shape[1] - unbiased)
+    if eps_outside:
+        # sqrt has an infinite slope at 0: a constant filter has the value and the gradient zero.
+        constant = var == 0
+        std = torch.where(constant, 1.0, var).sqrt().masked_fill(constant, 0.0) + eps
+    else:
+        std = (var + eps).sqrt()
+    out = (centered / std).view_as(weight) * scale
+    if gain is not None:
+        out = out * gain.to(out.dtype).reshape(-1, *[1] * (weight.ndim - 1))
+    return out.to(weight.dtype if dtype is None else dtype)
+
+
+def group_norm_act(x, num_groups, weight=None, bias=None, eps=1e-5, act="relu"):
+    """Group normalization (Wu & He, arXiv 1803.08494) followed by an activation.
+
+    See :func:`bitkern.ops.group_norm_act`.
+    """
+    dtype = compute_dtype(x.dtype)
+    affine = [None if p is None else p.to(dtype) for p in (weight, bias)]
+    # torch.group_norm, because F.group_norm refuses groups of a single element.
+    y = ACTIVATIONS[act](torch.group_norm(x.to(dtype), num_groups, *affine, eps))
+    return y.to(x.dtype, memory_format=memory_format(x))
+
+
+def add_group_norm_act(x, residual, num_groups, weight=None, bias=None, eps=1e-5, act="relu"):
+    """``s = x + residual`` and ``group_norm_act(s)``; returns both, s first.
+
+    See :func:`bitkern.ops.add_group_norm_act`.
+    """
+    total = x + residual
+    return total, group_norm_act(total, num_groups, weight, bias, eps, act)
+
+
+def ws_conv2d(
+    x,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    eps=1e-10,
+    *,
+    gain=None,
+    scale=1.0,
+    eps_outside=False,
+    unbiased=False,
+):
+    """2-d convolution with a standardized weight. See :func:`bitkern.ops.ws_conv2d`."""
+    weight = weight_standardize(
+        weight,
+        eps,
+        gain=gain,
+        scale=scale,
+        eps_outside=eps_outside,
+        unbiased=unbiased,
+        dtype=x.dtype,
+    )
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+# The same operators as launchers, with the signatures of the kernels: what the registered
+# operators run on tensors that no kernel serves, and the formulas that the kernels implement.
+
+
+def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act):
+    """-> (total or None, y, mean, rstd); mean and rstd are (N, num_groups)."""
+    total = None if residual is None else x + residual
+    s = x if total is None else total
+    dtype = compute_dtype(s.dtype)
+    groups = s.to(dtype).reshape(s.shape[0], num_groups, -1)
+    var, mean = torch.var_mean(groups, dim=2, correction=0)
+    y = group_norm_act(s, num_groups, weight, bias, eps, act)
+    return total, y, mean, (var + eps).rsqrt()
+
+
+def group_norm_act_backward(
+    dy, dtotal, total, num_groups, weight, bias, mean, rstd, act, need_dx, need_dparams
+):
+    """-> (dx, dweight, dbias), None where not wanted.
+
+    With xh = (x - mean) * rstd, z = weight * xh + bias and g = dy * act'(z): dweight and dbias are
+    the sums of g * xh and g over samples and pixels, and, the means being over a group,
+    ``dx = rstd * (weight * g - mean(weight * g) - xh * mean(weight * g * xh)) + dtotal``.
+    """
+    n, channels = total.shape[:2]
+    dtype = mean.dtype
+    grouped = (n, num_groups, channels // num_groups, -1)
+
+    def per_channel(parameter, default):
+        if parameter is None:
+            parameter = torch.full((channels,), default, device=total.device)
+        return parameter.to(dtype).reshape(1, num_groups, -1, 1)
+
+    def per_group(statistic):
+        return statistic[:, :, None, None]
+
+    xh = (total.to(dtype).reshape(grouped) - per_group(mean)) * per_group(rstd)
+    gamma = per_channel(weight, 1.0)
+    z = gamma * xh + per_channel(bias, 0.0)
+    g = dy.to(dtype).reshape(grouped)
+    if act == "relu":
+        g = torch.where(z <= 0, 0.0, g)
+    elif act == "silu":
+        sigmoid = z.sigmoid()
+        g = g * sigmoid * (1 + z * (1 - sigmoid))
+    dx = dweight = dbias = None
+    if need_dx:
+        h = gamma * g
+        dx = h - h.mean((2, 3), keepdim=True) - xh * (h * xh).mean((2, 3), keepdim=True)
+        dx = (per_group(rstd) * dx).reshape(total.shape)
+        if dtotal is not None:
+            dx = dx + dtotal
+        dx = dx.to(total.dtype, memory_format=memory_format(total))
+    if need_dparams and weight is not None:
+        dweight = (g * xh).sum((0, 3)).flatten().to(weight.dtype)
+    if need_dparams and bias is not None:
+        dbias = g.sum((0, 3)).flatten().to(bias.dtype)
+    return dx, dweight, dbias
+
+
+def weight_standardize_forward(
+    weights, gains, scales, eps, eps_outside, unbiased, dtype, channels_last
+):
+    """-> (outs, stats); stats is (2, filters of all layers): mean, and std without an outer eps."""
+    outs, stats = [], []
+    for i, w in enumerate(weights):
+        gain = None if gains is None else gains[i]
+        options = dict(scale=scales[i], eps_outside=eps_outside, unbiased=unbiased, dtype=dtype)
+        out = weight_standardize(w, eps, gain=gain, **options)
+        format = torch.channels_last if channels_last else torch.contiguous_format
+        outs.append(out.contiguous(memory_format=format))
+        var, mean = torch.var_mean(
+            w.to(compute_dtype(w.dtype)).flatten(1), 1, correction=int(unbiased)
+        )
+        stats.append(torch.stack([mean, (var if eps_outside else var + eps).sqrt()]))
+    return outs, torch.cat(stats, 1)
+
+
+def weight_standardize_backward(douts, weights, gains, scales, stats, eps, eps_outside, unbiased):
+    """-> (dweights, dgains or None).
+
+    With c = w - mean, d the denominator, wh = c / d, g = gain * scale * dout and K' the divisor
+    of the variance: ``dgain = scale * sum(dout * wh)`` and
+    ``dw = (g - mean(g) - c / std * sum(g * wh) / K') / d``, the last term 0 where std is 0.
+    """
+    dweights, dgains = [], []
+    stats = stats.split([w.shape[0] for w in weights], 1)
+    for i, (dout, w, (mean, std)) in enumerate(zip(douts, weights, stats, strict=True)):
+        mean, std = mean[:, None], std[:, None]
+        denominator = std + eps if eps_outside else std
+        c = w.to(mean.dtype).flatten(1) - mean
+        wh = c / denominator
+        g = dout.to(mean.dtype).flatten(1) * scales[i]
+        if gains is not None:
+            dgains.append((g * wh).sum(1).to(gains[i].dtype).view_as(gains[i]))
+            g = g * gains[i].to(mean.dtype).reshape(-1, 1)
+        direction = torch.where(std == 0, 0.0, c / std)
+        projection = direction * (g * wh).sum(1, keepdim=True) / (c.shape[1] - unbiased)
+        dw = (g - g.mean(1, keepdim=True) - projection) / denominator
+        dweights.append(dw.view(w.shape).to(w.dtype, memory_format=memory_format(w)))
+    return dweights, dgains if gains is not None else None

@@ -1,0 +1,72 @@
+"""The correctness bar, and inputs that find faults."""
+
+import torch
+
+
+def bounds(ours, peer, exact):
+    """(error of ours, error allowed) as max-abs and as relative L2.
+
+    Allowed is twice the error of PyTorch at the same dtype, plus one rounding of the result's
+    dtype at the largest magnitude: two correct roundings of one value may differ by that.
+    """
+    ours, peer, exact = (t.detach().double() for t in (ours, peer, exact))
+    norm = exact.norm().clamp_min(1e-30)
+    return [
+        ((ours - exact).abs().max(), (peer - exact).abs().max(), exact.abs().max()),
+        ((ours - exact).norm() / norm, (peer - exact).norm() / norm, torch.tensor(1.0)),
+    ]
+
+
+def assert_accurate(ours, peer, exact, what=""):
+    """``ours`` is within twice PyTorch's distance from the float64 result, at the same dtype."""
+    assert ours.shape == exact.shape, f"{what}: shape {ours.shape}, expected {exact.shape}"
+    assert ours.dtype == peer.dtype, f"{what}: dtype {ours.dtype}, expected {peer.dtype}"
+    if exact.numel() == 0:
+        return
+    assert torch.equal(ours.isnan(), peer.isnan()), f"{what}: NaN in other places than PyTorch"
+    finite = exact.isfinite() & peer.isfinite()
+    ours, peer, exact = (t[finite] for t in (ours, peer, exact))
+    if exact.numel() == 0:
+        return
+    tiny = torch.finfo(peer.dtype).eps
+    for measure, (error, peer_error, scale) in zip(
+        ("max-abs", "relative L2"), bounds(ours, peer, exact), strict=True
+    ):
+        allowed = 2 * peer_error + tiny * scale
+        assert error <= allowed, (
+            f"{what}: {measure} error {error:.3e}, allowed {allowed:.3e} "
+            f"(PyTorch {peer_error:.3e}, {peer.dtype})"
+        )
+
+
+def strided(x, kind):
+    """``x`` with other strides: contiguous, channels_last, or a view that is not dense."""
+    if kind == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if kind == "slice":  # of a wider tensor, as torch.cat's backward hands out
+        wide = torch.full((x.shape[0], x.shape[1] + 3, *x.shape[2:]), float("nan")).to(x)
+        wide[:, 2 : 2 + x.shape[1]] = x
+        return wide[:, 2 : 2 + x.shape[1]]
+    if kind == "transposed":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert kind == "contiguous"
+    return x.contiguous()
+
+
+def maps(shape, dtype=torch.float32, seed=0, shift=3.0):
+    """Feature maps with a shifted mean, scales that differ by channel, one constant channel."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    channels = shape[1]
+    scale = torch.logspace(-1, 1, channels).reshape(1, -1, *[1] * (len(shape) - 2))
+    x = x * scale + shift
+    if channels > 1 and x.numel():
+        x[:, channels // 2] = 1.5
+    return x.to(dtype)
+
+
+def affine(channels, dtype=torch.float32, seed=1):
+    """weight and bias of both signs, away from 1 and 0."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, bias = torch.randn(2, channels, generator=generator)
+    return weight.to(dtype), bias.to(dtype)

@@ -1,0 +1,17 @@
+"""The implementations to run an operator's tests on, as (backend, device)."""
+
+import pytest
+
+from bitkern import backend
+
+
+def implementations(kernel):
+    params = [pytest.param("reference", "cpu", id="reference")]
+    for name, device in (("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")):
+        if kernel not in backend._KERNELS[name]:
+            continue
+        marks = [pytest.mark.gpu] if device == "cuda" else []
+        if device == "cpu" and backend.unavailable(name):
+            marks = [pytest.mark.skip(reason=backend.unavailable(name))]
+        params.append(pytest.param(name, device, id=name, marks=marks))
+    return pytest.mark.parametrize("name, device", params)

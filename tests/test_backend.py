@@ -1,0 +1,112 @@
+"""The choice of an implementation, and the words for it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import bitkern
+from bitkern import backend, ops
+
+
+def python(code, **env):
+    import os
+
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | env
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_use_backend_nests_and_restores():
+    assert backend.requested() == "auto"
+    with bitkern.use_backend("reference"):
+        with bitkern.use_backend("auto"):
+            assert backend.requested() == "auto"
+        assert backend.requested() == "reference"
+    assert backend.requested() == "auto"
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="use_backend: expected one of auto, .* got 'gpu'"):
+        with bitkern.use_backend("gpu"):
+            pass
+    with pytest.raises(ValueError, match="op_name: expected one of .* got 'conv'"):
+        bitkern.explain("conv", torch.ones(1))
+    with pytest.raises(ValueError, match="expected the operator's tensors, got none"):
+        bitkern.explain("group_norm_act")
+
+
+def test_explain():
+    x = torch.ones(1, 8, 2, 2)
+    with bitkern.use_backend("reference"):
+        assert bitkern.explain("group_norm_act", x) == ("reference", "asked for")
+    choice = bitkern.explain("group_norm_act", x.double())
+    assert choice.name == "reference"
+    assert "not torch.float64" in choice.reason or "did not load" in choice.reason
+    assert bitkern.explain("group_norm_act", x.to("meta")) == (
+        "reference",
+        "there are no kernels for meta tensors",
+    )
+
+
+def test_a_demand_that_cannot_be_met_is_an_error():
+    with bitkern.use_backend("triton"):
+        with pytest.raises(RuntimeError, match="backend 'triton' was asked for, but"):
+            ops.group_norm_act(torch.ones(1, 8, 2, 2, dtype=torch.float64), 4)
+    with bitkern.use_backend("cuda"):
+        with pytest.raises(RuntimeError, match="the cuda kernels do not run on cpu tensors"):
+            ops.weight_standardize(torch.ones(2, 8))
+
+
+def test_environment():
+    code = "from bitkern import backend; print(backend.requested())"
+    assert python(code, BITKERN_BACKEND="reference") == "reference"
+    code = (
+        "from bitkern import backend\n"
+        "try: backend.requested()\n"
+        "except ValueError as error: print(error)"
+    )
+    assert "BITKERN_BACKEND: expected one of auto" in python(code, BITKERN_BACKEND="gpu")
+
+
+def test_import_is_light():
+    """Nothing heavy is imported before it is needed."""
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import bitkern, bitkern.nn\n"
+        "heavy = ('triton', 'torchvision', 'matplotlib', 'sklearn', 'PIL', 'bitkern._C',\n"
+        "         'torch._dynamo', 'bitkern.models', 'bitkern.transfer')\n"
+        "print([m for m in heavy if m in set(sys.modules) - before])"
+    )
+    assert python(code) == "[]"
+
+
+def test_works_without_extension_and_triton():
+    """Every operator runs, on the reference, and info says why."""
+    code = (
+        "import sys\n"
+        "sys.modules['bitkern._C'] = sys.modules['triton'] = None\n"
+        "import torch, bitkern\n"
+        "from bitkern.info import report\n"
+        "x = torch.randn(2, 8, 4, 4, requires_grad=True)\n"
+        "y = bitkern.ops.group_norm_act(x, 4)\n"
+        "bitkern.ops.ws_conv2d(y, torch.randn(3, 8, 1, 1)).sum().backward()\n"
+        "print(bitkern.explain('weight_standardize', torch.ones(2, 2)).reason)\n"
+        "print(report())"
+    )
+    out = python(code)
+    assert "the compiled extension bitkern._C did not load" in out.splitlines()[0]
+    assert "triton did not load" in out
+    assert out.count("reference") >= 4
+
+
+def test_info_names_every_operator():
+    from bitkern.info import collect
+
+    rows = collect()["operators"]
+    assert {r["operator"] for r in rows} == set(backend.OPERATORS)
+    assert all(r["reason"] for r in rows)
