@@ -1,0 +1,47 @@
+#pragma once
+
+#include "bitkern/types.h"
+
+namespace bitkern {
+
+// y = act(weight * (s - mean) * rstd + bias) with s = x (+ residual), statistics per (sample, group).
+// Big tensors are dense [batch, channels, pixels], or [batch, pixels, channels] if channels_last.
+struct GroupNormAct {
+  int64_t batch, channels, pixels, groups;
+  bool channels_last;
+  DType dtype;                      // of the big tensors
+  DType weight_dtype, bias_dtype;   // of weight and dweight, bias and dbias
+  Activation act;
+};
+
+struct GroupNormActForward {
+  const void* x;
+  const void* residual;  // or null
+  const void* weight;    // [channels] or null
+  const void* bias;      // [channels] or null
+  float eps;
+  void* total;           // x + residual; null without residual
+  void* y;
+  float* mean;           // [batch, groups]
+  float* rstd;           // [batch, groups]
+};
+
+struct GroupNormActBackward {
+  const void* dy;
+  const void* dtotal;    // gradient of total, or null
+  const void* total;     // x, or x + residual
+  const void* weight;    // [channels] or null
+  const void* bias;      // [channels] or null
+  const float* mean;     // [batch, groups]
+  const float* rstd;     // [batch, groups]
+  void* dx;              // gradient of x and of residual alike; null if not wanted
+  void* dweight;         // [channels], null if not wanted
+  void* dbias;           // [channels], null if not wanted
+};
+
+namespace cpu {
+void group_norm_act_forward(const GroupNormAct&, const GroupNormActForward&, int num_threads);
+void group_norm_act_backward(const GroupNormAct&, const GroupNormActBackward&, int num_threads);
+}  // namespace cpu
+
+}  // namespace bitkern
