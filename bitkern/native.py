@@ -25,7 +25,8 @@ def _problem(x, num_groups, weight, bias, act):
 def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act):
     total = None if residual is None else torch.empty_like(x)
     y = torch.empty_like(x)
-    mean, rstd = x.new_empty((2, x.shape[0], num_groups), dtype=torch.float32).unbind()
+    mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
     extension()[0].cpu.group_norm_act_forward(
         *_problem(x, num_groups, weight, bias, act),
         x.data_ptr(),
@@ -73,6 +74,17 @@ def _filter_shape(weight):
     return weight.shape[0], weight.shape[1], taps
 
 
+def _launch_weight_standardize(name, weights, *args):
+    """Calls the launcher of the weights' device, with its threads or its current stream."""
+    module = extension()[0]
+    device = weights[0].device
+    if device.type == "cpu":
+        getattr(module.cpu, name)(*args, torch.get_num_threads())
+    else:
+        with torch.cuda.device(device):
+            getattr(module.cuda, name)(*args, torch.cuda.current_stream().cuda_stream)
+
+
 def weight_standardize_forward(
     weights, gains, scales, eps, eps_outside, unbiased, dtype, channels_last
 ):
@@ -84,20 +96,14 @@ def weight_standardize_forward(
     layers = []
     for i, (w, out) in enumerate(zip(weights, outs, strict=True)):
         gain = 0 if gains is None else gains[i].data_ptr()
-        layouts = not w.is_contiguous(), channels_last
+        layouts = not w.is_contiguous(), not out.is_contiguous()
         addresses = w.data_ptr(), gain, mean, std, out.data_ptr(), 0, 0, 0
         layers.append((*_filter_shape(w), scales[i], *layouts, *addresses))
         mean += 4 * w.shape[0]
         std += 4 * w.shape[0]
-    extension()[0].cpu.weight_standardize_forward(
-        eps,
-        eps_outside,
-        unbiased,
-        _DTYPES[weights[0].dtype],
-        _DTYPES[dtype],
-        layers,
-        torch.get_num_threads(),
-    )
+    dtypes = _DTYPES[weights[0].dtype], _DTYPES[dtype]
+    variant = eps, eps_outside, unbiased, *dtypes
+    _launch_weight_standardize("weight_standardize_forward", weights, *variant, layers)
     return outs, stats
 
 
@@ -113,13 +119,7 @@ def weight_standardize_backward(douts, weights, gains, scales, stats, eps, eps_o
         layers.append((*_filter_shape(w), scales[i], *layouts, *addresses))
         mean += 4 * w.shape[0]
         std += 4 * w.shape[0]
-    extension()[0].cpu.weight_standardize_backward(
-        eps,
-        eps_outside,
-        unbiased,
-        _DTYPES[weights[0].dtype],
-        _DTYPES[douts[0].dtype],
-        layers,
-        torch.get_num_threads(),
-    )
+    dtypes = _DTYPES[weights[0].dtype], _DTYPES[douts[0].dtype]
+    variant = eps, eps_outside, unbiased, *dtypes
+    _launch_weight_standardize("weight_standardize_backward", weights, *variant, layers)
     return dweights, dgains

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "bitkern/cpu.h"
@@ -49,14 +50,21 @@ std::vector<WeightStandardizeLayer> layers_of(const std::vector<LayerTuple>& tup
   return layers;
 }
 
-template <auto launch>
+// `how` is what a launcher takes last: the number of threads, or the stream.
+template <auto launch, class How>
 void def_weight_standardize(py::module_& m, const char* name) {
   m.def(name, [](float eps, bool eps_outside, bool unbiased, int weight_dtype, int out_dtype,
-                 const std::vector<LayerTuple>& tuples, int num_threads) {
+                 const std::vector<LayerTuple>& tuples, How how) {
     const auto layers = layers_of(tuples);
     py::gil_scoped_release release;
-    launch({eps, eps_outside, unbiased, DType(weight_dtype), DType(out_dtype)}, layers.data(),
-           static_cast<int64_t>(layers.size()), num_threads);
+    const WeightStandardize variant{eps, eps_outside, unbiased, DType(weight_dtype),
+                                    DType(out_dtype)};
+    const auto count = static_cast<int64_t>(layers.size());
+    if constexpr (std::is_same_v<How, Address>) {
+      launch(variant, layers.data(), count, at<void>(how));
+    } else {
+      launch(variant, layers.data(), count, how);
+    }
   });
 }
 
@@ -90,9 +98,18 @@ void def_cpu(py::module_ m) {
                at<const float>(rstd), at<void>(dx), at<void>(dweight), at<void>(dbias)},
               num_threads);
         });
-  def_weight_standardize<&cpu::weight_standardize_forward>(m, "weight_standardize_forward");
-  def_weight_standardize<&cpu::weight_standardize_backward>(m, "weight_standardize_backward");
+  def_weight_standardize<&cpu::weight_standardize_forward, int>(m, "weight_standardize_forward");
+  def_weight_standardize<&cpu::weight_standardize_backward, int>(m, "weight_standardize_backward");
 }
+
+#ifdef BITKERN_WITH_CUDA
+void def_cuda(py::module_ m) {
+  def_weight_standardize<&cuda::weight_standardize_forward, Address>(
+      m, "weight_standardize_forward");
+  def_weight_standardize<&cuda::weight_standardize_backward, Address>(
+      m, "weight_standardize_backward");
+}
+#endif
 
 }  // namespace
 
@@ -100,6 +117,7 @@ PYBIND11_MODULE(_C, m) {
   def_cpu(m.def_submodule("cpu"));
   m.attr("compiler") = __VERSION__;
 #ifdef BITKERN_WITH_CUDA
+  def_cuda(m.def_submodule("cuda"));
   m.attr("with_cuda") = true;
 #else
   m.attr("with_cuda") = false;

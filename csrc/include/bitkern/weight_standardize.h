@@ -37,4 +37,11 @@ void weight_standardize_backward(
     const WeightStandardize&, const WeightStandardizeLayer* layers, int64_t count, int num_threads);
 }  // namespace cpu
 
+namespace cuda {  // on the current device; `stream` is a cudaStream_t
+void weight_standardize_forward(
+    const WeightStandardize&, const WeightStandardizeLayer* layers, int64_t count, void* stream);
+void weight_standardize_backward(
+    const WeightStandardize&, const WeightStandardizeLayer* layers, int64_t count, void* stream);
+}  // namespace cuda
+
 }  // namespace bitkern

@@ -1,0 +1,212 @@
+// Weight standardization on the GPU: one block per filter, all layers of a call in one launch.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "bitkern/weight_standardize.h"
+
+namespace bitkern::cuda {
+namespace {
+
+constexpr int THREADS = 256;
+constexpr int WARPS = THREADS / 32;
+
+// The layers travel as a kernel argument: no table to copy to the device, safe in CUDA graphs.
+template <int CAPACITY>
+struct Table {
+  int count;
+  int first_filter[CAPACITY];  // the block that serves the layer's first filter
+  WeightStandardizeLayer layers[CAPACITY];
+};
+
+template <class T>
+__device__ float load(const void* data, int64_t i) {
+  return static_cast<float>(static_cast<const T*>(data)[i]);
+}
+
+template <class T>
+__device__ void store(void* data, int64_t i, float value) {
+  static_cast<T*>(data)[i] = static_cast<T>(value);
+}
+
+// The sum over the block, in a fixed order, for every thread.
+__device__ float block_sum(float value) {
+  __shared__ float partial[WARPS];
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+  __syncthreads();  // the previous sum has been read
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
+  __syncthreads();
+  float sum = 0;
+  for (int warp = 0; warp < WARPS; ++warp) sum += partial[warp];
+  return sum;
+}
+
+// Where element k of a filter stored one way lies if the filter is stored the other way.
+struct Transpose {
+  int64_t rows, columns;  // of the way k counts in; 0 rows: both are stored alike
+
+  __device__ int64_t operator()(int64_t k) const {
+    return rows == 0 ? k : (k % columns) * rows + k / columns;
+  }
+};
+
+__device__ Transpose weight_to_out(const WeightStandardizeLayer& layer) {
+  if (layer.weight_channels_last == layer.out_channels_last) return {0, 0};
+  return layer.weight_channels_last ? Transpose{layer.taps, layer.inner}
+                                    : Transpose{layer.inner, layer.taps};
+}
+
+template <int CAPACITY>
+__device__ const WeightStandardizeLayer& layer_of(const Table<CAPACITY>& table, int block) {
+  int low = 0, high = table.count;  // first_filter[low] <= block < first_filter[high]
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (table.first_filter[middle] <= block ? low : high) = middle;
+  }
+  return table.layers[low];
+}
+
+template <int CAPACITY>
+__device__ int filter_of(const Table<CAPACITY>& table, const WeightStandardizeLayer& layer,
+                         int block) {
+  return block - table.first_filter[&layer - table.layers];
+}
+
+template <class W, class O, int CAPACITY>
+__global__ void __launch_bounds__(THREADS)
+    weight_standardize_forward(const WeightStandardize variant,
+                               const __grid_constant__ Table<CAPACITY> table) {
+  const WeightStandardizeLayer& layer = layer_of(table, blockIdx.x);
+  const int filter = filter_of(table, layer, blockIdx.x);
+  const int64_t size = layer.inner * layer.taps, base = filter * size;
+
+  float sum = 0;
+  for (int64_t k = threadIdx.x; k < size; k += THREADS) sum += load<W>(layer.weight, base + k);
+  const float mean = block_sum(sum) / size;
+  float squares = 0;
+  for (int64_t k = threadIdx.x; k < size; k += THREADS) {
+    const float c = load<W>(layer.weight, base + k) - mean;
+    squares += c * c;
+  }
+  const float var = block_sum(squares) / (size - variant.unbiased);
+  const float std = sqrtf(variant.eps_outside ? var : var + variant.eps);
+  if (threadIdx.x == 0) {
+    layer.mean[filter] = mean;
+    layer.std[filter] = std;
+  }
+
+  const float gain = layer.gain ? load<W>(layer.gain, filter) : 1.0f;
+  const float factor = gain * layer.scale / (variant.eps_outside ? std + variant.eps : std);
+  const Transpose to_out = weight_to_out(layer);
+  for (int64_t k = threadIdx.x; k < size; k += THREADS) {
+    const float c = load<W>(layer.weight, base + k) - mean;
+    store<O>(layer.out, base + to_out(k), c * factor);
+  }
+}
+
+template <class W, class O, int CAPACITY>
+__global__ void __launch_bounds__(THREADS)
+    weight_standardize_backward(const WeightStandardize variant,
+                                const __grid_constant__ Table<CAPACITY> table) {
+  const WeightStandardizeLayer& layer = layer_of(table, blockIdx.x);
+  const int filter = filter_of(table, layer, blockIdx.x);
+  const int64_t size = layer.inner * layer.taps, base = filter * size;
+  const float mean = layer.mean[filter], std = layer.std[filter];
+  const float denominator = variant.eps_outside ? std + variant.eps : std;
+  const Transpose to_out = weight_to_out(layer);
+
+  float sum = 0, dot = 0;  // of dout, and of dout * (w - mean)
+  for (int64_t k = threadIdx.x; k < size; k += THREADS) {
+    const float dout = load<O>(layer.dout, base + to_out(k));
+    sum += dout;
+    dot += dout * (load<W>(layer.weight, base + k) - mean);
+  }
+  sum = block_sum(sum);
+  dot = block_sum(dot);
+  if (threadIdx.x == 0 && layer.dgain) {
+    store<W>(layer.dgain, filter, layer.scale * dot / denominator);
+  }
+
+  const float gain = layer.gain ? load<W>(layer.gain, filter) : 1.0f;
+  const float factor = gain * layer.scale / denominator;
+  // A constant filter has no direction to project out.
+  const float along =
+      std == 0 ? 0.0f : dot / (denominator * std * float(size - variant.unbiased));
+  for (int64_t k = threadIdx.x; k < size; k += THREADS) {
+    const float dout = load<O>(layer.dout, base + to_out(k));
+    const float c = load<W>(layer.weight, base + k) - mean;
+    store<W>(layer.dweight, base + k, factor * (dout - sum / size - c * along));
+  }
+}
+
+template <class W, class O, int CAPACITY>
+void launch_table(bool forward, const WeightStandardize& variant,
+                  const WeightStandardizeLayer* layers, int64_t count, cudaStream_t stream) {
+  Table<CAPACITY> table;
+  int64_t filters = 0;
+  table.count = static_cast<int>(count);
+  for (int64_t i = 0; i < count; ++i) {
+    table.first_filter[i] = static_cast<int>(filters);
+    table.layers[i] = layers[i];
+    filters += layers[i].filters;
+  }
+  if (filters == 0) return;
+  const dim3 grid(static_cast<unsigned>(filters));
+  if (forward) {
+    weight_standardize_forward<W, O, CAPACITY><<<grid, THREADS, 0, stream>>>(variant, table);
+  } else {
+    weight_standardize_backward<W, O, CAPACITY><<<grid, THREADS, 0, stream>>>(variant, table);
+  }
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("weight_standardize: ") + cudaGetErrorString(error));
+  }
+}
+
+template <class W, class O>
+void launch(bool forward, const WeightStandardize& variant, const WeightStandardizeLayer* layers,
+            int64_t count, cudaStream_t stream) {
+  constexpr int64_t MANY = 256;
+  if (count == 1) return launch_table<W, O, 1>(forward, variant, layers, count, stream);
+  for (int64_t i = 0; i < count; i += MANY) {
+    launch_table<W, O, MANY>(forward, variant, layers + i, std::min(count - i, MANY), stream);
+  }
+}
+
+void launch_any(bool forward, const WeightStandardize& variant,
+                const WeightStandardizeLayer* layers, int64_t count, void* stream_address) {
+  const auto stream = static_cast<cudaStream_t>(stream_address);
+  const auto with_out = [&](auto weight) {
+    using W = decltype(weight);
+    switch (variant.out_dtype) {
+      case DType::float32: return launch<W, float>(forward, variant, layers, count, stream);
+      case DType::bfloat16:
+        return launch<W, __nv_bfloat16>(forward, variant, layers, count, stream);
+      case DType::float16: return launch<W, __half>(forward, variant, layers, count, stream);
+    }
+  };
+  switch (variant.weight_dtype) {
+    case DType::float32: return with_out(float());
+    case DType::bfloat16: return with_out(__nv_bfloat16());
+    case DType::float16: return with_out(__half());
+  }
+}
+
+}  // namespace
+
+void weight_standardize_forward(const WeightStandardize& variant,
+                                const WeightStandardizeLayer* layers, int64_t count, void* stream) {
+  launch_any(true, variant, layers, count, stream);
+}
+
+void weight_standardize_backward(const WeightStandardize& variant,
+                                 const WeightStandardizeLayer* layers, int64_t count,
+                                 void* stream) {
+  launch_any(false, variant, layers, count, stream);
+}
+
+}  // namespace bitkern::cuda
