@@ -1,0 +1,93 @@
+"""The BiT-HyperRule: every hyper-parameter of a transfer from the data set's size alone.
+
+Source: "Big Transfer (BiT)", arXiv 1912.11370, section 3.3, and ``bit_hyperrule.py`` of
+google-research/big_transfer.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+
+def _check(valid: bool, name: str, expected: str, got) -> None:
+    if not valid:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+@dataclass(frozen=True)
+class HyperRule:
+    """The hyper-parameters of one transfer. Override values with ``dataclasses.replace``.
+
+    ``resize`` and ``crop`` are pixels (square images); ``steps``, ``decay_steps`` and
+    ``warmup_steps`` optimizer steps; ``mixup_alpha`` the Beta parameter of MixUp, 0 for none;
+    ``base_lr`` the learning rate at ``batch_size`` (it is not rescaled when either is replaced).
+    Raises ``ValueError`` for values that make no schedule, such as a crop larger than the image.
+    """
+
+    resize: int
+    crop: int
+    steps: int
+    decay_steps: tuple[int, ...]
+    warmup_steps: int
+    mixup_alpha: float
+    base_lr: float = 0.003
+    batch_size: int = 512
+
+    def __post_init__(self):
+        _check(self.crop >= 1, "crop", "a positive number of pixels", self.crop)
+        _check(
+            self.resize >= self.crop,
+            "resize",
+            f"at least the crop, {self.crop} (the resized image must not be smaller than the crop)",
+            self.resize,
+        )
+        _check(self.steps >= 1, "steps", "a positive number", self.steps)
+        ordered = list(self.decay_steps) == sorted(self.decay_steps)
+        positive = all(step >= 0 for step in self.decay_steps)
+        _check(ordered and positive, "decay_steps", "ascending steps", self.decay_steps)
+        _check(self.warmup_steps >= 0, "warmup_steps", "0 or more", self.warmup_steps)
+        finite_alpha = 0 <= self.mixup_alpha < math.inf
+        _check(finite_alpha, "mixup_alpha", "a finite number, 0 or more", self.mixup_alpha)
+        _check(0 < self.base_lr < math.inf, "base_lr", "a positive finite number", self.base_lr)
+        _check(self.batch_size >= 1, "batch_size", "a positive number", self.batch_size)
+
+    def lr(self, step: int) -> float:
+        """The learning rate of optimizer step ``step``, counted from 0 (so the first is 0).
+
+        Linear warm-up, then a tenth for each decay step strictly below ``step``.
+        """
+        _check(step >= 0, "step", "0 or more", step)
+        if step < self.warmup_steps:
+            return self.base_lr * step / self.warmup_steps
+        return self.base_lr / 10 ** sum(decay < step for decay in self.decay_steps)
+
+    def with_steps(self, steps: int) -> "HyperRule":
+        """The same schedule stretched or shrunk to ``steps``, warm-up and decays in proportion."""
+        _check(steps >= 1, "steps", "a positive number", steps)
+        ratio = steps / self.steps
+        return dataclasses.replace(
+            self,
+            steps=steps,
+            decay_steps=tuple(round(decay * ratio) for decay in self.decay_steps),
+            warmup_steps=round(self.warmup_steps * ratio),
+        )
+
+
+def hyperrule(num_examples: int, image_size: tuple[int, int]) -> HyperRule:
+    """The BiT-HyperRule for ``num_examples`` training images of ``image_size`` (height, width).
+
+    ``num_examples`` is counted after few-shot subsetting. Raises ``ValueError`` unless all three
+    numbers are positive.
+    """
+    _check(num_examples >= 1, "num_examples", "a positive number", num_examples)
+    pair = len(image_size) == 2 and min(image_size) >= 1
+    _check(pair, "image_size", "a positive (height, width)", image_size)
+    height, width = image_size
+    resize, crop = (160, 128) if height * width < 96 * 96 else (512, 480)
+    if num_examples < 20_000:
+        steps, decay_steps, warmup_steps, mixup_alpha = 500, (200, 300, 400), 100, 0.0
+    elif num_examples < 500_000:
+        steps, decay_steps, warmup_steps, mixup_alpha = 10_000, (3000, 6000, 9000), 500, 0.1
+    else:
+        steps, decay_steps, warmup_steps, mixup_alpha = 20_000, (6000, 12_000, 18_000), 500, 0.1
+    return HyperRule(resize, crop, steps, decay_steps, warmup_steps, mixup_alpha)

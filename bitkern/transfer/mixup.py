@@ -1,0 +1,59 @@
+"""MixUp (arXiv 1710.09412) as BiT uses it: one lambda for the batch, labels mixed in the loss."""
+
+import torch
+import torch.nn.functional as F
+
+
+def _check_lam(lam: float) -> None:
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam: expected a number in [0, 1], got {lam!r}")
+
+
+def cross_entropy(logits, y):
+    """Mean cross-entropy of ``logits`` (N, classes) and labels ``y`` (N,), in fp32 at least."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    return F.cross_entropy(logits, y)
+
+
+def mixup(x, y, lam, permutation):
+    """Mix each image with another of the batch: ``lam * x + (1 - lam) * x[permutation]``.
+
+    ``x`` floating point (N, ...); ``y`` labels (N, ...); ``lam`` in [0, 1]; ``permutation`` int64
+    (N,), a permutation of 0 … N-1. Returns ``(x_mixed, y, y_perm)`` for :func:`mixup_loss`, where
+    ``y_perm = y[permutation]``; the inputs are left alone. Raises ``ValueError`` or ``TypeError``.
+    """
+    _check_lam(lam)
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
+    if y.shape[:1] != x.shape[:1]:
+        raise ValueError(f"y: expected {x.shape[0]} labels as x has images, got {tuple(y.shape)}")
+    if permutation.dtype != torch.int64 or permutation.shape != x.shape[:1]:
+        raise ValueError(
+            f"permutation: expected int64 of shape ({x.shape[0]},), "
+            f"got {permutation.dtype} of shape {tuple(permutation.shape)}"
+        )
+    indices = torch.arange(x.shape[0], device=permutation.device)
+    if not torch.equal(permutation.sort().values, indices):
+        raise ValueError(f"permutation: expected each of 0 … {x.shape[0] - 1} exactly once")
+    x_mixed = torch.lerp(x[permutation], x, lam)
+    return x_mixed, y, y[permutation]
+
+
+def mixup_loss(logits, y, y_perm, lam):
+    """``lam * CE(logits, y) + (1 - lam) * CE(logits, y_perm)``, the mean over the batch.
+
+    ``logits`` (N, classes), computed in fp32 at least; ``y`` and ``y_perm`` int64 (N,); ``lam`` in
+    [0, 1]. Equals cross-entropy against the soft label ``lam * onehot(y) + (1 - lam) *
+    onehot(y_perm)``. Raises ``ValueError``.
+    """
+    _check_lam(lam)
+    if logits.ndim != 2:
+        raise ValueError(f"logits: expected shape (N, classes), got {tuple(logits.shape)}")
+    for name, labels in (("y", y), ("y_perm", y_perm)):
+        if labels.dtype != torch.int64 or labels.shape != logits.shape[:1]:
+            raise ValueError(
+                f"{name}: expected int64 of shape ({logits.shape[0]},), "
+                f"got {labels.dtype} of shape {tuple(labels.shape)}"
+            )
+    return lam * cross_entropy(logits, y) + (1 - lam) * cross_entropy(logits, y_perm)

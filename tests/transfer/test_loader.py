@@ -1,0 +1,108 @@
+"""The order of examples and the transforms: functions of (seed, step, example) alone."""
+
+import collections
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bitkern.transfer import HyperRule
+from bitkern.transfer.data import ImageSet
+from bitkern.transfer.loader import MicroBatches, eval_batches, to_input, train_batches
+from tests.transfer.images import image_set, picture
+
+RULE = HyperRule(12, 8, steps=5, decay_steps=(), warmup_steps=0, mixup_alpha=0.0, batch_size=10)
+
+
+def images_of(**arguments):
+    arguments = {"seed": 3, "batch_split": 3, **arguments}
+    return [(x, y) for x, y in train_batches(image_set(), RULE, **arguments)]
+
+
+def assert_same(left, right):
+    assert len(left) == len(right)
+    for (x, y), (other_x, other_y) in zip(left, right, strict=True):
+        assert torch.equal(x, other_x) and torch.equal(y, other_y)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_count_changes_nothing(workers):
+    assert_same(images_of(workers=workers), images_of())
+
+
+def test_later_start_gives_the_tail():
+    assert_same(images_of(start=2), images_of()[2 * 3 :])
+
+
+def test_batch_split_only_cuts_the_batches():
+    whole = images_of(batch_split=1)
+    split = images_of(batch_split=4)
+    assert [len(y) for _, y in split[:4]] == [3, 3, 2, 2]
+    for step, (x, y) in enumerate(whole):
+        parts = split[4 * step : 4 * step + 4]
+        joined = tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        assert_same([joined], [(x, y)])
+
+
+def test_seed_decides_order_and_crops():
+    labels, others = (torch.cat([y for _, y in images_of(seed=seed)]) for seed in (3, 4))
+    assert not torch.equal(labels, others)
+
+
+def test_leaves_the_global_generators_alone():
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    images_of()
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
+
+
+@pytest.mark.parametrize("num_examples", [1, 3, 10, 15, 50])
+def test_epochs_are_permutations_without_gaps(num_examples):
+    rule = dataclasses.replace(RULE, steps=15)
+    pairs = [pair for batch in MicroBatches(num_examples, rule, 0, 3, 0) for pair in batch]
+    assert [position for _, position in pairs] == list(range(150))
+    epochs = collections.defaultdict(list)
+    for index, position in pairs:
+        epochs[position // num_examples].append(index)
+    assert all(sorted(epochs[e]) == list(range(num_examples)) for e in range(150 // num_examples))
+    if num_examples > 3:
+        assert epochs[0] != epochs[1]
+
+
+def test_train_transform_crops_and_flips_the_resized_image():
+    image = picture(0, 0, 31, 23)
+    resized = np.asarray(Image.fromarray(image).resize((12, 12), Image.Resampling.BILINEAR))
+    crops = {}
+    for top in range(5):
+        for left in range(5):
+            crop = resized[top : top + 8, left : left + 8]
+            crops[crop.tobytes()] = (top, left, False)
+            crops[np.ascontiguousarray(crop[:, ::-1]).tobytes()] = (top, left, True)
+    data = ImageSet([image], np.zeros(1, np.int64), ("a",))
+    rule = dataclasses.replace(RULE, steps=4, batch_size=100)
+    seen = collections.Counter()
+    for x, _ in train_batches(data, rule, seed=0):
+        for crop in x:
+            seen[crops[crop.permute(1, 2, 0).contiguous().numpy().tobytes()]] += 1
+    assert len(seen) > 45, "all 50 crops and flips are equally likely"
+    assert 150 < sum(n for (_, _, flipped), n in seen.items() if flipped) < 250
+    for x, _ in train_batches(data, rule, seed=0, flip=False):
+        for crop in x:
+            assert not crops[crop.permute(1, 2, 0).contiguous().numpy().tobytes()][2]
+
+
+def test_eval_transform_resizes_straight_to_the_crop():
+    data = image_set(per_class=3)
+    x = torch.cat([x for x, _ in eval_batches(data, 8, batch_size=4)])
+    for image, ours in zip(data.images, x, strict=True):
+        expected = np.asarray(Image.fromarray(image).resize((8, 8), Image.Resampling.BILINEAR))
+        assert np.array_equal(ours.permute(1, 2, 0).numpy(), expected)
+
+
+def test_input_is_in_minus_one_to_one():
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    x = to_input(images, "cpu")
+    assert x.dtype == torch.float32 and (x.min(), x.max()) == (-1, 1)
+    torch.testing.assert_close(x[0, 0].flatten(), torch.linspace(-1, 1, 256))
