@@ -8,11 +8,12 @@ import importlib
 
 from bitkern import nn, ops, reference
 from bitkern.backend import Choice, explain, use_backend
+from bitkern.standardized import standardized
 
 __version__ = "0.1.0"
 
 __all__ = ["Choice", "create_model", "explain", "models", "nn", "ops", "reference", "transfer"]
-__all__ += ["use_backend"]
+__all__ += ["standardized", "use_backend"]
 
 
 def __getattr__(name):

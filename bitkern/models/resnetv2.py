@@ -5,12 +5,14 @@ Kolesnikov et al., "Big Transfer (BiT)", arXiv 1912.11370; pre-activation: He et
 """
 
 from collections import OrderedDict
+from functools import partial
 from typing import NamedTuple
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bitkern.nn import GroupNormAct, WSConv2d
+from bitkern.nn import GroupNormAct, WSConv2d, norm_act_conv, pool, watched
+from bitkern.standardized import per_forward, using
 
 GROUPS = 32
 
@@ -42,6 +44,22 @@ def conv(in_channels, out_channels, kernel_size, stride=1, dilation=1, **factory
     )
 
 
+def total(x, residual):
+    return x if residual is None else x + residual
+
+
+def with_weights(weights, block, x):
+    with using(weights):
+        return block(x)
+
+
+def pair(module, x, residual):
+    """``module.pair``; where hooks watch the module it is called, and they see the sums."""
+    if watched(module):
+        return module(total(x, residual)), None
+    return module.pair(x, residual)
+
+
 class Bottleneck(nn.Module):
     """Pre-activation bottleneck. The stride is on the 3x3 convolution, as in BiT."""
 
@@ -49,6 +67,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         middle = out_channels // 4
+        self.recompute = True
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
             projection = conv(in_channels, out_channels, 1, stride, **factory)
@@ -60,13 +79,22 @@ class Bottleneck(nn.Module):
         self.norm3 = GroupNormAct(GROUPS, middle, **factory)
         self.conv3 = conv(middle, out_channels, 1, **factory)
 
+    def pair(self, x, residual=None):
+        """The block of the sum of x and residual, as branch and shortcut still to be summed.
+
+        The next block's first operator does that, in the pass that normalizes the sum.
+        """
+        convs = [self.conv1] if self.downsample is None else [self.conv1, self.downsample]
+        shortcut, (branch, *projection) = self.norm_act_conv(self.norm1, convs, x, residual)
+        _, (branch,) = self.norm_act_conv(self.norm2, [self.conv2], branch)
+        _, (branch,) = self.norm_act_conv(self.norm3, [self.conv3], branch)
+        return branch, projection[0] if projection else shortcut
+
     def forward(self, x):
-        a = self.norm1(x)
-        shortcut = x if self.downsample is None else self.downsample(a)
-        branch = self.conv1(a)
-        branch = self.conv2(self.norm2(branch))
-        branch = self.conv3(self.norm3(branch))
-        return branch + shortcut
+        return total(*self.pair(x))
+
+    def norm_act_conv(self, norm, convs, x, residual=None):
+        return norm_act_conv(norm, convs, x, residual, self.recompute)
 
 
 class Stage(nn.Module):
@@ -86,13 +114,19 @@ class Stage(nn.Module):
         )
         self.blocks = nn.Sequential(first, *rest)
 
-    def forward(self, x):
+    def pair(self, x, residual=None):
+        """As :meth:`Bottleneck.pair`, through all blocks."""
         for block in self.blocks:
             if self.grad_checkpointing:
-                x = checkpoint(block, x, use_reentrant=False)
+                # A recomputed block takes the same standardized weights as the first time.
+                run = partial(with_weights, pool.get(), block)
+                x, residual = checkpoint(run, total(x, residual), use_reentrant=False), None
             else:
-                x = block(x)
-        return x
+                x, residual = pair(block, x, residual)
+        return x, residual
+
+    def forward(self, x):
+        return total(*self.pair(x))
 
 
 class ResNetV2(nn.Module):
@@ -163,7 +197,11 @@ class ResNetV2(nn.Module):
 
     def forward_features(self, x):
         """Images (N, in_chans, H, W) -> last feature map after norm and ReLU (N, C, H', W')."""
-        return self.norm(self.stages(self.stem(x)))
+        with per_forward(self):
+            x, residual = self.stem(x), None
+            for stage in self.stages:
+                x, residual = pair(stage, x, residual)
+            return self.norm(total(x, residual))
 
     def forward_head(self, x, pre_logits=False):
         """Feature map -> logits (N, num_classes); with ``pre_logits`` its mean (N, C)."""
@@ -197,6 +235,12 @@ class ResNetV2(nn.Module):
         """Keep only the sums between blocks for the backward pass, which recomputes the rest."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
+
+    def set_recompute(self, enable=True):
+        """Compute activations twice, as by default, or keep them: some speed for much memory."""
+        for stage in self.stages:
+            for block in stage.blocks:
+                block.recompute = enable
 
     def freeze_backbone(self):
         """Leave the head alone trainable; ``model.requires_grad_(True)`` undoes it."""
@@ -232,11 +276,12 @@ class FeatureNet(nn.Module):
 
     def forward(self, x):
         """Images (N, in_chans, H, W) -> list of feature maps (N, channels[i], H', W')."""
-        maps = [self.stem.conv(x)]
-        x = self.stem.pool(self.stem.pad(maps[0]))
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
+        with per_forward(self):
+            maps = [self.stem.conv(x)]
+            x = self.stem.pool(self.stem.pad(maps[0]))
+            for stage in self.stages:
+                x = stage(x)
+                maps.append(x)
         return [maps[i] for i in self.out_indices]
 
     set_grad_checkpointing = ResNetV2.set_grad_checkpointing

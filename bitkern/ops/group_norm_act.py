@@ -22,7 +22,7 @@ def checked_act(act: str) -> str:
     return act
 
 
-def _check(x, residual, num_groups, weight, bias, act):
+def check(x, residual, num_groups, weight, bias, act):
     checked_act(act)
     if x.ndim < 2:
         raise ValueError(f"x: expected shape (N, C, *), got {tuple(x.shape)}")
@@ -144,6 +144,7 @@ def _gradients(ctx, backward, dtotal, dy):
     dx, dweight, dbias = dtotal, None, None
     if dy is not None:  # else only the sum was used
         total, weight, bias, mean, rstd = ctx.saved_tensors
+        dtotal, dy = dense_like(dtotal, total), dense_like(dy, total)
         need_dx, need_dparams = need_x or need_residual, need_weight or need_bias
         stats = mean, rstd, ctx.act
         dx, dweight, dbias = backward(
@@ -181,15 +182,13 @@ class GroupNormAct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         dtotal, dy = (None, *grads) if len(grads) == 1 else grads
-        total = ctx.saved_tensors[0]
-        dtotal, dy = dense_like(dtotal, total), dense_like(dy, total)
         backward = ctx.implementation.group_norm_act_backward
         return *_gradients(ctx, backward, dtotal, dy), None
 
 
 def _run(x, residual, num_groups, weight, bias, eps, act):
     """-> (total, y); total only means something with a residual."""
-    _check(x, residual, num_groups, weight, bias, act)
+    check(x, residual, num_groups, weight, bias, act)
     choice = choose("group_norm_act", x, weight, bias)
     if choice.name == "reference":
         total = x if residual is None else x + residual

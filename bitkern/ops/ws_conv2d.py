@@ -24,6 +24,23 @@ def compute_dtype(x, weight):
     )
 
 
+def standardize_for(x, weight, eps=1e-10, *, gain, scale, eps_outside, unbiased):
+    """The weight standardized, cast and laid out for a convolution of x."""
+    # The layout that conv2d itself settles on, so that it has nothing left to convert.
+    channels_last = torch.channels_last in (memory_format(x), memory_format(weight))
+    (weight,) = weight_standardize_all(
+        [weight],
+        eps,
+        gains=None if gain is None else [gain],
+        scales=[scale],
+        eps_outside=eps_outside,
+        unbiased=unbiased,
+        dtype=compute_dtype(x, weight),
+        channels_last=channels_last,
+    )
+    return weight
+
+
 def ws_conv2d(
     x,
     weight,
@@ -67,18 +84,7 @@ def ws_conv2d(
             f"x: expected {weight.shape[1] * groups} channels for a weight of shape "
             f"{tuple(weight.shape)} in {groups} groups, got {x.shape[-3]}"
         )
-    dtype = compute_dtype(x, weight)
-    # The layout that conv2d itself settles on, so that it has nothing left to convert.
-    channels_last = torch.channels_last in (memory_format(x), memory_format(weight))
-    (weight,) = weight_standardize_all(
-        [weight],
-        eps,
-        gains=None if gain is None else [gain],
-        scales=[scale],
-        eps_outside=eps_outside,
-        unbiased=unbiased,
-        dtype=dtype,
-        channels_last=channels_last,
-    )
-    bias = None if bias is None else bias.to(dtype)
+    variant = dict(gain=gain, scale=scale, eps_outside=eps_outside, unbiased=unbiased)
+    weight = standardize_for(x, weight, eps, **variant)
+    bias = None if bias is None else bias.to(weight.dtype)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)

@@ -1,0 +1,128 @@
+"""Group normalization + activation + convolutions as one node of the autograd graph.
+
+    s = x (+ residual);  a = act(group_norm(s));  outs = [conv2d(a, w) for w in weights]
+
+The node keeps s and the statistics. Backward computes the activation a once more instead of
+keeping it, which halves what a pre-activation block holds. Several convolutions of one activation
+are what a block with a projection has.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from bitkern.backend import choose, launchers
+from bitkern.layout import dense, dense_like
+from bitkern.ops.group_norm_act import check
+
+
+class Conv(NamedTuple):
+    """The arguments of a convolution besides its weight; pairs of ints."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+class GroupNormActConv2d(torch.autograd.Function):
+    """Takes (convs, num_groups, eps, act, implementation, x, residual, weight, bias, *weights)."""
+
+    @staticmethod
+    def forward(ctx, convs, num_groups, eps, act, implementation, x, residual, *parameters):
+        weight, bias, *weights = parameters
+        total, a, mean, rstd = implementation.group_norm_act_forward(
+            x, residual, num_groups, weight, bias, eps, act
+        )
+        outs = [torch.conv2d(a, w, None, *c) for c, w in zip(convs, weights, strict=True)]
+        ctx.constants = convs, num_groups, eps, act, implementation
+        ctx.save_for_backward(x if total is None else total, weight, bias, mean, rstd, *weights)
+        ctx.set_materialize_grads(False)
+        return (*outs,) if total is None else (total, *outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        convs, num_groups, eps, act, implementation = ctx.constants
+        total, weight, bias, mean, rstd, *weights = ctx.saved_tensors
+        need_x, need_residual, need_weight, need_bias, *need_weights = ctx.needs_input_grad[5:]
+        need_dx, need_dparams = need_x or need_residual, need_weight or need_bias
+        dtotal, *douts = grads if len(grads) > len(convs) else (None, *grads)
+
+        a = total  # only its shape matters to a convolution whose weight needs no gradient
+        if any(need_weights):
+            affine = weight, bias
+            a = implementation.group_norm_act_forward(total, None, num_groups, *affine, eps, act)[1]
+        da, dweights = None, [None] * len(convs)
+        for i, (conv, dout) in enumerate(zip(convs, douts, strict=True)):
+            if dout is None:
+                continue
+            mask = [need_dx or need_dparams, need_weights[i], False]
+            stride, padding, dilation, groups = conv
+            geometry = stride, padding, dilation, False, (0, 0), groups
+            part, dweights[i], _ = torch.ops.aten.convolution_backward(
+                dout, a, weights[i], None, *geometry, mask
+            )
+            da = part if da is None else da.add_(part)
+        del a
+        dx, dweight, dbias = dense_like(dtotal, total), None, None
+        if da is not None:
+            dx, dweight, dbias = implementation.group_norm_act_backward(
+                dense_like(da, total),
+                dx,
+                total,
+                num_groups,
+                weight,
+                bias,
+                mean,
+                rstd,
+                act,
+                need_dx,
+                need_dparams,
+            )
+        return (
+            *[None] * 5,
+            dx if need_x else None,
+            dx if need_residual else None,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            *dweights,
+        )
+
+
+def group_norm_act_conv2d(x, residual, num_groups, weight, bias, eps, act, weights, convs):
+    """:func:`group_norm_act`, or :func:`add_group_norm_act`, and convolutions of its result.
+
+    Args:
+        x, residual, num_groups, weight, bias, eps, act: as in :func:`add_group_norm_act`;
+            ``residual`` may be None. x is (N, C, H, W).
+        weights: of the convolutions, (O, C / groups, kh, kw), of x's dtype and device.
+        convs: a :class:`Conv` for each weight.
+
+    Returns:
+        (s, outs): the sum, x itself without a residual, and the list of convolved maps.
+
+    Raises:
+        ValueError, TypeError: as :func:`add_group_norm_act`, and for weights that do not fit x.
+        RuntimeError: on a second differentiation.
+    """
+    check(x, residual, num_groups, weight, bias, act)
+    for w, conv in zip(weights, convs, strict=True):
+        if w.dtype != x.dtype or w.device != x.device:
+            raise TypeError(
+                f"weights: expected the dtype and device of x, {x.dtype} on {x.device}, "
+                f"got {w.dtype} on {w.device}"
+            )
+        if x.ndim != 4 or w.ndim != 4 or x.shape[1] != w.shape[1] * conv.groups:
+            raise ValueError(
+                f"weights: expected (O, C / groups, kh, kw) for x of shape {tuple(x.shape)} and "
+                f"{conv.groups} groups, got {tuple(w.shape)}"
+            )
+    implementation = launchers(choose("group_norm_act", x, weight, bias).name, "group_norm_act")
+    x = dense(x)
+    residual = dense_like(residual, x)
+    outs = GroupNormActConv2d.apply(
+        convs, num_groups, eps, act, implementation, x, residual, weight, bias, *weights
+    )
+    return (x, list(outs)) if residual is None else (outs[0], list(outs[1:]))
