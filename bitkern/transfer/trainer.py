@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bitkern.standardized import standardized
 from bitkern.transfer import runs
 from bitkern.transfer.data import MIXUP, ImageSet, random_stream
 from bitkern.transfer.hyperrule import HyperRule
@@ -137,7 +138,8 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             model.train()
-            loss = _accumulate(model, batches, rule, step, seed, batch_split, device, precision)
+            with standardized(model):
+                loss = _accumulate(model, batches, rule, step, seed, batch_split, device, precision)
             _check_finite(loss, "loss", step, rule)
             optimizer.step()
             optimizer.zero_grad()
