@@ -37,7 +37,7 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "PYBIND11_FINDPYTHON": "ON",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": build / "out",
-            "BITKERN_CUDA": os.environ.get("BITKERN_CUDA", "auto"),
+            "BITKERN_CUDA": cuda,
             "BITKERN_SANITIZE": os.environ.get("BITKERN_SANITIZE", ""),
         }
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
@@ -52,7 +52,10 @@ class CMakeBuild(build_ext):
         os.replace(fresh, target)
 
 
-optional = os.environ.get("BITKERN_CUDA") != "1"  # asked for by name, a missing nvcc is an error
+cuda = os.environ.get("BITKERN_CUDA", "auto")
+if cuda not in ("0", "1", "auto"):
+    raise SystemExit(f"BITKERN_CUDA: expected 0, 1 or auto, got {cuda!r}")
+optional = cuda != "1"  # asked for by name, a missing nvcc is an error
 setup(
     ext_modules=[Extension("bitkern._C", sources=[], optional=optional)],
     cmdclass={"build_ext": CMakeBuild},
