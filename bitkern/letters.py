@@ -47,7 +47,7 @@ def _render(font: str, letter: str, random: np.random.Generator) -> np.ndarray:
     """One letter, turned, sheared, scaled, shifted and spotted at random: (8, 8) uint8."""
     from PIL import Image
 
-    image, width, height = _glyph(font, letter, int(random.integers(6)))
+    image, width, height = _glyph(font, letter, int(random.integers(5)))
     angle, shear = np.deg2rad(random.normal(0, 8)), random.normal(0, 0.15)
     # The ink fills the bitmap, as it does in the digits, but narrow letters stay narrow.
     tall = BITMAP * random.uniform(0.75, 1.05) / height

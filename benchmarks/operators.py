@@ -1,0 +1,253 @@
+"""The operators' cases: BiT's shapes, ours, the peers, the gate and the floor.
+
+Sources: weight standardization as in timm (``F.batch_norm`` over the reshaped weight) and in
+big_transfer (``var_mean``); group normalization as ``F.group_norm`` and ``F.relu``.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import bitkern
+from benchmarks.measure import DTYPES, l2_bytes
+from bitkern import reference
+from bitkern.nn import WSConv2d
+from tests.helpers import affine, assert_accurate, maps
+
+GROUPS = 32
+FORMATS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
+# The gradient at the kink of ReLU is a coin toss of the last bit: no gradient comes in there.
+KINK = 1e-3
+
+
+class Case(NamedTuple):
+    """``shape``: (N, C, H, W), or for weight_standardize a model's name, all of its layers."""
+
+    operator: str
+    shape: tuple[int, ...] | str
+    dtype: str = "bf16"
+    layout: str = "channels_last"
+    backward: bool = True
+    modes: tuple[str, ...] = ()  # of torch.compile, beside eager
+
+    def __str__(self):
+        shape = self.shape if isinstance(self.shape, str) else "x".join(map(str, self.shape))
+        passes = "fwd+bwd" if self.backward else "fwd"
+        return f"{self.operator}/{shape}/{self.dtype}/{self.layout}/{passes}"
+
+
+class Contender(NamedTuple):
+    """``function(*inputs)`` returns a tuple; ``inputs`` need gradients if there is a backward."""
+
+    function: object
+    inputs: list[torch.Tensor]
+
+
+class Piece(NamedTuple):
+    """The float64 ``function`` of some inputs, and which results it gives: outputs, gradients."""
+
+    function: object
+    inputs: Sequence[int]
+    results: Sequence[int]
+
+
+def _leaves(tensors, case):
+    return [t.detach().clone().requires_grad_(case.backward) for t in tensors]
+
+
+def feature_maps(case, device, seed=0):
+    """Hostile maps of two samples at different scales over the batch, in the case's layout."""
+    batch = case.shape[0]
+    few = maps((min(batch, 2), *case.shape[1:]), seed=seed).to(device)
+    x = few.repeat(math.ceil(batch / 2), 1, 1, 1)[:batch]
+    x *= torch.linspace(0.5, 2, batch, device=device)[:, None, None, None]
+    return x.to(DTYPES[case.dtype], memory_format=FORMATS[case.layout])
+
+
+def _ours_norm(x, weight, bias):
+    return (bitkern.ops.group_norm_act(x, GROUPS, weight, bias),)
+
+
+def _eager_norm(x, weight, bias):
+    return (F.relu(F.group_norm(x, GROUPS, weight, bias)),)
+
+
+def _ours_add_norm(x, residual, weight, bias):
+    return bitkern.ops.add_group_norm_act(x, residual, GROUPS, weight, bias)
+
+
+def _eager_add_norm(x, residual, weight, bias):
+    total = x + residual
+    return total, F.relu(F.group_norm(total, GROUPS, weight, bias))
+
+
+def _amp(function):
+    """Under autocast group_norm returns float32, and the convolution behind it casts again."""
+
+    def run(x, *rest):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return tuple(y.to(x.dtype) for y in function(x, *rest))
+
+    return run
+
+
+def _timm_standardize(dtype, memory_format):
+    def standardize(*weights):
+        out = []
+        for w in weights:
+            flat = w.reshape(1, w.shape[0], -1)
+            flat = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=1e-10)
+            out.append(flat.reshape_as(w).to(dtype, memory_format=memory_format))
+        return tuple(out)
+
+    return standardize
+
+
+def _big_transfer_standardize(dtype, memory_format):
+    def standardize(*weights):
+        out = []
+        for w in weights:
+            var, mean = torch.var_mean(w, dim=[1, 2, 3], keepdim=True, unbiased=False)
+            out.append(
+                ((w - mean) / torch.sqrt(var + 1e-10)).to(dtype, memory_format=memory_format)
+            )
+        return tuple(out)
+
+    return standardize
+
+
+def _norm_problem(case, device):
+    x = feature_maps(case, device)
+    dtype, channels = DTYPES[case.dtype], case.shape[1]
+    parameters = [p.to(device) for p in affine(channels)]
+    branch = [x] if case.operator == "group_norm_act" else [x, feature_maps(case, device, seed=2)]
+    ours, eager = (
+        (_ours_norm, _eager_norm) if len(branch) == 1 else (_ours_add_norm, _eager_add_norm)
+    )
+    same = _leaves([*branch, *(p.to(dtype) for p in parameters)], case)
+    contenders = {"ours": Contender(ours, same), "eager": Contender(eager, same)}
+    if case.dtype == "bf16":
+        leaves = same[: len(branch)] + _leaves(parameters, case)
+        contenders["amp"] = Contender(_amp(eager), leaves)
+
+    def exact(*inputs):
+        if len(branch) == 1:
+            return (reference.group_norm_act(inputs[0], GROUPS, *inputs[1:]),)
+        return reference.add_group_norm_act(*inputs[:2], GROUPS, *inputs[2:])
+
+    total = sum(t.detach().double() for t in branch)
+    norm = [t.detach().double() for t in same[-2:]]
+    kinks = reference.group_norm_act(total, GROUPS, *norm, act="none").abs() < KINK
+    dys = [torch.randn_like(x).masked_fill(kinks, 0.0)]
+    if len(branch) == 2:
+        dys.insert(0, torch.randn_like(x))
+    # Each big tensor once: x, (residual, sum,) y; then sum or x, dy, (dsum,) dx.
+    tensors = 2 * len(branch) + case.backward * (2 + len(branch))
+    pieces = [Piece(exact, range(len(same)), range(len(branch) + len(same)))]
+    return contenders, dys, pieces, tensors * x.nbytes
+
+
+def layer_weights(model, device):
+    """Random weights in the shapes of a model's weight-standardized convolutions, means not 0."""
+    net = bitkern.create_model(model, device="meta")
+    generator = torch.Generator(device).manual_seed(0)
+    weights = []
+    for layer in net.modules():
+        if isinstance(layer, WSConv2d):
+            w = torch.randn(layer.weight.shape, device=device, generator=generator)
+            weights.append(w * 0.02 + 0.01)
+    return weights
+
+
+def _weight_problem(case, device):
+    dtype, memory_format = DTYPES[case.dtype], FORMATS[case.layout]
+    layouts = (w.to(memory_format=memory_format) for w in layer_weights(case.shape, device))
+    weights = _leaves(layouts, case)
+
+    def ours(*weights):
+        last = case.layout == "channels_last"
+        return tuple(bitkern.ops.weight_standardize_all(weights, dtype=dtype, channels_last=last))
+
+    contenders = {
+        "ours": Contender(ours, weights),
+        "eager": Contender(_timm_standardize(dtype, memory_format), weights),
+        "big_transfer": Contender(_big_transfer_standardize(dtype, memory_format), weights),
+    }
+
+    def exact(weight):
+        return (reference.weight_standardize(weight),)
+
+    # One layer at a time: all of R152x4 in float64 would not fit beside the rest.
+    layers = range(len(weights))
+    pieces = [Piece(exact, [i], [i, len(weights) + i]) for i in layers]
+    dys = [torch.randn_like(w, dtype=dtype) for w in weights]
+    elements = sum(w.numel() for w in weights)
+    passes = elements * (4 + dtype.itemsize) + case.backward * elements * (dtype.itemsize + 8)
+    return contenders, dys, pieces, passes
+
+
+class Problem:
+    """One case on a device: ``contenders`` to race, ``gate()`` before, ``floor_bytes`` to move."""
+
+    def __init__(self, case, device):
+        build = _weight_problem if case.operator == "weight_standardize" else _norm_problem
+        self.case, self.device = case, device
+        self._contenders, self.dys, self.pieces, self.floor_bytes = build(case, device)
+        self.dys = self.dys if case.backward else []
+        # Enough copies of the inputs that none is left in the L2 cache when its turn comes again.
+        size = sum(t.nbytes for t in (*self._contenders["ours"].inputs, *self.dys))
+        l2 = l2_bytes(device)
+        self.calls = min(max(math.ceil(3 * l2 / size), 2), 256) if l2 else 1
+
+    def _results(self, function, inputs, dys):
+        """Outputs, then gradients of the inputs."""
+        outs = function(*inputs)
+        return [*outs, *(torch.autograd.grad(outs, inputs, dys) if dys else ())]
+
+    def gate(self):
+        """Ours is as near to the float64 result as PyTorch's at the same dtype, by a factor 2."""
+        ours, eager = (
+            self._results(*self._contenders[name], self.dys) for name in ("ours", "eager")
+        )
+        for function, which, results in self.pieces:
+            inputs = [self._contenders["ours"].inputs[i].detach().double() for i in which]
+            inputs = [t.requires_grad_(self.case.backward) for t in inputs]
+            results = [i for i in results if i < len(ours)]
+            dys = [self.dys[i].double() for i in results if i < len(self.dys)]
+            for i, exact in zip(results, self._results(function, inputs, dys), strict=True):
+                assert_accurate(ours[i], eager[i], exact, f"{self.case}: result {i}")
+
+    @property
+    def contenders(self):
+        """Name -> function that prepares a run of ``calls`` calls."""
+        all = dict(self._contenders)
+        for mode in self.case.modes:
+            name = "compile" if mode == "default" else mode
+            eager = "big_transfer" if self.case.operator == "weight_standardize" else "eager"
+            function, inputs = all[eager]
+            compiled = torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
+            all[name] = Contender(compiled, inputs)
+        return {name: partial(self._burst, one) for name, one in all.items()}
+
+    def _burst(self, contender):
+        # Clones in the same order for every contender; AMP's parameters are its own.
+        sets = [(contender.inputs, self.dys)]
+        for _ in range(self.calls - 1):
+            sets.append((_leaves(contender.inputs, self.case), [dy.clone() for dy in self.dys]))
+
+        def run():
+            with torch.set_grad_enabled(self.case.backward):
+                for inputs, dys in sets:
+                    self._results(contender.function, inputs, dys)
+
+        return run
+
+    def copy(self):
+        """Prepares a copy that reads and writes ``floor_bytes`` altogether."""
+        source = torch.randn(self.floor_bytes // 8)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)

@@ -1,0 +1,137 @@
+"""What was measured: rows as JSON, and a short table. ``python -m benchmarks.record FILE…``"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+# Shown beside ours, but not peers: another model (the ceiling).
+CEILINGS = ("batchnorm",)
+
+
+def _output(*command):
+    """What a command prints; "unknown" where it is not installed or fails (git: no repository)."""
+    if not shutil.which(command[0]):
+        return "unknown"
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def _triton_version():
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def header(device):
+    """Where and with what: names the device, commit, driver and versions."""
+    name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    about = {"device": name, "commit": _output("git", "describe", "--always", "--dirty")}
+    if device == "cuda":
+        about["device"] = torch.cuda.get_device_name()
+        query = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        about["driver"] = _output(*query).partition("\n")[0]
+    return about | {"torch": torch.__version__, "triton": _triton_version(), "stopped": None}
+
+
+def row(kind, case, timings, floor):
+    """One row; ``floor`` is the least time in seconds, from the bytes moved or the arithmetic."""
+    ms = {name: 1e3 * seconds for name, seconds in timings.seconds.items()}
+    ours = ms.pop("ours")
+    peak = dict(timings.peak_mb)
+    peers = [ms[name] for name in ms if name not in CEILINGS]
+    return {
+        "kind": kind,
+        "case": case,
+        "ours_ms": ours,
+        "peers_ms": ms,
+        "ratio_to_best_peer": min(peers) / ours if peers else None,
+        "fraction_of_floor": 1e3 * floor / ours,
+        "peak_mb": peak.pop("ours", None),
+        "peers_peak_mb": peak,
+        "failures": timings.failures,
+    }
+
+
+def failure(kind, case, error):
+    """The row of a case that ours failed."""
+    values = dict.fromkeys(("ours_ms", "ratio_to_best_peer", "fraction_of_floor", "peak_mb"))
+    empty = {"peers_ms": {}, "peers_peak_mb": {}}
+    reason = f"{type(error).__name__}: {str(error).strip()}"[:300]
+    return {"kind": kind, "case": case, **values, **empty, "failures": {"ours": reason}}
+
+
+class Record:
+    """The rows so far, written to ``path`` (if there is one) after every change."""
+
+    def __init__(self, path, header):
+        self.path, self.header, self.rows = path, header, {}
+
+    def content(self):
+        return {**self.header, "rows": list(self.rows.values())}
+
+    def add(self, row):
+        """A row replaces the earlier one of the same kind and case: it has more peers."""
+        self.rows[row["kind"], row["case"]] = row
+        self._write()
+
+    def stop(self, reason):
+        """Say why the rest is missing."""
+        if self.header["stopped"] is None:
+            self.header["stopped"] = reason
+            self._write()
+
+    def _write(self):
+        if self.path is None:
+            return
+        part = self.path.with_name(f".part-{self.path.name}")
+        part.write_text(json.dumps(self.content(), indent=1))
+        os.replace(part, self.path)
+
+
+def _cells(row, gpu):
+    ours, peers = row["ours_ms"], row["peers_ms"]
+    if ours is None:
+        return [row["kind"], row["case"], "FAILED", row["failures"]["ours"].partition("\n")[0]]
+    ranked = sorted((ms, name) for name, ms in peers.items() if name not in CEILINGS)
+    best = f"{ranked[0][0] / ours:.2f} {ranked[0][1]}" if ranked else "-"
+    cells = [row["kind"], row["case"], best]
+    for kind in (("eager",), ("compile", "max-autotune")):
+        least = min((ms for ms, name in ranked if name.startswith(kind)), default=None)
+        cells.append(f"{least / ours:.2f}" if least else "-")
+    cells.append(f"{row['fraction_of_floor']:.2f}")
+    if gpu:
+        peaks = row["peak_mb"], min(row["peers_peak_mb"].values(), default=None)
+        cells += [f"{ours:.3f}", "/".join("-" if mb is None else f"{mb:.0f}" for mb in peaks)]
+    return cells
+
+
+def table(results):
+    """A short table of one file's content. Ratios are a peer's time over ours: above 1 we lead."""
+    gpu = not results["device"].endswith("threads")
+    head = ["kind", "case", "x best peer", "x eager", "x compile", "of floor"]
+    head += ["ours ms", "peak MB/least peer"] * gpu
+    rows = [head, *(_cells(row, gpu) for row in results["rows"])]
+    # The last cell of a failed row is a sentence: it does not widen its column.
+    shown = [row for row in rows if "FAILED" not in row]
+    widths = [max(len(row[i]) for row in shown) for i in range(len(head))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=False)).rstrip() for r in rows]
+    about = [f"{key}: {value}" for key, value in results.items() if key != "rows"]
+    lines = ["; ".join(about), *lines]
+    for row in results["rows"]:
+        for name, reason in row["failures"].items():
+            if name != "ours":
+                lines.append(f"{row['kind']} {row['case']}: {name}: {reason.partition(chr(10))[0]}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        print(table(json.loads(path.read_text())) if path.exists() else f"{path}: nothing measured")

@@ -1,0 +1,149 @@
+"""Launch configurations of the Triton kernels: pure functions of the problem and the device."""
+
+import functools
+import math
+from typing import NamedTuple
+
+TILE = 8192  # elements of a tile, of all tensors together: what fits in a program's registers
+RESIDENT_BYTES = 128 * 1024  # a program's share of a tensor that its second pass finds in L2
+PROGRAMS = 256  # wanted per sample where its pixels are split
+MAX_SPLITS = 32  # of a sample's pixels
+COMBINED = 2048  # splits times lanes: partial results that one program combines
+MAX_GROUP = 4096  # channels per group
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def max_splits(lanes: int) -> int:
+    return max(min(MAX_SPLITS, COMBINED // lanes), 1)
+
+
+class GroupNormPlan(NamedTuple):
+    """How one sample is cut into work. A tile is [depth * rows pixels, lanes channels]."""
+
+    block: int  # channels of a program: whole groups
+    lanes: int  # the next power of two
+    depth: int  # pixels of a tile that one thread sees, for the channels of one access
+    rows: int
+    tiles: int  # per split
+    splits: int  # partial results per sample and group, combined in a fixed order
+    unit: int  # divides the contiguous dimension and the block's part of it: width of an access
+    warps: int
+    resident: bool  # a second pass by the same program finds the first one's data in L2
+
+    @property
+    def on_chip(self) -> bool:
+        """One tile is all: a program keeps it in registers and reads it once."""
+        return self.tiles == self.splits == 1
+
+
+@functools.lru_cache(maxsize=1024)
+def group_norm_plan(
+    channels: int, pixels: int, groups: int, itemsize: int, channels_last: bool, tensors: int
+) -> GroupNormPlan:
+    """The plan for every sample, whatever the batch: a sample's result must not depend on it.
+
+    ``tensors`` is the number of big tensors of which a program holds a tile at a time.
+    """
+    size = channels // groups
+    tile = TILE // tensors
+    if channels_last:
+        # Channels are contiguous: rows of 128 bytes where they fit, of 32 bytes at least.
+        widest, narrowest, vector = min(128 // itemsize, 64), 32 // itemsize, 16 // itemsize
+        step = math.lcm(size, vector)
+        if channels % vector or step > widest:
+            step = size
+        unit = math.gcd(channels, step, 8)
+    else:
+        # Pixels are contiguous: groups are packed only to fill the tile of a small map.
+        widest, narrowest, step = 64, 1, size
+        unit = math.gcd(pixels, 8)
+    blocks = [step]
+    while 2 * blocks[-1] <= min(widest, channels):
+        blocks.append(2 * blocks[-1])
+    blocks = [block for block in blocks if block >= narrowest] or blocks[-1:]
+
+    on_chip = [b for b in blocks if power_of_two(pixels) * power_of_two(b) <= tile]
+    if on_chip:
+        block, pixels_of_tile, tiles, splits = on_chip[-1], power_of_two(pixels), 1, 1
+        resident = True
+    else:
+        resident = pixels * blocks[0] * itemsize <= RESIDENT_BYTES
+        filling = [b for b in blocks if 2 * MAX_SPLITS * math.ceil(channels / b) >= PROGRAMS]
+        block = blocks[0] if resident or not filling else filling[-1]
+        pixels_of_tile = max(tile // power_of_two(block), 1)
+        all_tiles = math.ceil(pixels / pixels_of_tile)
+        splits = min(
+            max_splits(power_of_two(block)),
+            math.ceil(PROGRAMS / math.ceil(channels / block)),
+            # Several tiles share the cost of a reduction.
+            max(all_tiles // (3 if resident else 1), 1),
+        )
+        tiles = math.ceil(all_tiles / splits)
+        splits = math.ceil(all_tiles / tiles)
+    lanes = power_of_two(block)
+    elements = pixels_of_tile * lanes
+    warps = min(max(elements * tensors // 1024, 1), 16)
+    depth = min(max(elements * itemsize // (16 * 32 * warps), 1), pixels_of_tile)
+    rows = pixels_of_tile // depth
+    return GroupNormPlan(block, lanes, depth, rows, tiles, splits, unit, warps, resident)
+
+
+def in_one_launch(plan: GroupNormPlan, programs: int, multiprocessors: int) -> bool:
+    """Whether ``programs`` that each do all splits of their groups fill the device.
+
+    They run the arithmetic of one program per split, so that the choice changes no bit.
+    """
+    few = plan.tiles * plan.splits <= 4  # ends before a second launch would begin
+    return plan.on_chip or plan.resident and (few or programs >= 2 * multiprocessors)
+
+
+def samples_per_chunk(samples: int, sample_bytes: int, l2_bytes: int) -> int:
+    """Samples that both passes take before the next: about a third of L2, all where they fit."""
+    if samples * sample_bytes <= l2_bytes:
+        return samples
+    return max(l2_bytes // 3 // sample_bytes, 1)
+
+
+class FilterTile(NamedTuple):
+    """A program's tile in weight standardization."""
+
+    filters: int
+    block: int  # elements of a filter at a time
+    whole: bool  # a filter fits
+    aligned: bool  # 8 divides the length of a filter: accesses of 16 bytes
+
+
+# The tiles of a launch for many layers; the last two for long and for unaligned filters.
+FILTER_TILES = (
+    FilterTile(32, 256, True, True),
+    FilterTile(8, 1024, True, True),
+    FilterTile(4, 2048, True, True),
+    FilterTile(2, 4096, True, True),
+    FilterTile(1, 8192, True, True),
+    FilterTile(1, 4096, False, True),
+    FilterTile(1, 1024, False, False),
+)
+FILTER_WARPS = 8
+
+
+def filter_kind(length: int, aligned: bool) -> int:
+    """The index in ``FILTER_TILES`` for filters of this many elements."""
+    if not aligned:
+        return len(FILTER_TILES) - 1
+    fitting = (i for i, tile in enumerate(FILTER_TILES) if tile.whole and length <= tile.block)
+    return next(fitting, len(FILTER_TILES) - 2)
+
+
+@functools.lru_cache(maxsize=1024)
+def filter_tile(filters: int, length: int, aligned: bool) -> tuple[FilterTile, int]:
+    """Tile and warps for one layer alone: filters are split until they fill the device."""
+    tile = FILTER_TILES[filter_kind(length, aligned)]
+    if tile.whole:
+        block = max(power_of_two(length), 32)
+        each = min(tile.filters * tile.block // block, power_of_two(filters // 128))
+        tile = tile._replace(filters=each, block=block)
+    return tile, min(max(tile.filters * tile.block // 1024, 1), FILTER_WARPS)

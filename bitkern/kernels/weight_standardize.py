@@ -1,0 +1,362 @@
+"""Weight standardization in Triton: one layer, or all layers of a model in one launch.
+
+A program takes a tile [FILTERS, BLOCK] of whole filters, which stays in registers between the
+two passes; a filter longer than a tile is read twice. One layer's addresses and sizes are kernel
+arguments. Many layers' lie in tables: ``sizes`` and ``programs`` are made once for a set of
+layers, ``pointers`` each time by a kernel that gets them as arguments, safe under CUDA graphs.
+
+Tensors: weight, dweight, out, dout [filters, K], K = inner * taps elements stored [inner, taps],
+or [taps, inner] in channels_last; gain, dgain [filters]; stats (fp32) [2, filters of all layers]:
+mean and std, std = sqrt(var + eps), or sqrt(var) with eps outside. sizes (int64) [layers, 6];
+programs (int32) [programs, 2]: layer and first filter; pointers (int64) [layers, tensors].
+"""
+
+import functools
+import struct
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from bitkern.kernels import config
+from bitkern.kernels.launch import launch
+
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_POINTERS_AT_A_TIME = 64
+
+
+@triton.jit
+def _load(pointer, mask):
+    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _addresses(filter, k, K, minor, PERMUTED: tl.constexpr):
+    """Offsets of elements k of the filters, and of the same ones in the other tensor's order.
+
+    Its dimensions are exchanged: k = major * minor + rest is rest * (K / minor) + major there.
+    """
+    row = filter.to(tl.int64)[:, None] * K
+    own = row + k[None, :]
+    if not PERMUTED:
+        return own, own
+    # Division by a product, exact because k / minor is small.
+    major = ((k + 0.5) * (1.0 / minor)).to(tl.int32)
+    return own, row + ((k - major * minor) * (K // minor) + major)[None, :]
+
+
+@triton.jit
+def _forward_tile(
+    weight, out, gain, stats, first, filters, K, minor, first_stat, all_filters, scale, eps,
+    EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, FILTERS: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr,
+):  # fmt: skip
+    """out in its own order. WHOLE: K <= BLOCK. ALIGNED: 8 divides K."""
+    if ALIGNED:
+        K = K // 8 * 8  # tells the compiler how wide its accesses may be
+    filter = first + tl.arange(0, FILTERS)
+    valid = filter < filters
+    k = tl.arange(0, BLOCK)
+    if WHOLE:
+        own, other = _addresses(filter, k, K, minor, PERMUTED)
+        mask = valid[:, None] & (k < K)[None, :]
+        value = _load(weight + other, mask)
+        mean = tl.sum(value, 1) / K
+        centered = tl.where(mask, value - mean[:, None], 0.0)
+        m2 = tl.sum(centered * centered, 1)
+    else:
+        means = tl.zeros([FILTERS, BLOCK], tl.float32)
+        m2s = tl.zeros([FILTERS, BLOCK], tl.float32)
+        for i in range(tl.cdiv(K, BLOCK)):
+            own, other = _addresses(filter, i * BLOCK + k, K, minor, PERMUTED)
+            mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
+            value = _load(weight + other, mask)
+            delta = tl.where(mask, value - means, 0.0)
+            means += delta * (1.0 / (i + 1))
+            m2s += delta * (value - means)
+        count = tl.cdiv(K - k, BLOCK).to(tl.float32)[None, :]
+        mean = tl.sum(means * count, 1) / K
+        delta = means - mean[:, None]
+        m2 = tl.sum(m2s + delta * (delta * count), 1)
+    var = m2 / (K - UNBIASED)
+    if EPS_OUTSIDE:
+        std = tl.sqrt_rn(var)
+        factor = scale / (std + eps)
+    else:
+        std = tl.sqrt_rn(var + eps)
+        factor = scale / std
+    if gain is not None:
+        factor *= _load(gain + filter, valid)
+    tl.store(stats + first_stat + filter, mean, mask=valid)
+    tl.store(stats + all_filters + first_stat + filter, std, mask=valid)
+    if WHOLE:
+        tl.store(out + own, centered * factor[:, None], mask=mask)
+    else:
+        for i in range(tl.cdiv(K, BLOCK)):
+            own, other = _addresses(filter, i * BLOCK + k, K, minor, PERMUTED)
+            mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
+            value = _load(weight + other, mask)
+            tl.store(out + own, (value - mean[:, None]) * factor[:, None], mask=mask)
+
+
+@triton.jit
+def _backward_tile(
+    dout, weight, dweight, gain, dgain, stats, first, filters, K, minor, first_stat, all_filters,
+    scale, eps, EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, FILTERS: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr,
+):  # fmt: skip
+    """dweight in its own order. With c = weight - mean and d the denominator:
+
+    dweight = gain * scale / d * (dout - mean(dout) - c * sum(dout * c) / (d * std * (K or K - 1)))
+    """
+    if ALIGNED:
+        K = K // 8 * 8
+    filter = first + tl.arange(0, FILTERS)
+    valid = filter < filters
+    k = tl.arange(0, BLOCK)
+    mean = _load(stats + first_stat + filter, valid)[:, None]
+    std = tl.load(stats + all_filters + first_stat + filter, mask=valid, other=1.0)
+    if WHOLE:
+        own, other = _addresses(filter, k, K, minor, PERMUTED)
+        mask = valid[:, None] & (k < K)[None, :]
+        g = _load(dout + other, mask)
+        centered = _load(weight + own, mask) - mean
+        sum_g = tl.sum(g, 1)
+        sum_gc = tl.sum(g * centered, 1)
+    else:
+        sums_g = tl.zeros([FILTERS, BLOCK], tl.float32)
+        sums_gc = tl.zeros([FILTERS, BLOCK], tl.float32)
+        for i in range(tl.cdiv(K, BLOCK)):
+            own, other = _addresses(filter, i * BLOCK + k, K, minor, PERMUTED)
+            mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
+            g = _load(dout + other, mask)
+            sums_g += g
+            sums_gc += g * (_load(weight + own, mask) - mean)
+        sum_g = tl.sum(sums_g, 1)
+        sum_gc = tl.sum(sums_gc, 1)
+    slope = sum_gc / (K - UNBIASED)
+    if EPS_OUTSIDE:
+        d = std + eps
+        slope = tl.where(std > 0.0, slope / d / std, 0.0)
+    else:
+        d = std
+        slope = slope / d / d
+    factor = scale / d
+    if gain is not None:
+        tl.store(dgain + filter, factor * sum_gc, mask=valid)
+        factor *= _load(gain + filter, valid)
+    constant = (sum_g / K)[:, None]
+    slope = slope[:, None]
+    factor = factor[:, None]
+    if WHOLE:
+        tl.store(dweight + own, (g - constant - centered * slope) * factor, mask=mask)
+    else:
+        for i in range(tl.cdiv(K, BLOCK)):
+            own, other = _addresses(filter, i * BLOCK + k, K, minor, PERMUTED)
+            mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
+            centered = _load(weight + own, mask) - mean
+            value = _load(dout + other, mask) - constant - centered * slope
+            tl.store(dweight + own, value * factor, mask=mask)
+
+
+@triton.jit(do_not_specialize=["filters", "K", "minor"])
+def _forward_one(
+    weight, out, gain, stats, filters, K, minor, scale, eps,
+    EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, FILTERS: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr,
+):  # fmt: skip
+    _forward_tile(
+        weight, out, gain, stats, tl.program_id(0) * FILTERS, filters, K, minor, 0, filters, scale,
+        eps, EPS_OUTSIDE, UNBIASED, FILTERS, BLOCK, WHOLE, ALIGNED, PERMUTED,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["filters", "K", "minor"])
+def _backward_one(
+    dout, weight, dweight, gain, dgain, stats, filters, K, minor, scale, eps,
+    EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, FILTERS: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr,
+):  # fmt: skip
+    _backward_tile(
+        dout, weight, dweight, gain, dgain, stats, tl.program_id(0) * FILTERS, filters, K, minor,
+        0, filters, scale, eps, EPS_OUTSIDE, UNBIASED, FILTERS, BLOCK, WHOLE, ALIGNED, PERMUTED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_pointers(table, first, pointers):
+    for i in tl.static_range(len(pointers)):
+        tl.store(table + first + i, pointers[i])
+
+
+@triton.jit
+def _size(sizes, layer, INDEX: tl.constexpr):
+    return tl.load(sizes + layer * 6 + INDEX).to(tl.int32)
+
+
+@triton.jit
+def _tensor(pointers, layer, INDEX: tl.constexpr, TENSORS: tl.constexpr, DTYPE: tl.constexpr):
+    pointer = tl.load(pointers + layer * TENSORS + INDEX).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(pointer, 16)
+
+
+@triton.jit(do_not_specialize=["all_filters"])
+def _forward_all(
+    sizes, programs, pointers, stats, all_filters, eps, WEIGHT: tl.constexpr, OUT: tl.constexpr,
+    HAS_GAIN: tl.constexpr, EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr,
+    PERMUTED: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    layer = tl.load(programs + 2 * tl.program_id(0))
+    first = tl.load(programs + 2 * tl.program_id(0) + 1)
+    filters, K, minor = _size(sizes, layer, 0), _size(sizes, layer, 1), _size(sizes, layer, 2)
+    first_stat, kind = _size(sizes, layer, 3), _size(sizes, layer, 5)
+    scale = _size(sizes, layer, 4).to(tl.float32, bitcast=True)
+    weight = _tensor(pointers, layer, 0, 2 + HAS_GAIN, WEIGHT)
+    out = _tensor(pointers, layer, 1, 2 + HAS_GAIN, OUT)
+    gain = None
+    if HAS_GAIN:
+        gain = _tensor(pointers, layer, 2, 3, WEIGHT)
+    for i in tl.static_range(len(TILES)):
+        if kind == i:
+            _forward_tile(
+                weight, out, gain, stats, first, filters, K, minor, first_stat, all_filters, scale,
+                eps, EPS_OUTSIDE, UNBIASED, TILES[i][0], TILES[i][1], TILES[i][2], TILES[i][3],
+                PERMUTED,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["all_filters"])
+def _backward_all(
+    sizes, programs, pointers, stats, all_filters, eps, WEIGHT: tl.constexpr, OUT: tl.constexpr,
+    HAS_GAIN: tl.constexpr, EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr,
+    PERMUTED: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    layer = tl.load(programs + 2 * tl.program_id(0))
+    first = tl.load(programs + 2 * tl.program_id(0) + 1)
+    filters, K, minor = _size(sizes, layer, 0), _size(sizes, layer, 1), _size(sizes, layer, 2)
+    first_stat, kind = _size(sizes, layer, 3), _size(sizes, layer, 5)
+    scale = _size(sizes, layer, 4).to(tl.float32, bitcast=True)
+    dout = _tensor(pointers, layer, 0, 3 + 2 * HAS_GAIN, OUT)
+    weight = _tensor(pointers, layer, 1, 3 + 2 * HAS_GAIN, WEIGHT)
+    dweight = _tensor(pointers, layer, 2, 3 + 2 * HAS_GAIN, WEIGHT)
+    gain = None
+    dgain = None
+    if HAS_GAIN:
+        gain = _tensor(pointers, layer, 3, 5, WEIGHT)
+        dgain = _tensor(pointers, layer, 4, 5, WEIGHT)
+    for i in tl.static_range(len(TILES)):
+        if kind == i:
+            _backward_tile(
+                dout, weight, dweight, gain, dgain, stats, first, filters, K, minor, first_stat,
+                all_filters, scale, eps, EPS_OUTSIDE, UNBIASED, TILES[i][0], TILES[i][1],
+                TILES[i][2], TILES[i][3], PERMUTED,
+            )  # fmt: skip
+
+
+class _Layer(NamedTuple):
+    """Sizes of one layer, for a kernel that goes through a filter in the order of ``own``."""
+
+    filters: int
+    length: int
+    minor: int  # the dimension exchanged with the other tensor's; length where none is
+    aligned: bool
+    scale: float
+
+
+def _layer(own, other, tensors, scale):
+    length = own.shape[1:].numel()
+    minor = length
+    if length and own.is_contiguous() != other.is_contiguous():
+        minor = length // own.shape[1] if own.is_contiguous() else own.shape[1]
+    addresses = 0
+    for tensor in tensors:
+        if tensor is not None:
+            addresses |= tensor.data_ptr()
+    return _Layer(own.shape[0], length, minor, length % 8 == 0 and addresses % 16 == 0, scale)
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(layers, device):
+    """sizes and programs on the device, long filters first."""
+    sizes, programs, first_stat = [], [], 0
+    for layer in layers:
+        kind = config.filter_kind(layer.length, layer.aligned)
+        (scale,) = struct.unpack("i", struct.pack("f", layer.scale))
+        sizes.append((layer.filters, layer.length, layer.minor, first_stat, scale, kind))
+        first_stat += layer.filters
+    for i in sorted(range(len(layers)), key=lambda i: -layers[i].length):
+        step = config.FILTER_TILES[sizes[i][-1]].filters
+        programs += [(i, first) for first in range(0, layers[i].filters, step)]
+    return (
+        torch.tensor(sizes, dtype=torch.int64, device=device),
+        torch.tensor(programs, dtype=torch.int32, device=device),
+    )
+
+
+def _pointers(tensors):
+    """Addresses of the layers' tensors, on the device."""
+    addresses = [t.data_ptr() for layer in tensors for t in layer if t is not None]
+    addresses += addresses[-1:] * (-len(addresses) % _POINTERS_AT_A_TIME)
+    table = tensors[0][0].new_empty(len(addresses), dtype=torch.int64)
+    for first in range(0, len(addresses), _POINTERS_AT_A_TIME):
+        chunk = tuple(addresses[first : first + _POINTERS_AT_A_TIME])
+        launch(_store_pointers, 1, (table,), (first, chunk), (), 1)
+    return table
+
+
+def _launch(one, many, tensors, layers, gains, stats, eps, variant, dtypes):
+    """The kernel for one layer, or that for many; tensors: a tuple per layer, some of them None."""
+    permuted = any(layer.minor != layer.length for layer in layers)
+    with torch.cuda.device_of(stats):
+        if len(layers) > 1:
+            sizes, programs = _tables(tuple(layers), stats.device)
+            pointers = (sizes, programs, _pointers(tensors), stats)
+            dtypes = [_DTYPES[dtype] for dtype in dtypes]
+            options = (*dtypes, int(gains is not None), *variant, permuted, config.FILTER_TILES)
+            numbers = (stats.shape[1], eps)
+            launch(many, len(programs), pointers, numbers, options, config.FILTER_WARPS)
+            return
+        ((filters, length, minor, aligned, scale),) = layers
+        tile, warps = config.filter_tile(filters, length, aligned)
+        options = (*variant, *tile, permuted)
+        numbers = (filters, length, minor, scale, eps)
+        programs = -(-filters // tile.filters)
+        launch(one, programs, (*tensors[0], stats), numbers, options, warps)
+
+
+def weight_standardize_forward(
+    weights, gains, scales, eps, eps_outside, unbiased, dtype, channels_last
+):
+    """``(outs, stats)`` of many layers; stats (2, filters of all layers) fp32.
+
+    weights (O, I, *kernel), dense, each in either memory format; outs in the one asked for.
+    """
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    outs = [torch.empty_like(w, dtype=dtype, memory_format=format) for w in weights]
+    filters = sum(w.shape[0] for w in weights)
+    stats = weights[0].new_empty((2, filters), dtype=torch.float32)
+    if filters == 0:
+        return outs, stats
+    tensors = list(zip(weights, outs, gains or [None] * len(weights), strict=True))
+    layers = [_layer(t[1], t[0], t, scale) for t, scale in zip(tensors, scales, strict=True)]
+    variant, dtypes = (eps_outside, unbiased), (weights[0].dtype, dtype)
+    _launch(_forward_one, _forward_all, tensors, layers, gains, stats, eps, variant, dtypes)
+    return outs, stats
+
+
+def weight_standardize_backward(douts, weights, gains, scales, stats, eps, eps_outside, unbiased):
+    """``(dweights, dgains or None)`` of many layers, like weights and gains.
+
+    douts of one dtype, dense, each in either memory format.
+    """
+    dweights = [torch.empty_like(w) for w in weights]
+    dgains = None if gains is None else [torch.empty_like(gain) for gain in gains]
+    if stats.numel() == 0:
+        return dweights, dgains
+    none = [None] * len(weights)
+    tensors = list(zip(douts, weights, dweights, gains or none, dgains or none, strict=True))
+    layers = [_layer(t[1], t[0], t, scale) for t, scale in zip(tensors, scales, strict=True)]
+    variant, dtypes = (eps_outside, unbiased), (weights[0].dtype, douts[0].dtype)
+    _launch(_backward_one, _backward_all, tensors, layers, gains, stats, eps, variant, dtypes)
+    return dweights, dgains

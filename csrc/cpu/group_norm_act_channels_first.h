@@ -1,0 +1,210 @@
+#pragma once
+
+// GroupNorm + activation on [batch, channels, pixels]. A unit is a group of a sample; a block is a
+// run of its channels, or a run of pixels of one channel where channels are large. Either way a
+// block lies in one piece.
+
+#include "group_norm_act.h"
+#include "moments.h"
+
+#ifndef NP
+#define NP 0
+#endif
+#ifndef NA
+#define NA 0
+#endif
+namespace bitkern::cpu::BITKERN_ISA {
+namespace {
+
+struct ChannelsFirst {
+  GroupNormAct shape;
+  Affine affine;
+  int64_t width;                                      // channels per group
+  int64_t pixels_a_block, channels_a_block, columns;  // a group is cut into `columns` of pixels
+  int64_t units, blocks, parts, slot_size;
+
+  // A slot holds pairs of doubles: one per channel and column, and one more.
+  ChannelsFirst(const GroupNormAct& shape, const Affine& affine)
+      : shape(shape), affine(affine), width(shape.channels / shape.groups) {
+    pixels_a_block = shape.pixels < 2 * BLOCK ? shape.pixels : BLOCK;
+    columns = (shape.pixels + pixels_a_block - 1) / pixels_a_block;
+    channels_a_block = shape.pixels < BLOCK ? BLOCK / shape.pixels : 1;
+    units = shape.batch * shape.groups;
+    blocks = (width + channels_a_block - 1) / channels_a_block * columns;
+    parts = 1;
+    slot_size = 4 * (width * columns + 1);
+  }
+
+  // Channels [first, last) of the group, `pixels` of each from `pixel` on.
+  struct Block {
+    int64_t first, last, pixel, pixels, column;
+  };
+  Block block_at(int64_t block) const {
+    const int64_t column = block % columns, pixel = column * pixels_a_block;
+    const int64_t first = block / columns * channels_a_block, last = first + channels_a_block;
+    const int64_t left = shape.pixels - pixel;
+    return {first, last < width ? last : width, pixel,
+            left < pixels_a_block ? left : pixels_a_block, column};
+  }
+  int64_t offset(int64_t unit, int64_t channel, int64_t pixel) const {
+    return (unit * width + channel) * shape.pixels + pixel;
+  }
+  // Of a channel of the unit's group, among all channels.
+  int64_t channel(int64_t unit, int64_t c) const { return unit % shape.groups * width + c; }
+  double* pair(float* slot, int64_t i) const { return reinterpret_cast<double*>(slot) + 2 * i; }
+};
+
+template <class T, Activation act>
+struct ForwardChannelsFirst : ChannelsFirst {
+  GroupNormActForward tensors;
+
+  ForwardChannelsFirst(const GroupNormAct& shape, const Affine& affine,
+                       const GroupNormActForward& tensors)
+      : ChannelsFirst(shape, affine), tensors(tensors) {}
+
+  void prepare(float*, int64_t, Range) const {}
+
+  __attribute__((flatten)) void reduce(float* slot, int64_t unit, int64_t index) const {
+    const Block block = block_at(index);
+    const int64_t start = offset(unit, block.first, block.pixel);
+    const int64_t length = (block.last - block.first) * block.pixels;
+    const T* x = static_cast<const T*>(tensors.x) + start;
+    Moments result;
+    if (tensors.residual) {
+      const T* residual = static_cast<const T*>(tensors.residual) + start;
+      T* total = static_cast<T*>(tensors.total) + start;
+      result = moments(length, [=](int64_t i, auto lanes) {
+        const Vec sum = round_to<T>(load(x + i, lanes) + load(residual + i, lanes));
+        store(total + i, sum, lanes);
+        return sum;
+      });
+    } else {
+      result = moments(length, [=](int64_t i, auto lanes) { if (NP) __builtin_prefetch(x + i + NP); return load(x + i, lanes); });
+    }
+    pair(slot, index)[0] = result.mean;
+    pair(slot, index)[1] = result.m2;
+  }
+
+  void combine(float* slot, int64_t unit, Range parts) const {
+    if (parts.begin == parts.end) return;
+    Moments group;
+    for (int64_t i = 0; i < blocks; ++i) {
+      const Block block = block_at(i);
+      const double count = double((block.last - block.first) * block.pixels);
+      group.merge({count, pair(slot, i)[0], pair(slot, i)[1]});
+    }
+    tensors.mean[unit] = float(group.mean);
+    pair(slot, width * columns)[0] = group.mean - tensors.mean[unit];
+    tensors.rstd[unit] = float(1 / __builtin_sqrt(group.m2 / group.count + tensors.eps));
+  }
+
+  __attribute__((flatten)) void apply(float* slot, int64_t unit, int64_t index) const {
+    const Block block = block_at(index);
+    const Vec mean = broadcast(tensors.mean[unit]);
+    const bool streams = stream_output<T>(shape, tensors.y, shape.pixels);
+    const float rest = float(pair(slot, width * columns)[0]);
+    for (int64_t c = block.first; c < block.last; ++c) {
+      const Vec scale = broadcast(tensors.rstd[unit] * affine.weight[channel(unit, c)]);
+      const Vec bias = affine.bias[channel(unit, c)] - scale * rest;
+      const int64_t start = offset(unit, c, block.pixel);
+      const T* x = static_cast<const T*>(tensors.residual ? tensors.total : tensors.x) + start;
+      T* y = static_cast<T*>(tensors.y) + start;
+      for_vectors(block.pixels, [=](int64_t i, auto lanes) {
+        if (NA) __builtin_prefetch(x + i + NA);
+        const Vec result = activate<act>(fma(load(x + i, lanes) - mean, scale, bias));
+        if (streams) stream(y + i, result, lanes);
+        else store(y + i, result, lanes);
+      });
+    }
+  }
+};
+
+template <class T, Activation act>
+struct BackwardChannelsFirst : ChannelsFirst {
+  GroupNormActBackward tensors;
+
+  BackwardChannelsFirst(const GroupNormAct& shape, const Affine& affine,
+                        const GroupNormActBackward& tensors)
+      : ChannelsFirst(shape, affine), tensors(tensors) {}
+
+  void prepare(float*, int64_t, Range) const {}
+
+  // Sums of g and g * (x - mean) over the block's pixels of a channel, with g = dy * act'.
+  __attribute__((flatten)) void reduce(float* slot, int64_t unit, int64_t index) const {
+    const Block block = block_at(index);
+    const Vec mean = broadcast(tensors.mean[unit]);
+    for (int64_t c = block.first; c < block.last; ++c) {
+      const Vec scale = broadcast(tensors.rstd[unit] * affine.weight[channel(unit, c)]);
+      const Vec bias = broadcast(affine.bias[channel(unit, c)]);
+      const int64_t start = offset(unit, c, block.pixel);
+      const T* x = static_cast<const T*>(tensors.total) + start;
+      const T* dy = static_cast<const T*>(tensors.dy) + start;
+      Vec sums[4] = {}, products[4] = {};
+      const auto accumulate = [&](int64_t i, auto lanes, int k) {
+        if (NP) { __builtin_prefetch(x + i + NP); __builtin_prefetch(dy + i + NP); }
+        const Vec centered = load(x + i, lanes) - mean;
+        const Vec g = activate_backward<act>(fma(centered, scale, bias), load(dy + i, lanes));
+        sums[k] += g;
+        products[k] = fma(g, centered, products[k]);
+      };
+      int64_t i = 0;
+      for (; i + 4 * WIDTH <= block.pixels; i += 4 * WIDTH) {
+        for (int k = 0; k < 4; ++k) accumulate(i + k * WIDTH, AllLanes{}, k);
+      }
+      for_vectors(block.pixels - i, [&](int64_t j, auto lanes) { accumulate(i + j, lanes, 0); });
+      double* const result = pair(slot, c * columns + block.column);
+      result[0] = sum(sums[0] + sums[1] + (sums[2] + sums[3]));
+      result[1] = sum(products[0] + products[1] + (products[2] + products[3]));
+    }
+  }
+
+  void combine(float* slot, int64_t unit, Range parts) const {
+    if (parts.begin == parts.end) return;
+    const double rstd = tensors.rstd[unit];
+    double weighted_sum = 0, weighted_product = 0;
+    for (int64_t c = 0; c < width; ++c) {
+      double sum = 0, product = 0;
+      for (int64_t column = 0; column < columns; ++column) {
+        sum += pair(slot, c * columns + column)[0];
+        product += pair(slot, c * columns + column)[1];
+      }
+      weighted_sum += affine.weight[channel(unit, c)] * sum;
+      weighted_product += affine.weight[channel(unit, c)] * product;
+      affine.dbias[unit * width + c] = float(sum);
+      affine.dweight[unit * width + c] = float(rstd * product);
+    }
+    const double count = double(width * shape.pixels);
+    pair(slot, width * columns)[0] = -rstd * (rstd * (rstd * weighted_product)) / count;
+    pair(slot, width * columns)[1] = -rstd * weighted_sum / count;
+  }
+
+  __attribute__((flatten)) void apply(float* slot, int64_t unit, int64_t index) const {
+    if (!tensors.dx) return;
+    const Block block = block_at(index);
+    const Vec mean = broadcast(tensors.mean[unit]);
+    const Vec slope = broadcast(float(pair(slot, width * columns)[0]));
+    const bool streams = stream_output<T>(shape, tensors.dx, shape.pixels);
+    const Vec shift = broadcast(float(pair(slot, width * columns)[1]));
+    for (int64_t c = block.first; c < block.last; ++c) {
+      const Vec scale = broadcast(tensors.rstd[unit] * affine.weight[channel(unit, c)]);
+      const Vec bias = broadcast(affine.bias[channel(unit, c)]);
+      const int64_t start = offset(unit, c, block.pixel);
+      const T* x = static_cast<const T*>(tensors.total) + start;
+      const T* dy = static_cast<const T*>(tensors.dy) + start;
+      const T* dtotal = static_cast<const T*>(tensors.dtotal);
+      if (dtotal) dtotal += start;
+      T* dx = static_cast<T*>(tensors.dx) + start;
+      for_vectors(block.pixels, [=](int64_t i, auto lanes) {
+        const Vec centered = load(x + i, lanes) - mean;
+        const Vec g = activate_backward<act>(fma(centered, scale, bias), load(dy + i, lanes));
+        Vec grad = fma(scale, g, fma(slope, centered, shift));
+        if (dtotal) grad += load(dtotal + i, lanes);
+        if (streams) stream(dx + i, grad, lanes);
+        else store(dx + i, grad, lanes);
+      });
+    }
+  }
+};
+
+}  // namespace
+}  // namespace bitkern::cpu::BITKERN_ISA
