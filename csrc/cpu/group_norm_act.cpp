@@ -80,7 +80,10 @@ void group_norm_act_forward(const GroupNormAct& shape, const GroupNormActForward
   const Affine affine{weight, bias, nullptr, nullptr};
   const auto run = [&](const auto& kernel) {
     const Scratch slots(2 * threads * kernel.slot_size);
-    parallel(threads, [&](const Team& team) { two_pass(team, kernel, slots.data); });
+    parallel(threads, [&](const Team& team) {
+      two_pass(team, kernel, slots.data);
+      stream_fence();
+    });
   };
   with_dtype_and_act(shape, [&](auto t, auto act) {
     using T = decltype(t);
@@ -111,6 +114,7 @@ void group_norm_act_backward(const GroupNormAct& shape, const GroupNormActBackwa
     const Scratch slots(2 * threads * kernel.slot_size);
     parallel(threads, [&](const Team& team) {
       two_pass(team, kernel, slots.data);
+      stream_fence();
       team.barrier();
       reduce_parameters(team.share(shape.channels));
     });

@@ -3,7 +3,6 @@
 // What the two memory layouts of GroupNorm + activation share: the activations, and the schedule of
 // a reduction followed by an elementwise pass.
 
-#include <cstdlib>
 #include "bitkern/group_norm_act.h"
 #include "parallel.h"
 #include "vec.h"
@@ -48,6 +47,9 @@ inline void for_rows(int64_t begin, int64_t end, Body&& body) {
 // the batch or on the number of threads, for partial sums are taken per block.
 constexpr int64_t BLOCK = 1 << 14;
 
+// The size of a slot in whole cache lines, so that no two threads write to the same one.
+constexpr int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
+
 // A kernel reduces each of its `units` (samples or groups), then applies the result elementwise:
 //   prepare(slot, unit, parts), reduce(slot, unit, block), combine(slot, unit, parts),
 //   apply(slot, unit, block)
@@ -84,11 +86,13 @@ void two_pass(const Team& team, const Kernel& kernel, float* slots) {
   }
 }
 
+// Whether an output of rows of `row` elements is to be written past the cache. Consumers of smaller
+// ones find them there.
 template <class T>
-bool stream_output(const GroupNormAct& shape, const void* out, int64_t row) {
-  static const int64_t budget = getenv("STREAM") ? atol(getenv("STREAM")) << 20 : 8 << 20;
-  return shape.batch * shape.channels * shape.pixels * int64_t(sizeof(T)) > budget &&
-    row % WIDTH == 0 && (uintptr_t)out % 64 == 0;
+bool past_cache(const GroupNormAct& shape, const void* out, int64_t row) {
+  constexpr int64_t CACHE = 8 << 20;
+  const int64_t bytes = shape.batch * shape.channels * shape.pixels * int64_t(sizeof(T));
+  return bytes > CACHE && row % WIDTH == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 
 // The affine parameters and, for the backward, where the per-sample gradients of them go.

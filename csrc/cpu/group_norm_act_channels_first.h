@@ -7,12 +7,6 @@
 #include "group_norm_act.h"
 #include "moments.h"
 
-#ifndef NP
-#define NP 0
-#endif
-#ifndef NA
-#define NA 0
-#endif
 namespace bitkern::cpu::BITKERN_ISA {
 namespace {
 
@@ -32,7 +26,7 @@ struct ChannelsFirst {
     units = shape.batch * shape.groups;
     blocks = (width + channels_a_block - 1) / channels_a_block * columns;
     parts = 1;
-    slot_size = 4 * (width * columns + 1);
+    slot_size = whole_lines(4 * (width * columns + 1));
   }
 
   // Channels [first, last) of the group, `pixels` of each from `pixel` on.
@@ -56,6 +50,7 @@ struct ChannelsFirst {
 
 template <class T, Activation act>
 struct ForwardChannelsFirst : ChannelsFirst {
+  static constexpr int64_t AHEAD = 4096 / sizeof(T);  // of what is prefetched
   GroupNormActForward tensors;
 
   ForwardChannelsFirst(const GroupNormAct& shape, const Affine& affine,
@@ -64,7 +59,7 @@ struct ForwardChannelsFirst : ChannelsFirst {
 
   void prepare(float*, int64_t, Range) const {}
 
-  __attribute__((flatten)) void reduce(float* slot, int64_t unit, int64_t index) const {
+  [[gnu::flatten]] void reduce(float* slot, int64_t unit, int64_t index) const {
     const Block block = block_at(index);
     const int64_t start = offset(unit, block.first, block.pixel);
     const int64_t length = (block.last - block.first) * block.pixels;
@@ -74,12 +69,17 @@ struct ForwardChannelsFirst : ChannelsFirst {
       const T* residual = static_cast<const T*>(tensors.residual) + start;
       T* total = static_cast<T*>(tensors.total) + start;
       result = moments(length, [=](int64_t i, auto lanes) {
+        __builtin_prefetch(x + i + AHEAD);
+        __builtin_prefetch(residual + i + AHEAD);
         const Vec sum = round_to<T>(load(x + i, lanes) + load(residual + i, lanes));
         store(total + i, sum, lanes);
         return sum;
       });
     } else {
-      result = moments(length, [=](int64_t i, auto lanes) { if (NP) __builtin_prefetch(x + i + NP); return load(x + i, lanes); });
+      result = moments(length, [=](int64_t i, auto lanes) {
+        __builtin_prefetch(x + i + AHEAD);
+        return load(x + i, lanes);
+      });
     }
     pair(slot, index)[0] = result.mean;
     pair(slot, index)[1] = result.m2;
@@ -98,10 +98,10 @@ struct ForwardChannelsFirst : ChannelsFirst {
     tensors.rstd[unit] = float(1 / __builtin_sqrt(group.m2 / group.count + tensors.eps));
   }
 
-  __attribute__((flatten)) void apply(float* slot, int64_t unit, int64_t index) const {
+  [[gnu::flatten]] void apply(float* slot, int64_t unit, int64_t index) const {
     const Block block = block_at(index);
     const Vec mean = broadcast(tensors.mean[unit]);
-    const bool streams = stream_output<T>(shape, tensors.y, shape.pixels);
+    const bool streams = past_cache<T>(shape, tensors.y, shape.pixels);
     const float rest = float(pair(slot, width * columns)[0]);
     for (int64_t c = block.first; c < block.last; ++c) {
       const Vec scale = broadcast(tensors.rstd[unit] * affine.weight[channel(unit, c)]);
@@ -110,10 +110,8 @@ struct ForwardChannelsFirst : ChannelsFirst {
       const T* x = static_cast<const T*>(tensors.residual ? tensors.total : tensors.x) + start;
       T* y = static_cast<T*>(tensors.y) + start;
       for_vectors(block.pixels, [=](int64_t i, auto lanes) {
-        if (NA) __builtin_prefetch(x + i + NA);
-        const Vec result = activate<act>(fma(load(x + i, lanes) - mean, scale, bias));
-        if (streams) stream(y + i, result, lanes);
-        else store(y + i, result, lanes);
+        const Vec z = fma(load(x + i, lanes) - mean, scale, bias);
+        store(y + i, activate<act>(z), lanes, streams);
       });
     }
   }
@@ -121,6 +119,7 @@ struct ForwardChannelsFirst : ChannelsFirst {
 
 template <class T, Activation act>
 struct BackwardChannelsFirst : ChannelsFirst {
+  static constexpr int64_t AHEAD = 4096 / sizeof(T);  // of what is prefetched
   GroupNormActBackward tensors;
 
   BackwardChannelsFirst(const GroupNormAct& shape, const Affine& affine,
@@ -130,7 +129,7 @@ struct BackwardChannelsFirst : ChannelsFirst {
   void prepare(float*, int64_t, Range) const {}
 
   // Sums of g and g * (x - mean) over the block's pixels of a channel, with g = dy * act'.
-  __attribute__((flatten)) void reduce(float* slot, int64_t unit, int64_t index) const {
+  [[gnu::flatten]] void reduce(float* slot, int64_t unit, int64_t index) const {
     const Block block = block_at(index);
     const Vec mean = broadcast(tensors.mean[unit]);
     for (int64_t c = block.first; c < block.last; ++c) {
@@ -141,7 +140,8 @@ struct BackwardChannelsFirst : ChannelsFirst {
       const T* dy = static_cast<const T*>(tensors.dy) + start;
       Vec sums[4] = {}, products[4] = {};
       const auto accumulate = [&](int64_t i, auto lanes, int k) {
-        if (NP) { __builtin_prefetch(x + i + NP); __builtin_prefetch(dy + i + NP); }
+        __builtin_prefetch(x + i + AHEAD);
+        __builtin_prefetch(dy + i + AHEAD);
         const Vec centered = load(x + i, lanes) - mean;
         const Vec g = activate_backward<act>(fma(centered, scale, bias), load(dy + i, lanes));
         sums[k] += g;
@@ -178,12 +178,12 @@ struct BackwardChannelsFirst : ChannelsFirst {
     pair(slot, width * columns)[1] = -rstd * weighted_sum / count;
   }
 
-  __attribute__((flatten)) void apply(float* slot, int64_t unit, int64_t index) const {
+  [[gnu::flatten]] void apply(float* slot, int64_t unit, int64_t index) const {
     if (!tensors.dx) return;
     const Block block = block_at(index);
     const Vec mean = broadcast(tensors.mean[unit]);
     const Vec slope = broadcast(float(pair(slot, width * columns)[0]));
-    const bool streams = stream_output<T>(shape, tensors.dx, shape.pixels);
+    const bool streams = past_cache<T>(shape, tensors.dx, shape.pixels);
     const Vec shift = broadcast(float(pair(slot, width * columns)[1]));
     for (int64_t c = block.first; c < block.last; ++c) {
       const Vec scale = broadcast(tensors.rstd[unit] * affine.weight[channel(unit, c)]);
@@ -199,8 +199,7 @@ struct BackwardChannelsFirst : ChannelsFirst {
         const Vec g = activate_backward<act>(fma(centered, scale, bias), load(dy + i, lanes));
         Vec grad = fma(scale, g, fma(slope, centered, shift));
         if (dtotal) grad += load(dtotal + i, lanes);
-        if (streams) stream(dx + i, grad, lanes);
-        else store(dx + i, grad, lanes);
+        store(dx + i, grad, lanes, streams);
       });
     }
   }

@@ -174,8 +174,7 @@ inline void store(bfloat16* p, Vec v, int count) { store16(p, v, count); }
 inline void store(float16* p, Vec v, int count) { store16(p, v, count); }
 #endif
 
-// Loops over `length` elements in vectors: body(offset, lanes), where load(p, lanes) and
-// store(p, v, lanes) touch only what is there.
+// The lanes of a vector that are in use: all of them, or the first `count`.
 struct AllLanes {};
 inline int size(AllLanes) { return WIDTH; }
 inline int size(int count) { return count; }
@@ -189,28 +188,18 @@ inline void store(T* p, Vec v, AllLanes) {
   store(p, v);
 }
 
-// Past the cache, where the CPU can: for outputs that would not stay in it. Needs p aligned to the
-// vector; end with stream_fence().
+// Past the cache, for what would not stay in it: the lines are not read first. `p` must be aligned
+// to the vector, and stream_fence() come last.
 template <class T>
 inline void stream(T* p, Vec value) {
+#if defined(__AVX2__)
   const Encoded<T> v = encode(value, T{});
-#if defined(__AVX512F__)
   if constexpr (sizeof v == 64) _mm512_stream_si512((__m512i*)p, (__m512i)v);
-  else _mm256_stream_si256((__m256i*)p, (__m256i)v);
-#elif defined(__AVX2__)
-  if constexpr (sizeof v == 32) _mm256_stream_si256((__m256i*)p, (__m256i)v);
+  else if constexpr (sizeof v == 32) _mm256_stream_si256((__m256i*)p, (__m256i)v);
   else _mm_stream_si128((__m128i*)p, (__m128i)v);
 #else
-  memcpy(p, &v, sizeof v);
+  store(p, value);
 #endif
-}
-template <class T>
-inline void stream(T* p, Vec value, AllLanes) {
-  stream(p, value);
-}
-template <class T>
-inline void stream(T* p, Vec value, int count) {
-  store(p, value, count);
 }
 
 inline void stream_fence() {
@@ -219,6 +208,17 @@ inline void stream_fence() {
 #endif
 }
 
+template <class T>
+inline void store(T* p, Vec v, AllLanes, bool past_cache) {
+  if (past_cache) stream(p, v);
+  else store(p, v);
+}
+template <class T>
+inline void store(T* p, Vec v, int count, bool) {
+  store(p, v, count);
+}
+
+// body(offset, lanes) over `length` elements, vector by vector.
 template <class Body>
 inline void for_vectors(int64_t length, Body&& body) {
   int64_t i = 0;
