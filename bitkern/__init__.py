@@ -8,12 +8,14 @@ import importlib
 
 from bitkern import nn, ops, reference
 from bitkern.backend import Choice, explain, use_backend
+from bitkern.convert import convert
+from bitkern.fold import fold
 from bitkern.standardized import standardized
 
 __version__ = "0.1.0"
 
-__all__ = ["Choice", "create_model", "explain", "models", "nn", "ops", "reference", "transfer"]
-__all__ += ["standardized", "use_backend"]
+__all__ = ["Choice", "convert", "create_model", "explain", "fold", "models", "nn", "ops"]
+__all__ += ["reference", "standardized", "transfer", "use_backend"]
 
 
 def __getattr__(name):

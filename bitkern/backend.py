@@ -102,6 +102,19 @@ def unavailable(name: str) -> str | None:
     return reason
 
 
+def transformed() -> str | None:
+    """What transforms or records PyTorch's operators right now, and sees no kernel; else None."""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    for name in ("FAKE", "PROXY"):
+        mode = torch._C._get_dispatch_mode(getattr(torch._C._TorchDispatchModeKey, name))
+        if mode is not None:
+            return type(mode).__name__
+    return None
+
+
 def _runs_on(name: str, device: str) -> bool:
     if name == "triton":
         return device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
@@ -117,8 +130,16 @@ def _refusal(name: str, kernel: str, tensors) -> str | None:
     for tensor in tensors:
         if tensor is not None and tensor.dtype not in _DTYPES:
             return f"the {name} kernels take float32, bfloat16 and float16, not {tensor.dtype}"
+    if torch.onnx.is_in_onnx_export():
+        return "ONNX has no such operator"
     # The compiler cannot trace an import. The registered operator, which it calls, looks again.
-    return None if torch.compiler.is_compiling() else unavailable(name)
+    if torch.compiler.is_compiling():
+        return None
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return f"the kernels read memory, which a {type(tensor).__name__} does not show"
+    transform = transformed()
+    return f"{transform} cannot see into a kernel" if transform else unavailable(name)
 
 
 def choose(kernel: str, *tensors: torch.Tensor | None) -> Choice:
@@ -141,12 +162,16 @@ def choose(kernel: str, *tensors: torch.Tensor | None) -> Choice:
     return Choice(name, f"the {name} kernels serve {device} tensors")
 
 
+@functools.singledispatch  # bitkern.convert adds: of a module
 def explain(op_name: str, *tensors: torch.Tensor | None) -> Choice:
     """Which implementation a public operator would use on these tensors, and why.
 
     ``tensors`` are the operator's tensor arguments in their order, the big one first, e.g.
     ``explain("group_norm_act", x, weight, bias)``. Of ``ws_conv2d`` it tells how the weight is
     standardized; the convolution itself is PyTorch's (cuDNN, oneDNN).
+
+    ``explain(module)`` of an ``nn.Module`` returns a table, to be printed, of what in it runs on
+    the kernels, what does not, and why: see :func:`bitkern.convert`.
     """
     if op_name not in OPERATORS:
         raise ValueError(f"op_name: expected one of {', '.join(OPERATORS)}, got {op_name!r}")

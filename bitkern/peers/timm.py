@@ -1,0 +1,114 @@
+"""Layers, blocks and models of timm (https://github.com/huggingface/pytorch-image-models)."""
+
+import contextlib
+
+import torch
+from timm import layers
+from timm.models import resnetv2
+from torch import nn
+
+from bitkern import nn as ours
+from bitkern.models.resnetv2 import total
+from bitkern.peers.preact import ACTS, Bottleneck, Stage, StandardizedConv, fusion, through
+from bitkern.standardized import per_forward
+
+
+class StdConv2d(StandardizedConv, layers.StdConv2d):
+    gain = None
+    scale = 1.0
+
+
+class ScaledStdConv2d(StandardizedConv, layers.ScaledStdConv2d):
+    pass
+
+
+class SamePadding:
+    """Mixin of convolutions that pad as much as their input needs, if ``same_pad``."""
+
+    @property
+    def folded(self):
+        return layers.Conv2dSame if self.same_pad else nn.Conv2d
+
+    def forward(self, x):
+        if self.same_pad:
+            x = layers.pad_same(x, self.kernel_size, self.stride, self.dilation)
+        return nn.Conv2d.forward(self, x)
+
+
+class StdConv2dSame(SamePadding, StandardizedConv, layers.StdConv2dSame):
+    gain = None
+    scale = 1.0
+
+
+class ScaledStdConv2dSame(SamePadding, StandardizedConv, layers.ScaledStdConv2dSame):
+    pass
+
+
+class Norm:
+    forward = ours.GroupNormAct.forward
+    __prepare_scriptable__ = ours.GroupNormAct.__prepare_scriptable__
+
+
+class PlainNorm(Norm):
+    def fusion(self):
+        return "none", ()
+
+
+class NormAct(Norm):
+    def fusion(self):
+        return fusion(ACTS, self.drop, self.act)
+
+
+class GroupNorm(PlainNorm, layers.GroupNorm):
+    pass
+
+
+class GroupNorm1(PlainNorm, layers.GroupNorm1):
+    pass
+
+
+class GroupNormAct(NormAct, layers.GroupNormAct):
+    pass
+
+
+class GroupNorm1Act(NormAct, layers.GroupNorm1Act):
+    pass
+
+
+class PreActBottleneck(Bottleneck, resnetv2.PreActBottleneck):
+    shortcuts = resnetv2.DownsampleConv, resnetv2.DownsampleAvg
+
+
+class ResNetStage(Stage, resnetv2.ResNetStage):
+    pass
+
+
+class ResNetV2(resnetv2.ResNetV2):
+    @staticmethod
+    def fits(module):
+        return all(isinstance(stage, Stage) for stage in module.stages)
+
+    def forward_features(self, x):
+        if isinstance(x, torch.fx.Proxy):
+            return super().forward_features(x)
+        # A checkpointed stage standardizes its weights when it runs, and again in backward.
+        checkpointed = any(getattr(stage, "grad_checkpointing", False) for stage in self.stages)
+        with contextlib.nullcontext() if checkpointed else per_forward(self):
+            return self.norm(total(*through(self.stages, self.stem(x), None)))
+
+
+LAYERS = {
+    layers.StdConv2d: StdConv2d,
+    layers.StdConv2dSame: StdConv2dSame,
+    layers.ScaledStdConv2d: ScaledStdConv2d,
+    layers.ScaledStdConv2dSame: ScaledStdConv2dSame,
+    layers.GroupNorm: GroupNorm,
+    layers.GroupNorm1: GroupNorm1,
+    layers.GroupNormAct: GroupNormAct,
+    layers.GroupNorm1Act: GroupNorm1Act,
+}
+BLOCKS = {
+    resnetv2.PreActBottleneck: PreActBottleneck,
+    resnetv2.ResNetStage: ResNetStage,
+    resnetv2.ResNetV2: ResNetV2,
+}

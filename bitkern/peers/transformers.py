@@ -1,0 +1,73 @@
+"""Layers, blocks and models of transformers' BiT (https://github.com/huggingface/transformers)."""
+
+import functools
+
+from torch import nn
+from transformers.activations import SiLUActivation
+from transformers.models.bit import modeling_bit as bit
+
+from bitkern import nn as ours
+from bitkern.peers.preact import ACTS, Bottleneck, Stage, StandardizedConv, fusion
+from bitkern.standardized import per_forward
+
+
+class WeightStandardizedConv2d(StandardizedConv, bit.WeightStandardizedConv2d):
+    gain = None
+    scale = 1.0
+
+
+class PaddedConv2d(nn.Conv2d):
+    """What folding leaves of a convolution with a dynamic ``pad``, a module."""
+
+    def forward(self, x):
+        return super().forward(self.pad(x))
+
+
+class PaddedWeightStandardizedConv2d(WeightStandardizedConv2d):
+    folded = PaddedConv2d
+
+    def forward(self, x):
+        return super().forward(self.pad(x))
+
+
+class BitGroupNormActivation(bit.BitGroupNormActivation):
+    forward = ours.GroupNormAct.forward
+    __prepare_scriptable__ = ours.GroupNormAct.__prepare_scriptable__
+
+    def fusion(self):
+        return fusion({**ACTS, SiLUActivation: "silu"}, self.activation)
+
+
+class BitPreActivationBottleneckLayer(Bottleneck, bit.BitPreActivationBottleneckLayer):
+    shortcuts = (bit.BitDownsampleConv,)
+
+
+class BitStage(Stage, bit.BitStage):
+    def parts(self):
+        return list(self.layers)  # taken one by one: the container is not called
+
+
+class BitModel(bit.BitModel):
+    @staticmethod
+    def fits(module):
+        return all(isinstance(stage, Stage) for stage in module.encoder.stages)
+
+    @functools.wraps(bit.BitModel.forward)
+    def forward(self, *args, **kwargs):
+        with per_forward(self):
+            return super().forward(*args, **kwargs)
+
+
+def _convolution(module):
+    return WeightStandardizedConv2d if module.pad is None else PaddedWeightStandardizedConv2d
+
+
+LAYERS = {
+    bit.WeightStandardizedConv2d: _convolution,
+    bit.BitGroupNormActivation: BitGroupNormActivation,
+}
+BLOCKS = {
+    bit.BitPreActivationBottleneckLayer: BitPreActivationBottleneckLayer,
+    bit.BitStage: BitStage,
+    bit.BitModel: BitModel,
+}

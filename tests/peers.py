@@ -1,0 +1,111 @@
+"""Models of other libraries with weights that find faults, and how far two models are apart."""
+
+import timm
+import torch
+from timm.models.resnetv2 import ResNetV2
+from torch import nn
+
+
+def randomize(model, seed=0):
+    """Affine parameters, gains and biases of either sign, nothing left at 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim < 2 or p.numel() == p.shape[0] or not p.any():
+                p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def small_timm(**options):
+    """A BiT of timm's: two stages, three blocks, one of them with a stride and a projection."""
+    torch.manual_seed(0)
+    options = {"stem_type": "fixed", "num_classes": 5} | options
+    return randomize(ResNetV2(layers=[2, 1], channels=(128, 256), stem_chs=64, **options))
+
+
+def small_bit(**options):
+    """transformers' BiT with two stages."""
+    from transformers import BitConfig, BitForImageClassification
+
+    torch.manual_seed(0)
+    sizes = dict(embedding_size=32, hidden_sizes=[128, 256], depths=[2, 1])
+    return randomize(BitForImageClassification(BitConfig(num_labels=5, **sizes, **options)))
+
+
+def small_dpt():
+    """transformers' DPT-hybrid: a BiT backbone with dynamic padding, then a transformer."""
+    from transformers import DPTConfig, DPTForSemanticSegmentation
+
+    torch.manual_seed(0)
+    config = DPTConfig(
+        is_hybrid=True,
+        num_labels=5,
+        image_size=64,
+        num_hidden_layers=4,
+        backbone_out_indices=[0, 1, 2, 3],
+        hidden_size=96,
+        num_attention_heads=4,
+        intermediate_size=128,
+        neck_hidden_sizes=[256, 512, 96, 96],
+        fusion_hidden_size=32,
+        backbone_featmap_shape=[1, 1024, 4, 4],
+    )
+    return randomize(DPTForSemanticSegmentation(config))
+
+
+def from_timm(name, **options):
+    torch.manual_seed(0)
+    return randomize(timm.create_model(name, num_classes=10, **options))
+
+
+def outputs(model, x):
+    y = model(x)
+    return getattr(y, "logits", y)
+
+
+def gradients(model, x, amp=None, forward=None):
+    """Logits and {name: gradient} of a loss that weighs every logit differently."""
+    model.zero_grad()
+    with torch.autocast("cpu", amp, enabled=amp is not None):
+        y = outputs(model if forward is None else forward, x)
+    loss = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+    (y * loss).sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return y.detach(), grads
+
+
+def relative(got, expected):
+    """Relative L2 distance of two tensors."""
+    assert got.shape == expected.shape
+    got, expected = got.detach().double(), expected.detach().double()
+    return float((got - expected).norm() / expected.norm())
+
+
+def distance(got, expected):
+    """Relative L2 distance of whole gradients."""
+    assert got.keys() == expected.keys()
+    pairs = [(got[n].double(), expected[n].double()) for n in expected]
+    error = sum((a - b).square().sum() for a, b in pairs)
+    return float((error / sum(b.square().sum() for _, b in pairs)).sqrt())
+
+
+class ConvNet(nn.Module):
+    """A user's own network with batch normalization, a shortcut and a plain head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 24, 3), nn.BatchNorm2d(24), nn.ReLU())
+        self.conv1 = nn.Conv2d(24, 24, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(24)
+        self.conv2 = nn.Conv2d(24, 24, 1)  # its result is also added: not for normalization alone
+        self.bn2 = nn.BatchNorm2d(24)
+        self.conv3 = nn.Conv2d(24, 24, 1)  # so is its weight
+        self.bn3 = nn.BatchNorm2d(24)
+        self.head = nn.Conv2d(24, 5, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = self.bn3(self.conv3(x)) + self.conv3.weight.mean()
+        x = x + self.bn1(self.conv1(x)).relu()
+        y = self.conv2(x)
+        return self.head(y + self.bn2(y)).mean((2, 3))

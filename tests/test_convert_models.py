@@ -1,0 +1,174 @@
+"""Whole models of timm and transformers, converted and folded, against what they were."""
+
+import copy
+
+import pytest
+import timm
+import torch
+
+import bitkern
+from bitkern.nn import WSConv2d
+from tests.peers import (
+    distance,
+    from_timm,
+    gradients,
+    outputs,
+    relative,
+    small_bit,
+    small_dpt,
+    small_timm,
+)
+
+SMOOTH = ["nfnet_l0", "dm_nfnet_f0", "efficientnet_b0_gn"]  # SiLU or GELU
+TIMM = {  # side of the images, standardized convolutions, norms
+    "resnetv2_50x1_bit": (48, 53, 49),
+    "nfnet_l0": (32, 57, 0),
+    "dm_nfnet_f0": (33, 57, 0),
+    "vit_small_r26_s32_224": (64, 29, 29),
+    "resnet50_gn": (48, 0, 53),
+    "resnetv2_50d_gn": (48, 0, 51),
+    "efficientnet_b0_gn": (48, 0, 49),
+    "nf_resnet50": (48, 53, 0),
+    "regnety_040_sgn": (48, 0, 71),
+}
+TRANSFORMERS = {
+    "BiT": (small_bit, 47, 12, 10),
+    "BiT with SAME padding": (lambda: small_bit(global_padding="same"), 47, 12, 10),
+    "BiT with SiLU": (lambda: small_bit(hidden_act="silu"), 47, 12, 10),
+    "DPT-hybrid": (small_dpt, 64, 52, 52),
+}
+
+
+def assert_near(got, peer, exact):
+    """Relative L2: no further from float64 than twice the peer, plus a rounding of the result.
+
+    Not by the largest element: of a handful of logits that is chance, as is a rounding of float32.
+    """
+    tiny = max(1e-6, torch.finfo(got.dtype).eps)
+    assert relative(got, exact) <= 2 * relative(peer, exact) + tiny
+
+
+def check(model, x, convs, norms, smooth):
+    """Converted as near to float64 as the peer at float32; in float64, equal to the last digits."""
+    model.eval()
+    peer = copy.deepcopy(model)
+    assert bitkern.convert(model) is model
+    assert sum(isinstance(m, WSConv2d) for m in model.modules()) == convs
+    assert sum(isinstance(m, torch.nn.GroupNorm) for m in model.modules()) == norms
+    assert all(row.converted for row in bitkern.explain(model) if "GroupNorm" in row.layer)
+
+    logits, grads = gradients(model, x)
+    peer_logits, peer_grads = gradients(peer, x)
+    folded = bitkern.fold(copy.deepcopy(model))
+    with torch.no_grad():
+        folded_logits = outputs(folded, x)
+    exact_logits, exact_grads = gradients(peer.double(), x.double())
+    # Where a ReLU's input is 0 up to rounding, one derivative in thousands is another, for the
+    # peer's float32 as well: whole gradients move by up to a percent.
+    allowed = 2 * distance(peer_grads, exact_grads) + 1e-6
+    assert distance(grads, exact_grads) <= (allowed if smooth else max(allowed, 2e-2))
+    assert_near(logits, peer_logits, exact_logits)
+    assert (logits - peer_logits).abs().max() < 1e-3
+    assert (folded_logits - logits).abs().max() < 1e-4
+    again, again_grads = gradients(model.double(), x.double())
+    torch.testing.assert_close(again, exact_logits, rtol=1e-10, atol=1e-10)
+    assert distance(again_grads, exact_grads) < 1e-10
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm(name):
+    size, convs, norms = TIMM[name]
+    options = {"img_size": size} if name.startswith("vit") else {}
+    x = torch.randn(1, 3, size, size)
+    check(from_timm(name, **options), x, convs, norms, name in SMOOTH)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers(name):
+    make, size, convs, norms = TRANSFORMERS[name]
+    x = torch.randn(2, 3, size, size)
+    check(make(), x, convs, norms, "SiLU" in name)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"avg_down": True, "stem_type": "deep"}], ids=str)
+def test_blocks_with_odd_sizes(options, amp, memory_format):
+    act = torch.nn.SiLU
+    model = small_timm(act_layer=act, **options).to(memory_format=memory_format)
+    x = torch.randn(3, 3, 37, 45).contiguous(memory_format=memory_format)
+    peer = copy.deepcopy(model)
+    bitkern.convert(model)
+    logits, grads = gradients(model, x, amp)
+    peer_logits, peer_grads = gradients(peer, x, amp)
+    exact_logits, exact_grads = gradients(peer.double(), x.double())
+    assert_near(logits, peer_logits, exact_logits)
+    assert distance(grads, exact_grads) <= 2 * distance(peer_grads, exact_grads) + 1e-6
+
+
+@pytest.mark.parametrize("make", [small_timm, small_bit])
+def test_one_launch_and_one_node_per_pair(make, monkeypatch):
+    """What the fused path is for: standardization once, nothing kept but sums and conv outputs."""
+    model = bitkern.convert(make())
+    launches = []
+    launch = bitkern.ops.weight_standardize_all
+    monkeypatch.setattr(
+        bitkern.ops,
+        "weight_standardize_all",
+        lambda weights, *args, **kwargs: (
+            launches.append(len(weights)) or launch(weights, *args, **kwargs)
+        ),
+    )
+    monkeypatch.setattr("bitkern.nn.standardize_for", None)
+    y = outputs(model, torch.randn(1, 3, 40, 40))
+    assert launches == [12]
+    nodes, seen = [y.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            nodes += [n for n, _ in node.next_functions if n is not None]
+    assert sum(node.name() == "GroupNormActConv2dBackward" for node in seen) == 3 * 3
+
+
+def test_features():
+    x = torch.randn(1, 3, 64, 64)
+    for options in ({}, {"feature_cls": "getter"}, {"feature_cls": "fx"}, {"feature_cls": "hook"}):
+        name = "resnetv2_50x1_bit"
+        model = timm.create_model(name, features_only=True, out_indices=(1, 3), **options).eval()
+        expected = model(x)
+        got = bitkern.convert(model)(x)
+        for a, b in zip(got, expected, strict=True):
+            assert relative(a, b) < 1e-5
+    model = from_timm("resnetv2_50x1_bit").eval()
+    peer = copy.deepcopy(model)
+    bitkern.convert(model)
+    maps = model.forward_intermediates(x)[1], peer.forward_intermediates(x)[1]
+    assert all(relative(a, b) < 1e-5 for a, b in zip(*maps, strict=True))
+
+
+@pytest.mark.parametrize("trace", ["torchvision", "timm", "torch.fx"])
+def test_traced_by_fx_after_conversion(trace):
+    from timm.layers import create_feature_extractor as timm_extractor
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = small_timm().eval()
+    peer = copy.deepcopy(model)
+    bitkern.convert(model)
+    x = torch.randn(2, 3, 40, 33)
+    if trace == "torch.fx":
+        got, expected = torch.fx.symbolic_trace(model)(x), peer(x)
+    else:
+        extract = timm_extractor if trace == "timm" else create_feature_extractor
+        got, expected = (extract(m, ["stages.0", "norm"])(x) for m in (model, peer))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_states_of_transformers():
+    model = small_bit().eval()
+    peer = copy.deepcopy(model)
+    bitkern.convert(model)
+    x = torch.randn(1, 3, 48, 48)
+    for options in ({"output_hidden_states": True}, {"return_dict": False}):
+        got, expected = model(x, **options), peer(x, **options)
+        torch.testing.assert_close(got[:], expected[:], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,101 @@
+"""Converted and folded models under torch.compile, torch.export, ONNX and AOTInductor."""
+
+import copy
+import io
+
+import onnxruntime
+import pytest
+import timm.layers as timm
+import torch
+from torch import nn
+
+import bitkern
+from tests.peers import distance, gradients, outputs, randomize, relative, small_bit, small_timm
+
+
+def tiny():
+    """One of each: both kinds of convolution, a fused norm and a fused container."""
+    torch.manual_seed(0)
+    conv, norm = timm.StdConv2d(3, 8, 3, stride=2), timm.GroupNormAct(8, 4)
+    own = nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8), nn.SiLU()
+    return bitkern.convert(randomize(nn.Sequential(conv, norm, *own)))
+
+
+@pytest.mark.parametrize("make", [small_timm, small_bit])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compile_captures_the_whole_graph(make, checkpointing):
+    model = bitkern.convert(make())
+    if checkpointing and make is small_timm:
+        model.set_grad_checkpointing()
+    x = torch.randn(2, 3, 40, 33)
+    logits, grads = gradients(model, x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled_logits, compiled_grads = gradients(model, x, forward=compiled)
+    assert relative(compiled_logits, logits) < 1e-5
+    assert distance(compiled_grads, grads) < 1e-5
+
+
+def test_inductor():
+    model, x = tiny(), torch.randn(2, 3, 13, 11)
+    logits, grads = gradients(model, x)
+    compiled = torch.compile(model, fullgraph=True)
+    compiled_logits, compiled_grads = gradients(model, x, forward=compiled)
+    assert relative(compiled_logits, logits) < 1e-5
+    assert distance(compiled_grads, grads) < 1e-5
+
+
+def operators(program):
+    return {str(n.target) for n in program.graph.nodes if str(n.target).startswith("bitkern")}
+
+
+SIZES = {i: torch.export.Dim.AUTO for i in (0, 2, 3)}
+
+
+@pytest.mark.parametrize("strict, folded", [(False, False), (False, True), (True, False)])
+def test_export(strict, folded):
+    model = bitkern.convert(small_timm()).eval()
+    if folded:
+        bitkern.fold(model)
+    x = torch.randn(2, 3, 40, 33)
+    program = torch.export.export(model, (x,), strict=strict, dynamic_shapes=(SIZES,))
+    kinds = {"bitkern.group_norm_act.default", "bitkern.weight_standardize.default"}
+    assert operators(program) == {k for k in kinds if not folded or "norm" in k}
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for image in (x, torch.randn(3, 3, 51, 48)):
+        assert relative(loaded(image), model(image)) < 1e-5
+
+
+def test_export_to_plain_pytorch():
+    model = bitkern.fold(bitkern.convert(small_timm()).eval())
+    x = torch.randn(2, 3, 40, 33)
+    with bitkern.use_backend("reference"):
+        program = torch.export.export(model, (x,))
+    assert not operators(program)
+    assert relative(program.module()(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("make", [small_timm, small_bit])
+def test_onnx(make, tmp_path):
+    model = bitkern.fold(bitkern.convert(randomize(make())).eval())
+    x = torch.randn(2, 3, 40, 33)
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (y, *_) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert {n.domain for n in program.model.graph} == {""}, "ONNX's own operators alone"
+    assert (torch.from_numpy(y) - outputs(model, x)).abs().max() < 1e-4
+
+
+def test_aot_inductor(tmp_path):
+    model = bitkern.fold(copy.deepcopy(tiny())).eval()
+    x = torch.randn(2, 3, 13, 11)
+    with bitkern.use_backend("reference"), torch.no_grad():
+        program = torch.export.export(model, (x,))
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+        y = torch._inductor.aoti_load_package(path)(x)
+    assert (y - model(x)).abs().max() < 1e-5
