@@ -1,6 +1,7 @@
 """The command line: finetune, evaluate, predict, demo, info."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -13,13 +14,13 @@ import torch
 
 from bitkern.models import create_model
 from bitkern.models.checkpoints import read_metadata
-from bitkern.transfer import data, runs, trainer
+from bitkern.transfer import data, ranks, runs, trainer
 from bitkern.transfer.hyperrule import HyperRule, hyperrule
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"bitkern: error: {message}\n")
+        self.exit(2, None if ranks.rank() else f"bitkern: error: {message}\n")
 
 
 def _positive(text):
@@ -42,11 +43,18 @@ def _require(*modules):
 
 def _device(name):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if ranks.world_size() > 1:
+        if name not in ("cpu", "cuda"):
+            raise ValueError(f"--device: expected cpu or cuda in several processes, got {name}")
+        if name == "cuda":  # torchrun gives each process a GPU of its own
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # the second from a torch without CUDA
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {name}: cannot be used here ({reason})") from None
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)
     return name
 
 
@@ -96,20 +104,21 @@ def _rule(args, train_set):
 
 
 def _report_skipped(skipped):
-    if skipped:
+    if skipped and ranks.rank() == 0:
         print(f"skipped {skipped} corrupt image{'s' * (skipped > 1)}", file=sys.stderr)
 
 
 def finetune(args):
     _require("PIL", "matplotlib", "tqdm")
     out = Path(args.out)
-    runs.check_out(out, args.resume)
-    device = _device(args.device)
-    precision = _precision(args.precision, device)
-    torch.manual_seed(args.seed)
-    model = create_model(args.model, weights=None if args.resume else args.weights)
-    train_set, eval_set, split, skipped = _load_data(args)
-    rule = _rule(args, train_set)
+    ranks.from_first(runs.check_out, out, args.resume)
+    with ranks.together():
+        device = _device(args.device)
+        precision = _precision(args.precision, device)
+        torch.manual_seed(args.seed)
+        model = create_model(args.model, weights=None if args.resume else args.weights)
+    train_set, eval_set, split, skipped = ranks.from_first(_load_data, args)
+    rule = ranks.from_first(_rule, args, train_set)
     # Also in place of a head of as many classes: they need not be the same ones.
     model.reset_classifier(len(train_set.classes))
     if args.freeze:
@@ -157,11 +166,12 @@ def finetune(args):
         "flip": not args.no_flip,
         "freeze": args.freeze,
         "device": device,
+        "processes": ranks.world_size(),
         "precision": precision,
         "torch": torch.__version__,
     }
     metadata = {"classes": list(train_set.classes), "crop": rule.crop}
-    runs.write_results(out, model, result.history, summary, **metadata)
+    ranks.from_first(runs.write_results, out, model, result.history, summary, **metadata)
     print(f"top-1 {summary['top1']:.4f} on {split}; results in {out}")
 
 
@@ -186,9 +196,10 @@ def _load_run(path):
 
 def evaluate(args):
     _require("PIL", "tqdm")
-    device = _device(args.device)
-    model, classes, crop = _load_run(args.run)
-    test_set, skipped = _load_split(args, "test")
+    with ranks.together():
+        device = _device(args.device)
+        model, classes, crop = _load_run(args.run)
+    test_set, skipped = ranks.from_first(_load_split, args, "test")
     data.check_same_classes(test_set.classes, classes, args.data, args.run)
     metrics = trainer.evaluate(
         model,
@@ -279,7 +290,7 @@ def _add_running(parser):
     parser.add_argument(
         "--workers",
         type=_not_negative,
-        default=min(8, os.cpu_count()),
+        default=min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
         help="processes that load images; results do not depend on it (default: %(default)s)",
     )
     parser.add_argument(
@@ -354,19 +365,31 @@ def _parser():
     return parser
 
 
-def main(argv=None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
+def _run(argv) -> int:
     args = _parser().parse_args(argv)
     try:
+        if ranks.world_size() > 1 and args.command not in (finetune, evaluate):
+            raise ValueError("torchrun: expected finetune or evaluate, the rest is for one process")
         args.command(args)
     except KeyboardInterrupt:
-        print("bitkern: interrupted; finetune continues with --resume", file=sys.stderr)
-        return 130
+        code, message = 130, "interrupted; finetune continues with --resume"
     except torch.OutOfMemoryError:
-        message = "out of GPU memory: raise --batch-split or lower --batch-size"
-    except (ValueError, OSError, trainer.TrainingError) as error:
-        message = " ".join(str(error).split())
+        code, message = 2, "error: out of GPU memory: raise --batch-split or lower --batch-size"
+    except (ValueError, OSError, trainer.TrainingError, ranks.RankError) as error:
+        code, message = 2, f"error: {' '.join(str(error).split())}"
     else:
         return 0
-    print(f"bitkern: error: {message}", file=sys.stderr)
-    return 2
+    if ranks.rank() == 0:
+        print(f"bitkern: {message}", file=sys.stderr)
+    return code
+
+
+def main(argv=None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a user's error, 130 for Ctrl-C.
+
+    Of several processes, as torchrun starts them, the first speaks for all.
+    """
+    with ranks.launched():
+        silent = ranks.rank() > 0
+        with contextlib.redirect_stdout(None) if silent else contextlib.nullcontext():
+            return _run(argv)

@@ -8,6 +8,7 @@ import contextlib
 from collections import defaultdict
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from bitkern import ops
 from bitkern.backend import choose, launchers
@@ -31,7 +32,7 @@ class _Group:
         gain = conv.gain
         needs_grad = conv.weight.requires_grad or gain is not None and gain.requires_grad
         kind = conv.eps, conv.eps_outside, conv.unbiased, gain is None
-        return *kind, conv.weight.dtype, conv.weight.device, needs_grad
+        return *kind, type(conv.weight), conv.weight.dtype, conv.weight.device, needs_grad
 
     def standardize(self, dtype, channels_last):
         """Differentiable: the gradient reaches the weights with the backward pass."""
@@ -51,6 +52,12 @@ class _Step(_Group):
     """A group whose gradients are collected until :meth:`finish` carries them to the weights."""
 
     def standardize(self, dtype, channels_last):
+        ddp = DistributedDataParallel._get_active_ddp_module()
+        if ddp is not None and (ddp.find_unused_parameters or ddp.static_graph):
+            raise ValueError(
+                "standardized: expected DistributedDataParallel without find_unused_parameters and "
+                "static_graph, which take weights for unused whose gradients come after the block"
+            )
         self.name = choose("weight_standardize", self.weights[0]).name
         self.inputs = (
             [dense(w.detach()) for w in self.weights],
@@ -100,13 +107,21 @@ class _Step(_Group):
         torch.autograd.backward(*zip(*wanted, strict=True))
 
 
+def _is_fsdp(module):
+    """Whether FSDP2's ``fully_shard`` wraps the module; told without the slow import of FSDP2."""
+    return hasattr(type(module), "unshard")
+
+
 class Pool:
     """The standardized weights of a module's WSConv2d layers, made when first asked for."""
 
     def __init__(self, module, group):
+        # What FSDP2 wraps further down has whole weights only while it runs itself.
+        wrapped = [m for m in module.modules() if m is not module and _is_fsdp(m)]
+        others = {conv for m in wrapped for conv in m.modules()}
         kinds = defaultdict(list)
         for conv in module.modules():
-            if isinstance(conv, WSConv2d):
+            if isinstance(conv, WSConv2d) and conv not in others:
                 kinds[_Group.key(conv)].append(conv)
         self.groups = [group(convs) for convs in kinds.values()]
         self.outs = None
@@ -160,7 +175,16 @@ def standardized(module):
     when the block ends, by a single backward of the standardization. It is linear in them, so the
     result is that of a backward per micro-batch. The gradients of the layers' weights and gains
     are complete only after the block, and the weights must not change inside it.
+
+    With DistributedDataParallel all micro-batches but the last run under its ``no_sync``. Does
+    nothing to a module that FSDP2 wraps, whose weights are whole only during a forward pass.
+
+    Raises ValueError in the forward pass of a DistributedDataParallel that is told to
+    ``find_unused_parameters`` or has a ``static_graph``.
     """
+    if _is_fsdp(module):
+        yield
+        return
     with using(Pool(module, _Step)) as weights:
         yield
     if weights.outs is not None:

@@ -5,12 +5,13 @@ Images leave here as uint8 (N, 3, crop, crop) and are scaled to [-1, 1] on the d
 
 import signal
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from bitkern.transfer.data import AUGMENT, ORDER, ImageSet, random_stream, read_image
+from bitkern.transfer.data import AUGMENT, MIXUP, ORDER, ImageSet, random_stream, read_image
 from bitkern.transfer.hyperrule import HyperRule
 
 
@@ -64,19 +65,85 @@ class EvalView(Dataset):
         return _to_tensor(pixels), int(self.data.labels[index])
 
 
+class Part(NamedTuple):
+    """What one process does of a micro-batch.
+
+    ``rows`` int64 (M,) are the examples it loads, as positions in the step's batch. It computes the
+    first ``own`` of them; the rest are there to be mixed in. ``permutation`` int64 (M,) is MixUp's,
+    of these rows; None without MixUp.
+    """
+
+    rows: np.ndarray
+    own: int
+    permutation: np.ndarray | None
+
+
+def _along_cycles(permutation: np.ndarray) -> np.ndarray:
+    """0 … N-1 in an order in which the image of each under ``permutation`` tends to follow it."""
+    order = {}  # as an ordered set
+    for row in range(len(permutation)):
+        while row not in order:
+            order[row] = None
+            row = int(permutation[row])
+    return np.array(list(order))
+
+
+def _part(rows: np.ndarray, permutation: np.ndarray | None, rank: int, world_size: int) -> Part:
+    order = np.arange(len(rows))
+    if permutation is not None and world_size > 1:
+        order = _along_cycles(permutation)  # so that few partners are another process's
+    own = np.array_split(order, world_size)[rank]
+    if permutation is None:
+        return Part(rows[own], len(own), None)
+    partners = permutation[own]
+    loaded = np.concatenate([own, np.setdiff1d(partners, own)])
+    place = {row: i for i, row in enumerate(loaded)}
+    local = [place[row] for row in partners]
+    # The rows mixed in take the partners that are left, whatever they are.
+    local += sorted(set(range(len(loaded))) - set(local))
+    return Part(rows[loaded], len(own), np.array(local))
+
+
+def plan(
+    rule: HyperRule, step: int, seed: int, batch_split: int, rank: int = 0, world_size: int = 1
+) -> tuple[float | None, list[Part]]:
+    """MixUp's lambda in a step, None without MixUp, and the process's part of each micro-batch.
+
+    The parts of all processes make up the micro-batch, mixed as a single process mixes it.
+    """
+    random = random_stream(MIXUP, step, seed)
+    lam = random.beta(rule.mixup_alpha, rule.mixup_alpha) if rule.mixup_alpha else None
+    parts = []
+    for rows in np.array_split(np.arange(rule.batch_size), batch_split):
+        permutation = None if lam is None else random.permutation(len(rows))
+        parts.append(_part(rows, permutation, rank, world_size))
+    return lam, parts
+
+
 class MicroBatches:
     """The (index, position) pairs of each micro-batch, from optimizer step ``start`` on.
 
     The examples come in one endless stream of epochs, each a permutation drawn from (seed, epoch),
-    and a step takes the next ``batch_size`` of it: also from sets smaller than a batch.
+    and a step takes the next ``batch_size`` of it: also from sets smaller than a batch. Of several
+    processes each loads the part that :func:`plan` gives it.
     """
 
-    def __init__(self, num_examples, rule: HyperRule, seed: int, batch_split: int, start: int):
+    def __init__(
+        self,
+        num_examples,
+        rule: HyperRule,
+        seed: int,
+        batch_split: int,
+        start: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         self.num_examples = num_examples
         self.rule = rule
         self.seed = seed
         self.batch_split = batch_split
         self.start = start
+        self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = None, None
@@ -88,10 +155,9 @@ class MicroBatches:
                     epoch = position // self.num_examples
                     order = random_stream(ORDER, epoch, self.seed).permutation(self.num_examples)
                 batch.append((int(order[position % self.num_examples]), position))
-            size, longer = divmod(len(batch), self.batch_split)
-            for i in range(self.batch_split):
-                end = (i + 1) * size + min(i + 1, longer)
-                yield batch[i * size + min(i, longer) : end]
+            share = self.seed, self.batch_split, self.rank, self.world_size
+            for part in plan(self.rule, step, *share)[1]:
+                yield [batch[row] for row in part.rows]
 
 
 def _ignore_interrupt(worker):
@@ -118,11 +184,16 @@ def train_batches(
     batch_split: int = 1,
     flip: bool = True,
     start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
     workers: int = 0,
     device="cpu",
 ) -> DataLoader:
-    """Micro-batches (images, labels), ``batch_split`` to a step, for steps from ``start`` on."""
-    batches = MicroBatches(len(data.images), rule, seed, batch_split, start)
+    """Micro-batches (images, labels), ``batch_split`` to a step, for steps from ``start`` on.
+
+    Of ``world_size`` processes, number ``rank`` loads its :class:`Part` of each.
+    """
+    batches = MicroBatches(len(data.images), rule, seed, batch_split, start, rank, world_size)
     return _loader(TrainView(data, rule, seed, flip), workers, device, batch_sampler=batches)
 
 

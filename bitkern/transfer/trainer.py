@@ -1,7 +1,10 @@
 """The training loop of BiT transfer, and evaluation and prediction with its transforms.
 
 All randomness is a function of (seed, step, example): data order, crops, flips and MixUp do not
-depend on the number of loader workers, and a resumed run continues bit for bit.
+depend on the number of loader workers or processes, and a resumed run continues bit for bit.
+
+In several processes (torchrun) each computes its part of every micro-batch and the gradients are
+summed once a step, after the backward pass of weight standardization.
 """
 
 import contextlib
@@ -13,15 +16,16 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from bitkern.standardized import standardized
-from bitkern.transfer import runs
-from bitkern.transfer.data import MIXUP, ImageSet, random_stream
+from bitkern.transfer import ranks, runs
+from bitkern.transfer.data import ImageSet
 from bitkern.transfer.hyperrule import HyperRule
-from bitkern.transfer.loader import eval_batches, to_input, train_batches
+from bitkern.transfer.loader import eval_batches, plan, to_input, train_batches
 from bitkern.transfer.mixup import cross_entropy, mixup, mixup_loss
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -77,14 +81,26 @@ def train(
     finishes the step, writes last.pt and raises ``KeyboardInterrupt``. A run that fails before its
     first checkpoint leaves no file behind.
 
-    Raises ``ValueError`` for bad arguments, :class:`TrainingError` when the loss is not finite.
+    With a process group of torch.distributed (one that serves CPU tensors too) all its processes
+    make the call. They start from the first one's model, share each batch and the evaluations, and
+    get the same results, equal to those of a single process but for the rounding of sums; the first
+    writes the files.
+
+    Raises ``ValueError`` for bad arguments, :class:`TrainingError` when the loss is not finite,
+    :class:`~bitkern.transfer.ranks.RankError` when another process fails.
     """
     if not len(train_set.images):
         raise ValueError("train_set: expected images, got none")
-    if not 1 <= batch_split <= rule.batch_size:
+    rank, world_size = ranks.rank(), ranks.world_size()
+    most = rule.batch_size // world_size
+    if not most:
         raise ValueError(
-            f"batch_split: expected 1 to {rule.batch_size}, the batch size, got {batch_split}"
+            f"batch_size: expected {world_size} or more, an image for each process, "
+            f"got {rule.batch_size}"
         )
+    if not 1 <= batch_split <= most:
+        limit = "the batch size" if world_size == 1 else "the batch size of each process"
+        raise ValueError(f"batch_split: expected 1 to {most}, {limit}, got {batch_split}")
     for name, every in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
         if every is not None and every < 1:
             raise ValueError(f"{name}: expected a positive number of steps, got {every}")
@@ -94,11 +110,10 @@ def train(
         raise ValueError("model: expected trainable parameters, found none")
     out = None if out is None else Path(out)
     if out is not None:
-        runs.check_out(out, resume)
+        ranks.from_first(runs.check_out, out, resume)
     elif resume:
         raise ValueError("resume: expected out, the folder of the run to continue")
 
-    to_device(model, device)
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=weight_decay)
     settings = {
         **dataclasses.asdict(rule),
@@ -112,12 +127,17 @@ def train(
         "trainable parameters": sum(p.numel() for p in parameters),
     }
     done = {"step": 0, "seconds": 0.0, "journal": 0}
-    if resume:
-        done = runs.load_checkpoint(out, model, optimizer, settings)
+    with ranks.together():
+        to_device(model, device)
+        if resume:
+            done = runs.load_checkpoint(out, model, optimizer, settings)
+    ranks.copy_from_first(model.state_dict().values())
 
+    out = out if rank == 0 else None
     with runs.open_journal(out, done["journal"]) as journal, _deferred_interrupt() as interrupted:
         from tqdm import tqdm
 
+        journal.records = ranks.from_first(lambda: journal.records)
         began = time.perf_counter() - done["seconds"]
         loader = train_batches(
             train_set,
@@ -126,21 +146,27 @@ def train(
             batch_split=batch_split,
             flip=flip,
             start=done["step"],
+            rank=rank,
+            world_size=world_size,
             workers=workers,
             device=device,
         )
         batches = iter(loader)
         steps = range(done["step"], rule.steps)
+        progress = progress and rank == 0
         hide = None if progress else True  # None: hidden unless on a terminal
         bar = tqdm(steps, "training", rule.steps, initial=done["step"], disable=hide)
         for step in bar:
             lr = rule.lr(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            lam, parts = plan(rule, step, seed, batch_split, rank, world_size)
             model.train()
-            with standardized(model):
-                loss = _accumulate(model, batches, rule, step, seed, batch_split, device, precision)
+            with ranks.together(), standardized(model):
+                loss = _accumulate(model, batches, parts, lam, rule.batch_size, device, precision)
+            (loss,) = ranks.total(loss)
             _check_finite(loss, "loss", step, rule)
+            ranks.add_up(p.grad for p in parameters if p.grad is not None)
             optimizer.step()
             optimizer.zero_grad()
             journal.add(step=step + 1, loss=loss, lr=lr)
@@ -151,7 +177,7 @@ def train(
                     model,
                     eval_set,
                     rule.crop,
-                    batch_size=math.ceil(rule.batch_size / batch_split),
+                    batch_size=math.ceil(rule.batch_size / (batch_split * world_size)),
                     workers=workers,
                     device=device,
                     precision=precision,
@@ -160,11 +186,13 @@ def train(
                 journal.add(step=step + 1, **metrics)
                 if progress:
                     bar.write(f"step {step + 1}: top-1 {metrics['top1']:.4f}")
-            stop = interrupted.is_set()
-            if out and (stop or _is_due(step + 1, checkpoint_every, rule.steps)):
-                seconds = time.perf_counter() - began
-                done = {"step": step + 1, "seconds": seconds, "journal": journal.size()}
-                runs.save_checkpoint(out, model, optimizer, settings, done)
+            (stop,) = ranks.total(interrupted.is_set())
+            if stop or _is_due(step + 1, checkpoint_every, rule.steps):
+                with ranks.together():
+                    if out:
+                        seconds = time.perf_counter() - began
+                        done = {"step": step + 1, "seconds": seconds, "journal": journal.size()}
+                        runs.save_checkpoint(out, model, optimizer, settings, done)
             if stop:
                 raise KeyboardInterrupt
         evaluated = [record for record in journal.records if "top1" in record]
@@ -172,22 +200,23 @@ def train(
         return TrainResult(metrics, journal.records, time.perf_counter() - began)
 
 
-def _accumulate(model, batches, rule, step, seed, batch_split, device, precision) -> float:
-    """Add the gradients of one optimizer step's micro-batches; the mean loss over its batch."""
-    random = random_stream(MIXUP, step, seed)
-    lam = random.beta(rule.mixup_alpha, rule.mixup_alpha) if rule.mixup_alpha else None
+def _accumulate(model, batches, parts, lam, batch_size, device, precision) -> float:
+    """Add the gradients of a step's micro-batches; what they add to the mean loss over the batch.
+
+    Of each micro-batch this process computes its part, the first ``own`` images that it loads.
+    """
     total = 0.0
-    for _ in range(batch_split):
+    for part in parts:
         images, labels = next(batches)
         x, y = to_input(images, device), labels.to(device)
-        share = len(labels) / rule.batch_size
+        own = slice(part.own)
         with _autocast(device, precision):
             if lam is None:
                 loss = cross_entropy(model(x), y)
             else:
-                permutation = torch.from_numpy(random.permutation(len(labels)))
-                x, y, y_perm = mixup(x, y, lam, permutation)
-                loss = mixup_loss(model(x), y, y_perm, lam)
+                x, y, y_perm = mixup(x, y, lam, torch.from_numpy(part.permutation))
+                loss = mixup_loss(model(x[own]), y[own], y_perm[own], lam)
+        share = part.own / batch_size
         (share * loss).backward()
         total += share * loss.detach()
     return total.item()
@@ -206,24 +235,29 @@ def evaluate(
     """``{"top1", "top5", "eval_loss"}`` of ``model`` on ``eval_set``, resized to (crop, crop).
 
     The accuracies are fractions (with fewer than five classes, "top5" is among all of them), the
-    loss the mean cross-entropy. The model is moved to ``device``.
+    loss the mean cross-entropy. The model is moved to ``device``. The processes of a group all make
+    the call, share the set, and get the same result.
     """
-    outputs = predict(
-        model,
-        eval_set,
-        crop,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        precision=precision,
-    )
-    labels = torch.from_numpy(eval_set.labels)
-    best = outputs.topk(min(5, outputs.shape[1])).indices == labels[:, None]
-    return {
-        "top1": best[:, 0].double().mean().item(),
-        "top5": best.any(1).double().mean().item(),
-        "eval_loss": F.cross_entropy(outputs, labels).item(),
-    }
+    count = len(eval_set.images)
+    part = eval_set.subset(np.arange(ranks.rank(), count, ranks.world_size()))
+    sums = 0.0, 0.0, 0.0
+    with ranks.together():
+        if len(part.images) or not count:  # none at all are an error, that of predict
+            outputs = predict(
+                model,
+                part,
+                crop,
+                batch_size=batch_size,
+                workers=workers,
+                device=device,
+                precision=precision,
+            )
+            labels = torch.from_numpy(part.labels)
+            right = outputs.topk(min(5, outputs.shape[1])).indices == labels[:, None]
+            loss = F.cross_entropy(outputs.double(), labels, reduction="sum")
+            sums = right[:, 0].sum().item(), right.sum().item(), loss.item()
+    top1, top5, loss = ranks.total(*sums)
+    return {"top1": top1 / count, "top5": top5 / count, "eval_loss": loss / count}
 
 
 def predict(

@@ -1,0 +1,113 @@
+"""The processes that train together, as torchrun starts them; a single one is a group of one.
+
+Each computes its part of a step by itself, then they meet: a process that fails never leaves the
+others waiting.
+"""
+
+import contextlib
+import datetime
+
+import torch
+import torch.distributed as dist
+
+
+class RankError(RuntimeError):
+    """Another process failed, or cannot be reached any more; the message says how."""
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+@contextlib.contextmanager
+def launched():
+    """Join the other processes for the block, if torchrun started them and it is not done yet."""
+    if not dist.is_available() or dist.is_initialized() or not dist.is_torchelastic_launched():
+        yield
+        return
+    gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    # The first one may check a large folder of images for hours.
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _meeting():
+    try:
+        yield
+    except RuntimeError as error:  # of any backend, when a process is gone
+        reason = str(error).partition("\n")[0]
+        raise RankError(f"the processes cannot meet: {reason}") from None
+
+
+def total(*values: float) -> list[float]:
+    """The sums of ``values`` over all processes."""
+    if world_size() == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64)
+    with _meeting():
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def add_up(tensors) -> None:
+    """Replace each tensor by its sum over all processes."""
+    if world_size() > 1:
+        with _meeting():
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
+
+
+def copy_from_first(tensors) -> None:
+    """Replace each tensor by that of the first process."""
+    if world_size() > 1:
+        with _meeting():
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+
+@contextlib.contextmanager
+def together():
+    """Run the block, in which processes do not meet; one that fails in it stops them all.
+
+    It raises its own error, the others :class:`RankError` with the message of the first failed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(RankError):  # the error at hand matters more
+            _tell_failures(f"process {rank()}: {str(error) or type(error).__name__}")
+        raise
+    _tell_failures(None)
+
+
+def _tell_failures(mine: str | None) -> None:
+    if world_size() == 1:
+        return
+    first = torch.tensor(world_size() if mine is None else rank())
+    with _meeting():
+        dist.all_reduce(first, dist.ReduceOp.MIN)
+        if first == world_size():
+            return
+        message = [mine]
+        dist.broadcast_object_list(message, int(first))
+    if mine is None:
+        raise RankError(message[0])
+
+
+def from_first(function, *arguments, **options):
+    """What ``function`` returns on the first process, the only one to call it."""
+    with together():
+        result = [function(*arguments, **options) if rank() == 0 else None]
+    if world_size() > 1:
+        with _meeting():
+            dist.broadcast_object_list(result)
+    return result[0]

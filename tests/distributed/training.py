@@ -1,0 +1,176 @@
+"""The trainer and the command line in several processes. The tests compare the files they leave."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import signal
+
+import torch
+import torch.distributed as dist
+
+from bitkern.cli import main
+from bitkern.transfer import HyperRule, ranks, trainer
+from tests.transfer.images import image_set, write_folder
+from tests.transfer.test_trainer import Net
+
+# 4 processes share micro-batches of 6 and 5, and an evaluation of 21 images.
+RULE = HyperRule(12, 8, 12, (4, 8), 2, mixup_alpha=0.2, base_lr=0.1, batch_size=11)
+PLAIN = dataclasses.replace(RULE, mixup_alpha=0.0)
+OPTIONS = {"eval_set": image_set(7), "batch_split": 2, "eval_every": 5, "progress": False}
+SMALL = ["--model", "R26x0.5", "--resize", "40", "--crop", "32", "--batch-size", "9"]
+SMALL += ["--workers", "0", "--steps", "2", "--device", "cpu"]
+
+
+def net():
+    """Of another start in each process, which the first one's replaces."""
+    model = Net(torch.float64)
+    if ranks.rank():
+        torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def save(path, model, result):
+    """What every process got."""
+    state = model.state_dict(), result.history, result.metrics
+    torch.save(state, f"{path}-{dist.get_rank()}.pt")
+
+
+def trainer_equals_one_process(folder):
+    for name, rule in (("mixup", RULE), ("plain", PLAIN)):
+        model = net()
+        result = trainer.train(model, image_set(), rule, out=folder / name, **OPTIONS)
+        save(folder / name / "result", model, result)
+
+
+def interrupted_run_resumes_with_the_same_bits(folder):
+    """One process alone is interrupted: all stop after the same step."""
+    straight, stopped, resumed = net(), net(), net()
+    expected = trainer.train(straight, image_set(), RULE, **OPTIONS)
+    if dist.get_rank() == 2:
+        stopped.on_call = lambda call: call == 2 * 7 and signal.raise_signal(signal.SIGINT)
+    try:
+        trainer.train(stopped, image_set(), RULE, out=folder, **OPTIONS)
+    except KeyboardInterrupt:
+        assert stopped.calls == 2 * 7
+    else:
+        raise AssertionError("expected an interrupt")
+    result = trainer.train(resumed, image_set(), RULE, out=folder, resume=True, **OPTIONS)
+    assert resumed.calls == 2 * (RULE.steps - 7)
+    assert result.history == expected.history and result.metrics == expected.metrics
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def failure_of_one_process_stops_all(folder):
+    model = net()
+
+    def fail(call):
+        if call == 5:
+            raise OSError(f"{folder}: the disk is gone")
+
+    if dist.get_rank() == 3:
+        model.on_call = fail
+    try:
+        trainer.train(model, image_set(), RULE, out=folder, checkpoint_every=12, **OPTIONS)
+    except (OSError, ranks.RankError) as error:
+        assert model.calls == 5 + (dist.get_rank() != 3)
+        own = f"{folder}: the disk is gone"
+        assert str(error) == (own if dist.get_rank() == 3 else f"process 3: {own}")
+    else:
+        raise AssertionError("expected an error")
+    dist.barrier()
+    assert not folder.exists(), "there was no checkpoint yet"
+
+
+def evaluation_of_fewer_images_than_processes(folder):
+    model, data = Net(torch.float64), image_set(1)
+    metrics = trainer.evaluate(model, data, 8)
+    with torch.no_grad():
+        logits = trainer.predict(model, data, 8)
+    labels = torch.from_numpy(data.labels)
+    assert metrics["top1"] == (logits.argmax(1) == labels).double().mean().item()
+    loss = torch.nn.functional.cross_entropy(logits.double(), labels).item()
+    assert abs(metrics["eval_loss"] - loss) < 1e-12
+
+
+def bad_arguments_are_told_by_all(folder):
+    for batch_split, batch_size, message in (
+        (3, 11, "batch_split: expected 1 to 2, the batch size of each process, got 3"),
+        (1, 3, "batch_size: expected 4 or more, an image for each process, got 3"),
+    ):
+        rule = dataclasses.replace(RULE, batch_size=batch_size)
+        try:
+            trainer.train(net(), image_set(), rule, batch_split=batch_split)
+        except ValueError as error:
+            assert str(error) == message
+        else:
+            raise AssertionError(f"expected: {message}")
+
+
+def call(*arguments):
+    """Exit code, stdout and stderr of the command line."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def command_line_ends_with_one_line(folder):
+    """Whichever process meets the error, all end with code 2 and the first one says why."""
+    rank = dist.get_rank()
+    data = folder / "data"
+    if rank == 0:
+        write_folder(data, test=1)
+    dist.barrier()
+    finetune = ["finetune", "--data", data, "--out", folder / "out", *SMALL]
+    missing = ["--weights", folder / "none.npz"] if rank == 2 else []
+    cases = [
+        ([*finetune, *missing], f"process 2: {folder}/none.npz: no such file"),
+        ([*finetune, "--data", folder], f"{folder}/train: no such folder"),
+        ([*finetune, "--batch-split", 3], "batch_split: expected 1 to 2"),
+        ([*finetune, "--base-lr", 1e38, "--warmup-steps", 0], "loss is nan at step"),
+        ([*finetune, "--device", "cuda:1"], "--device: expected cpu or cuda in several processes"),
+        ([*finetune, "--colour"], "unrecognized arguments: --colour"),
+        (["predict", folder, data], "torchrun: expected finetune or evaluate"),
+    ]
+    for arguments, message in cases:
+        code, out, err = call(*arguments)
+        assert code == 2, (code, err)
+        if rank:
+            assert out == err == "", (out, err)
+        else:
+            assert err.startswith("bitkern: error: ") and err.count("\n") == 1, err
+            assert message in err, err
+        dist.barrier()
+        assert not (folder / "out").exists()
+
+
+def command_line_evaluates_together(folder):
+    data, out = folder / "data", folder / "out"
+    if dist.get_rank() == 0:
+        write_folder(data, test=3)
+    dist.barrier()
+    code, shown, err = call("finetune", "--data", data, "--out", out, *SMALL)
+    assert (code, err) == (0, "") and bool(shown) == (dist.get_rank() == 0)
+    code, shown, err = call("evaluate", out, "--data", data, "--workers", 0, "--json")
+    assert (code, err) == (0, "")
+    if dist.get_rank() == 0:
+        metrics = json.loads(shown)
+        summary = json.loads((out / "summary.json").read_text())
+        assert metrics["images"] == 9 and summary["processes"] == 4
+        assert metrics["top1"] == summary["top1"]
+
+
+CHECKS = (
+    trainer_equals_one_process,
+    interrupted_run_resumes_with_the_same_bits,
+    failure_of_one_process_stops_all,
+    evaluation_of_fewer_images_than_processes,
+    bad_arguments_are_told_by_all,
+    command_line_ends_with_one_line,
+    command_line_evaluates_together,
+)
