@@ -1,6 +1,9 @@
 """Big Transfer in miniature: pre-train on rendered letters, transfer to handwritten digits.
 
-Beside each transfer the same network is trained from random weights with the same budget.
+Beside each transfer the same network is trained from random weights with the same budget. Top-1 of
+the two with 1, 5, 10 and all digits per class, mean of the seeds 0 to 4: 0.69 and 0.53, 0.86 and
+0.80, 0.91 and 0.85, 0.974 and 0.968. With few digits the transfer leads for each of these seeds,
+with all of them for four of the five: no gain to speak of.
 """
 
 import dataclasses
@@ -41,8 +44,8 @@ class Run(NamedTuple):
 def shortened(num_examples: int, steps: int) -> HyperRule:
     """The HyperRule squeezed into ``steps`` of a small network: 32 pixels, batches of 64.
 
-    The learning rate is 0.03: at 0.003, meant for 500 steps and more, neither the transfer nor
-    training from scratch gets anywhere near its best in so few.
+    The learning rate is 0.03, at which transfer and training from scratch are both about as good as
+    at 0.01; at the HyperRule's 0.003, meant for 500 steps and more, both lag behind.
     """
     rule = hyperrule(num_examples, (8, 8)).with_steps(steps)
     return dataclasses.replace(rule, resize=36, crop=32, batch_size=64, base_lr=0.03)

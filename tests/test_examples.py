@@ -1,0 +1,51 @@
+"""The examples do what their first lines say."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, EXAMPLES / name]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def numbers(output, before):
+    return [float(number) for number in re.findall(rf"{before} ([\d.e+-]+)", output)]
+
+
+def test_convert_timm():
+    output = run("convert_timm.py")
+    assert re.search(r"25 timm ScaledStdConv2d +converted", output), output
+    assert numbers(output, "logits differ by")[0] < 1e-6
+    assert len(numbers(output, "accuracy")) == 3 and numbers(output, "accuracy")[-1] > 0.85
+
+
+def test_detection_features():
+    first, last = numbers(run("detection_features.py"), "loss")
+    assert last < 0.6 * first
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("accelerate") is None,
+    reason="the Hugging Face Trainer needs accelerate, which is not installed",
+)
+def test_hf_trainer():
+    output = run("hf_trainer.py")
+    assert re.search(r"17 transformers WeightStandardizedConv2d +converted", output), output
+    assert numbers(output, "\naccuracy")[0] > 0.8
+
+
+def test_no_example_is_left_out():
+    tested = {name.removeprefix("test_") + ".py" for name in globals() if name.startswith("test_")}
+    assert {path.name for path in EXAMPLES.glob("*.py")} <= tested
