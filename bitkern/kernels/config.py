@@ -4,12 +4,11 @@ import functools
 import math
 from typing import NamedTuple
 
-TILE = 8192  # elements of a tile, of all tensors together: what fits in a program's registers
+TILE_BYTES = 16 * 1024  # of all tensors together: what a program keeps in registers
 RESIDENT_BYTES = 128 * 1024  # a program's share of a tensor that its second pass finds in L2
 PROGRAMS = 256  # wanted per sample where its pixels are split
 MAX_SPLITS = 32  # of a sample's pixels
 COMBINED = 2048  # splits times lanes: partial results that one program combines
-MAX_GROUP = 4096  # channels per group
 
 
 def power_of_two(n: int) -> int:
@@ -49,7 +48,6 @@ def group_norm_plan(
     ``tensors`` is the number of big tensors of which a program holds a tile at a time.
     """
     size = channels // groups
-    tile = TILE // tensors
     if channels_last:
         # Channels are contiguous: rows of 128 bytes where they fit, of 32 bytes at least.
         widest, narrowest, vector = min(128 // itemsize, 64), 32 // itemsize, 16 // itemsize
@@ -61,6 +59,9 @@ def group_norm_plan(
         # Pixels are contiguous: groups are packed only to fill the tile of a small map.
         widest, narrowest, step = 64, 1, size
         unit = math.gcd(pixels, 8)
+    # Narrow accesses need more registers for addresses.
+    wide = unit * itemsize >= 16
+    tile = TILE_BYTES // itemsize // tensors // (1 if wide else 2)
     blocks = [step]
     while 2 * blocks[-1] <= min(widest, channels):
         blocks.append(2 * blocks[-1])
@@ -86,7 +87,7 @@ def group_norm_plan(
         splits = math.ceil(all_tiles / tiles)
     lanes = power_of_two(block)
     elements = pixels_of_tile * lanes
-    warps = min(max(elements * tensors // 1024, 1), 16)
+    warps = min(max(elements * itemsize * tensors // 2048, 1), 8)
     depth = min(max(elements * itemsize // (16 * 32 * warps), 1), pixels_of_tile)
     rows = pixels_of_tile // depth
     return GroupNormPlan(block, lanes, depth, rows, tiles, splits, unit, warps, resident)

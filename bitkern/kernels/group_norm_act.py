@@ -128,19 +128,17 @@ def _act_backward(dy, z, ACT: tl.constexpr):
 
 @triton.jit
 def _of_groups(
-    count, mean, m2, pixels, channel, in_block, size, ONE_GROUP: tl.constexpr, LANES: tl.constexpr
+    mean, deviations, squares, n, channel, size, ONE_GROUP: tl.constexpr, LANES: tl.constexpr
 ):
-    """Mean and sum of squared deviations of each group, in every channel of the group.
+    """Mean and sum of squared deviations of groups of n elements, in every channel of the group.
 
-    From those of a tile's positions [ROWS, LANES] over count [ROWS] pixels each, of ``pixels`` in
-    all, by Chan's combination: nothing cancels, whatever the mean.
+    mean: an estimate. deviations, squares [LANES]: per channel, the sums of the deviations from
+    it and of their squares. They take the estimate's rounding back, which may be large against
+    the standard deviation.
     """
-    count = count[:, None]
-    of_channel = tl.sum(mean * count, 0) / pixels
-    of_group = _over_groups(of_channel, channel, size, ONE_GROUP, LANES) / size
-    delta = tl.where(in_block[None, :], mean - of_group[None, :], 0.0)
-    m2 = tl.sum(m2 + delta * (delta * count), 0)
-    return of_group, _over_groups(m2, channel, size, ONE_GROUP, LANES)
+    correction = _over_groups(deviations, channel, size, ONE_GROUP, LANES) / n
+    squares = _over_groups(squares, channel, size, ONE_GROUP, LANES)
+    return mean + correction, squares - correction * correction * n
 
 
 @_kernel
@@ -160,15 +158,18 @@ def _forward(
     group = channel // size
     groups = channels // size
     opens_group = in_block & (channel % size == 0)
+    elements = size * 1.0 * pixels
 
     if STAGE == "on_chip":
         mask = (row < pixels)[:, :, None] & in_block[None, None, :]
         value = _load_total(x, residual, total, start, offsets, mask)
-        mean = tl.sum(tl.sum(value, 0), 0) / pixels
-        mean = _over_groups(mean, channel, size, ONE_GROUP, LANES) / size
+        mean = tl.sum(tl.sum(value, 0), 0)
+        mean = _over_groups(mean, channel, size, ONE_GROUP, LANES) / elements
         delta = tl.where(mask, value - mean[None, None, :], 0.0)
-        m2 = tl.sum(tl.sum(delta * delta, 0), 0)
-        m2 = _over_groups(m2, channel, size, ONE_GROUP, LANES)
+        mean, m2 = _of_groups(
+            mean, tl.sum(tl.sum(delta, 0), 0), tl.sum(tl.sum(delta * delta, 0), 0), elements,
+            channel, size, ONE_GROUP, LANES,
+        )  # fmt: skip
     if STAGE == "whole" or STAGE == "reduce":
         for split in range(own, own + owned):
             pixel = split * tiles * TILE
@@ -188,12 +189,18 @@ def _forward(
                 sum_d += tl.sum(d, 0)
                 sum_dd += tl.sum(d * d, 0)
                 at += stride * TILE
+            # Chan's combination of what the positions of the tile have seen, count pixels each.
             left = tl.minimum(tiles * TILE, left)
-            count = tl.sum(tl.cdiv(tl.maximum(left - row, 0), TILE), 0).to(tl.float32)
-            mean_d = sum_d / tl.maximum(count, 1.0)[:, None]
+            count = tl.sum(tl.cdiv(tl.maximum(left - row, 0), TILE), 0).to(tl.float32)[:, None]
+            mean_d = sum_d / tl.maximum(count, 1.0)
+            n = size * 1.0 * left
+            mean_g = tl.sum((origin + mean_d) * count, 0)
+            mean_g = _over_groups(mean_g, channel, size, ONE_GROUP, LANES) / n
+            delta = tl.where(in_block[None, :], origin + mean_d - mean_g[None, :], 0.0)
+            sum_dd += delta * (delta * count) - sum_d * mean_d
             mean_g, m2_g = _of_groups(
-                count, origin + mean_d, sum_dd - sum_d * mean_d, left, channel, in_block, size,
-                ONE_GROUP, LANES,
+                mean_g, tl.sum(delta * count, 0), tl.sum(sum_dd, 0), n, channel, size, ONE_GROUP,
+                LANES,
             )  # fmt: skip
             to = partial + (sample * splits + split) * groups * 2 + group * 2
             tl.store(to, mean_g, mask=opens_group)
@@ -205,15 +212,18 @@ def _forward(
         all_splits = (split < splits)[:, None] & in_block[None, :]
         of = partial + sample * splits * groups * 2
         of += (split[:, None] * groups + group[None, :]) * 2
-        count = tl.minimum(tiles * TILE, pixels - split * tiles * TILE)
-        count = tl.where(split < splits, count, 0).to(tl.float32)[:, None]
+        count = tl.minimum(tiles * TILE, pixels - split * tiles * TILE) * 1.0 * size
+        count = tl.where(split < splits, count, 0.0)[:, None]
         means = _load(of, all_splits)
-        mean = tl.sum(means * count, 0) / pixels
+        mean = tl.sum(means * count, 0) / elements
         delta = tl.where(all_splits, means - mean[None, :], 0.0)
-        m2 = tl.sum(_load(of + 1, all_splits) + delta * (delta * (count * size)), 0)
+        m2 = tl.sum(_load(of + 1, all_splits) + delta * (delta * count), 0)
+        correction = tl.sum(delta * count, 0) / elements
+        mean += correction
+        m2 -= correction * correction * elements
 
     if STAGE != "reduce":
-        rstd = 1.0 / tl.sqrt_rn(m2 / (size * 1.0 * pixels) + eps)
+        rstd = 1.0 / tl.sqrt_rn(tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL) / elements + eps)
         if own == 0:
             tl.store(mean_out + sample * groups + group, mean, mask=opens_group)
             tl.store(rstd_out + sample * groups + group, rstd, mask=opens_group)

@@ -1,0 +1,90 @@
+"""Without a GPU the kernels run under Triton's interpreter, on CPU tensors.
+
+Triton decides at import whether its functions are interpreted: TRITON_INTERPRET is set before the
+process first imports Triton, and in these tests, but not in others, which see the package as it
+is without a GPU. Interpreted kernels cannot be compiled; test_compiled.py uses other processes.
+"""
+
+import importlib
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+INTERPRETED = not torch.cuda.is_available()
+_MODULES = ("triton", "bitkern.kernels.group_norm_act", "bitkern.kernels.weight_standardize")
+
+
+def _interpret():
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError(
+            "Triton was imported before tests/kernels/conftest.py could switch its interpreter on: "
+            "run tests/kernels first or alone, or set TRITON_INTERPRET=1"
+        )
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    for module in _MODULES:
+        importlib.import_module(module)
+    if before is None:
+        del os.environ["TRITON_INTERPRET"]
+
+
+def _compute_like_a_gpu():
+    """The interpreter truncates float32 to bfloat16 and sums in a row; a GPU rounds to nearest and
+    sums in a tree."""
+    from triton.language import bfloat16, float32
+    from triton.runtime import interpreter
+
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self, source, dtype):
+        if (source.dtype.scalar, dtype.scalar) != (float32, bfloat16):
+            return cast(self, source, dtype)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
+        bits = rounded.view(torch.int16).numpy().view(np.uint16).reshape(source.data.shape)
+        return interpreter.TensorHandle(bits, bfloat16)
+
+    def tree_sum(self, input):
+        parts = np.moveaxis(input.handle.data, self.axis, 0)
+        while len(parts) > 1:
+            parts = parts[: len(parts) // 2] + parts[len(parts) // 2 :]
+        total = parts.swapaxes(0, self.axis) if self.keep_dims else parts[0]
+        return self.to_tensor(total, input.dtype)
+
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
+    interpreter.ReduceOps.sum = tree_sum
+
+
+if INTERPRETED:
+    _interpret()
+    _compute_like_a_gpu()
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def device():
+    return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Every launch: (name of the kernel, programs, constants)."""
+    from bitkern.kernels import group_norm_act, weight_standardize
+    from bitkern.kernels.launch import launch
+
+    seen = []
+
+    def recorded(kernel, programs, pointers, numbers, constants, warps):
+        seen.append((kernel.__name__, programs, constants))
+        launch(kernel, programs, pointers, numbers, constants, warps)
+
+    for module in (group_norm_act, weight_standardize):
+        monkeypatch.setattr(module, "launch", recorded)
+    return seen
