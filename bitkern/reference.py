@@ -28,7 +28,7 @@ def weight_standardize(
     """
     w = weight.to(compute_dtype(weight.dtype)).flatten(1)
     centered = w - w.mean(1, keepdim=True)
-    var = centered.square().sum(1, keepdim=True) / (w.shape[1] - unbiased)
+    var = centered.square().sum(1, keepdim=True) / (w.shape[1] - int(unbiased))
     if eps_outside:
         # sqrt has an infinite slope at 0: a constant filter has the value and the gradient zero.
         constant = var == 0
@@ -188,7 +188,7 @@ def weight_standardize_backward(douts, weights, gains, scales, stats, eps, eps_o
             dgains.append((g * wh).sum(1).to(gains[i].dtype).view_as(gains[i]))
             g = g * gains[i].to(mean.dtype).reshape(-1, 1)
         direction = torch.where(std == 0, 0.0, c / std)
-        projection = direction * (g * wh).sum(1, keepdim=True) / (c.shape[1] - unbiased)
+        projection = direction * (g * wh).sum(1, keepdim=True) / (c.shape[1] - int(unbiased))
         dw = (g - g.mean(1, keepdim=True) - projection) / denominator
         dweights.append(dw.view(w.shape).to(w.dtype, memory_format=memory_format(w)))
     return dweights, dgains if gains is not None else None

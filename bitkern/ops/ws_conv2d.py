@@ -14,7 +14,8 @@ from bitkern.ops.weight_standardize import weight_standardize_all
 def compute_dtype(x, weight):
     """The dtype a convolution of x runs in: autocast's where that is on, else that of x."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # which meta has not
+    if autocast and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     if x.dtype == weight.dtype or weight.dtype == torch.float32 and x.dtype.itemsize == 2:
         return x.dtype

@@ -47,6 +47,11 @@ inline void for_rows(int64_t begin, int64_t end, Body&& body) {
 // the batch or on the number of threads, for partial sums are taken per block.
 constexpr int64_t BLOCK = 1 << 14;
 
+// How many elements ahead to prefetch: the hardware does not see through a change of page, and rows
+// taken several at a time are several streams.
+template <class T>
+constexpr int64_t AHEAD = 4096 / sizeof(T);
+
 // The size of a slot in whole cache lines, so that no two threads write to the same one.
 constexpr int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
 

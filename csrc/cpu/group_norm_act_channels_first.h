@@ -50,7 +50,6 @@ struct ChannelsFirst {
 
 template <class T, Activation act>
 struct ForwardChannelsFirst : ChannelsFirst {
-  static constexpr int64_t AHEAD = 4096 / sizeof(T);  // of what is prefetched
   GroupNormActForward tensors;
 
   ForwardChannelsFirst(const GroupNormAct& shape, const Affine& affine,
@@ -69,15 +68,15 @@ struct ForwardChannelsFirst : ChannelsFirst {
       const T* residual = static_cast<const T*>(tensors.residual) + start;
       T* total = static_cast<T*>(tensors.total) + start;
       result = moments(length, [=](int64_t i, auto lanes) {
-        __builtin_prefetch(x + i + AHEAD);
-        __builtin_prefetch(residual + i + AHEAD);
+        __builtin_prefetch(x + i + AHEAD<T>);
+        __builtin_prefetch(residual + i + AHEAD<T>);
         const Vec sum = round_to<T>(load(x + i, lanes) + load(residual + i, lanes));
         store(total + i, sum, lanes);
         return sum;
       });
     } else {
       result = moments(length, [=](int64_t i, auto lanes) {
-        __builtin_prefetch(x + i + AHEAD);
+        __builtin_prefetch(x + i + AHEAD<T>);
         return load(x + i, lanes);
       });
     }
@@ -119,7 +118,6 @@ struct ForwardChannelsFirst : ChannelsFirst {
 
 template <class T, Activation act>
 struct BackwardChannelsFirst : ChannelsFirst {
-  static constexpr int64_t AHEAD = 4096 / sizeof(T);  // of what is prefetched
   GroupNormActBackward tensors;
 
   BackwardChannelsFirst(const GroupNormAct& shape, const Affine& affine,
@@ -140,8 +138,8 @@ struct BackwardChannelsFirst : ChannelsFirst {
       const T* dy = static_cast<const T*>(tensors.dy) + start;
       Vec sums[4] = {}, products[4] = {};
       const auto accumulate = [&](int64_t i, auto lanes, int k) {
-        __builtin_prefetch(x + i + AHEAD);
-        __builtin_prefetch(dy + i + AHEAD);
+        __builtin_prefetch(x + i + AHEAD<T>);
+        __builtin_prefetch(dy + i + AHEAD<T>);
         const Vec centered = load(x + i, lanes) - mean;
         const Vec g = activate_backward<act>(fma(centered, scale, bias), load(dy + i, lanes));
         sums[k] += g;

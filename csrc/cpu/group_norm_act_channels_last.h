@@ -141,17 +141,17 @@ struct ForwardChannelsLast : ChannelsLast {
     const void* input = tensors.residual ? tensors.total : tensors.x;
     const T* x = static_cast<const T*>(input) + offset(unit, block);
     T* y = static_cast<T*>(tensors.y) + offset(unit, block);
-    const int64_t channels = shape.channels, ahead = 4 * channels;
+    const int64_t channels = shape.channels;
     const float* const means = coefficient(slot, MEAN);
     const float* const scales = coefficient(slot, SCALE);
     const float* const biases = coefficient(slot, BIAS);
     const bool streams = past_cache<T>(shape, tensors.y, channels);
-    for_rows<4>(0, pixels_of(block), [=](int64_t row, auto rows) {
+    for_rows<2>(0, pixels_of(block), [=](int64_t row, auto rows) {
       for_vectors(channels, [=](int64_t c, auto lanes) {
         const Vec mean = load(means + c), scale = load(scales + c), bias = load(biases + c);
         for (int r = 0; r < rows.count; ++r) {
           const int64_t i = (row + r) * channels + c;
-          __builtin_prefetch(x + i + ahead);
+          __builtin_prefetch(x + i + AHEAD<T>);
           const Vec z = fma(load(x + i, lanes) - mean, scale, bias);
           store(y + i, activate<act>(z), lanes, streams);
         }
@@ -251,21 +251,21 @@ struct BackwardChannelsLast : ChannelsLast {
     const T* dtotal = static_cast<const T*>(tensors.dtotal);
     if (dtotal) dtotal += offset(unit, block);
     T* dx = static_cast<T*>(tensors.dx) + offset(unit, block);
-    const int64_t channels = shape.channels, ahead = 4 * channels;
+    const int64_t channels = shape.channels;
     const float* const means = coefficient(slot, MEAN);
     const float* const scales = coefficient(slot, SCALE);
     const float* const biases = coefficient(slot, BIAS);
     const float* const slopes = coefficient(slot, SLOPE);
     const float* const shifts = coefficient(slot, SHIFT);
     const bool streams = past_cache<T>(shape, tensors.dx, channels);
-    for_rows<4>(0, pixels_of(block), [=](int64_t row, auto rows) {
+    for_rows<2>(0, pixels_of(block), [=](int64_t row, auto rows) {
       for_vectors(channels, [=](int64_t c, auto lanes) {
         const Vec mean = load(means + c), scale = load(scales + c), bias = load(biases + c);
         const Vec slope = load(slopes + c), shift = load(shifts + c);
         for (int r = 0; r < rows.count; ++r) {
           const int64_t i = (row + r) * channels + c;
-          __builtin_prefetch(x + i + ahead);
-          __builtin_prefetch(dy + i + ahead);
+          __builtin_prefetch(x + i + AHEAD<T>);
+          __builtin_prefetch(dy + i + AHEAD<T>);
           const Vec centered = load(x + i, lanes) - mean;
           const Vec g = activate_backward<act>(fma(centered, scale, bias), load(dy + i, lanes));
           Vec grad = fma(scale, g, fma(slope, centered, shift));
