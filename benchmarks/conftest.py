@@ -28,7 +28,8 @@ def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         module = metafunc.module
         cases = module.TINY if metafunc.config.option.tiny else module.CASES
-        metafunc.parametrize("case", cases, ids=str)
+        ids = [f"{getattr(case, 'kind', 'op')}/{case}" for case in cases]
+        metafunc.parametrize("case", cases, ids=ids)
 
 
 @pytest.fixture(scope="session")

@@ -59,9 +59,9 @@ def group_norm_plan(
         # Pixels are contiguous: groups are packed only to fill the tile of a small map.
         widest, narrowest, step = 64, 1, size
         unit = math.gcd(pixels, 8)
-    # Narrow accesses need more registers for addresses.
-    wide = unit * itemsize >= 16
-    tile = TILE_BYTES // itemsize // tensors // (1 if wide else 2)
+    # Narrow accesses take more registers, for addresses.
+    narrow = unit * itemsize < 16
+    tile = TILE_BYTES // itemsize // tensors // (1 + narrow)
     blocks = [step]
     while 2 * blocks[-1] <= min(widest, channels):
         blocks.append(2 * blocks[-1])
@@ -87,7 +87,7 @@ def group_norm_plan(
         splits = math.ceil(all_tiles / tiles)
     lanes = power_of_two(block)
     elements = pixels_of_tile * lanes
-    warps = min(max(elements * itemsize * tensors // 2048, 1), 8)
+    warps = min(max(elements * itemsize * tensors * (1 + narrow) // 2048, 1), 8)
     depth = min(max(elements * itemsize // (16 * 32 * warps), 1), pixels_of_tile)
     rows = pixels_of_tile // depth
     return GroupNormPlan(block, lanes, depth, rows, tiles, splits, unit, warps, resident)

@@ -224,7 +224,7 @@ def _forward(
 
     if STAGE != "reduce":
         m2 = tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        rstd = 1.0 / tl.sqrt_rn(m2 / elements + eps)
+        rstd = tl.rsqrt(m2 / elements + eps)
         if own == 0:
             tl.store(mean_out + sample * groups + group, mean, mask=opens_group)
             tl.store(rstd_out + sample * groups + group, rstd, mask=opens_group)

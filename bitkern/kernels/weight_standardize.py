@@ -64,6 +64,9 @@ def _forward_tile(
         value = _load(weight + other, mask)
         mean = tl.sum(value, 1) / K
         centered = tl.where(mask, value - mean[:, None], 0.0)
+        # What the mean lost by rounding may be large against the standard deviation.
+        rest = tl.sum(centered, 1) / K
+        centered = tl.where(mask, centered - rest[:, None], 0.0)
         m2 = tl.sum(centered * centered, 1)
     else:
         means = tl.zeros([FILTERS, BLOCK], tl.float32)
@@ -77,7 +80,8 @@ def _forward_tile(
             m2s += delta * (value - means)
         count = tl.cdiv(K - k, BLOCK).to(tl.float32)[None, :]
         mean = tl.sum(means * count, 1) / K
-        delta = means - mean[:, None]
+        rest = tl.sum((means - mean[:, None]) * count, 1) / K
+        delta = means - mean[:, None] - rest[:, None]
         m2 = tl.sum(m2s + delta * (delta * count), 1)
     var = m2 / (K - UNBIASED)
     if EPS_OUTSIDE:
@@ -97,7 +101,8 @@ def _forward_tile(
             own, other = _addresses(filter, i * BLOCK + k, K, minor, PERMUTED)
             mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
             value = _load(weight + other, mask)
-            tl.store(out + own, (value - mean[:, None]) * factor[:, None], mask=mask)
+            centered = value - mean[:, None] - rest[:, None]
+            tl.store(out + own, centered * factor[:, None], mask=mask)
 
 
 @triton.jit
@@ -123,18 +128,24 @@ def _backward_tile(
         g = _load(dout + other, mask)
         centered = _load(weight + own, mask) - mean
         sum_g = tl.sum(g, 1)
+        rest = tl.sum(tl.where(mask, centered, 0.0), 1) / K
+        centered -= rest[:, None]
         sum_gc = tl.sum(g * centered, 1)
     else:
         sums_g = tl.zeros([FILTERS, BLOCK], tl.float32)
+        sums_c = tl.zeros([FILTERS, BLOCK], tl.float32)
         sums_gc = tl.zeros([FILTERS, BLOCK], tl.float32)
         for i in range(tl.cdiv(K, BLOCK)):
             own, other = _addresses(filter, i * BLOCK + k, K, minor, PERMUTED)
             mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
             g = _load(dout + other, mask)
+            centered = tl.where(mask, _load(weight + own, mask) - mean, 0.0)
             sums_g += g
-            sums_gc += g * (_load(weight + own, mask) - mean)
+            sums_c += centered
+            sums_gc += g * centered
         sum_g = tl.sum(sums_g, 1)
-        sum_gc = tl.sum(sums_gc, 1)
+        rest = tl.sum(sums_c, 1) / K
+        sum_gc = tl.sum(sums_gc, 1) - rest * sum_g
     slope = sum_gc / (K - UNBIASED)
     if EPS_OUTSIDE:
         d = std + eps
@@ -155,7 +166,7 @@ def _backward_tile(
         for i in range(tl.cdiv(K, BLOCK)):
             own, other = _addresses(filter, i * BLOCK + k, K, minor, PERMUTED)
             mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
-            centered = _load(weight + own, mask) - mean
+            centered = _load(weight + own, mask) - mean - rest[:, None]
             value = _load(dout + other, mask) - constant - centered * slope
             tl.store(dweight + own, value * factor, mask=mask)
 
