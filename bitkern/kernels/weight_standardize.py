@@ -69,20 +69,24 @@ def _forward_tile(
         centered = tl.where(mask, centered - rest[:, None], 0.0)
         m2 = tl.sum(centered * centered, 1)
     else:
-        means = tl.zeros([FILTERS, BLOCK], tl.float32)
-        m2s = tl.zeros([FILTERS, BLOCK], tl.float32)
-        for i in range(tl.cdiv(K, BLOCK)):
+        # Sums of d = value - that of the first tile, then Chan's combination over the block.
+        own, other = _addresses(filter, k, K, minor, PERMUTED)
+        origin = _load(weight + other, valid[:, None] & (k < K)[None, :])
+        sum_d = tl.zeros([FILTERS, BLOCK], tl.float32)
+        sum_dd = tl.zeros([FILTERS, BLOCK], tl.float32)
+        for i in range(1, tl.cdiv(K, BLOCK)):
             own, other = _addresses(filter, i * BLOCK + k, K, minor, PERMUTED)
             mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
-            value = _load(weight + other, mask)
-            delta = tl.where(mask, value - means, 0.0)
-            means += delta * (1.0 / (i + 1))
-            m2s += delta * (value - means)
+            d = tl.where(mask, _load(weight + other, mask) - origin, 0.0)
+            sum_d += d
+            sum_dd += d * d
         count = tl.cdiv(K - k, BLOCK).to(tl.float32)[None, :]
+        mean_d = sum_d / tl.maximum(count, 1.0)
+        means = origin + mean_d
         mean = tl.sum(means * count, 1) / K
         rest = tl.sum((means - mean[:, None]) * count, 1) / K
         delta = means - mean[:, None] - rest[:, None]
-        m2 = tl.sum(m2s + delta * (delta * count), 1)
+        m2 = tl.sum(sum_dd - sum_d * mean_d + delta * (delta * count), 1)
     var = m2 / (K - UNBIASED)
     if EPS_OUTSIDE:
         std = tl.sqrt_rn(var)

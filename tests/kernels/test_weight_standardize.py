@@ -1,0 +1,224 @@
+"""The Triton kernels of weight_standardize against float64: interpreted, or on a GPU if any."""
+
+import math
+
+import pytest
+import torch
+
+from bitkern import reference
+from bitkern.kernels import config
+from bitkern.kernels import weight_standardize as kernels
+from tests.helpers import assert_accurate
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = {"oihw": torch.contiguous_format, "channels_last": torch.channels_last}
+VARIANTS = {
+    "bit": dict(eps=1e-10),
+    "original": dict(eps=1e-5, eps_outside=True, unbiased=True),
+    "jax": dict(eps=1e-5, eps_outside=True),
+    "nfnet": dict(eps=1e-5, gain=True, scale=0.37),
+}
+# A long filter, an unaligned one, 1x1, one that a tile just holds, a single element.
+SHAPES = [(3, 1024, 3, 3), (5, 3, 7, 7), (40, 64, 1, 1), (2, 256, 2, 2), (4, 1, 1, 1)]
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+class Problem:
+    def __init__(
+        self, device, shapes, dtype=torch.float32, out_dtype=None, format="oihw",
+        out_format="oihw", dout_format=None, dout_dtype=None, gain=False, scale=1.0, eps=1e-10,
+        eps_outside=False, unbiased=False,
+    ):  # fmt: skip
+        def tensor(shape, format, dtype, of):
+            t = of(shape).to(device, dtype)
+            return t.contiguous(memory_format=FORMATS[format]) if len(shape) == 4 else t
+
+        def weight(shape):  # means far from zero, scales that differ by filter
+            filters = shape[0]
+            column = (filters, *[1] * (len(shape) - 1))
+            spread = torch.tensor([1.0, 0.001, 0.03])[torch.arange(filters) % 3].view(column)
+            return torch.randn(shape) * spread + torch.randn(column)
+
+        self.weights = [tensor(s, format, dtype, weight) for s in shapes]
+        self.gains = [tensor((s[0], 1, 1, 1), format, dtype, torch.randn) for s in shapes]
+        self.gains = self.gains if gain else None
+        self.out_dtype, self.out_format = out_dtype or dtype, out_format
+        self.douts = [
+            tensor(s, dout_format or out_format, dout_dtype or self.out_dtype, torch.randn)
+            for s in shapes
+        ]
+        self.scales = [scale * (1 + i) for i in range(len(shapes))]
+        self.variant = eps, eps_outside, unbiased
+
+    def ours(self):
+        """(out, dweight, dgain or None) of each layer."""
+        outs, stats = kernels.weight_standardize_forward(
+            self.weights, self.gains, self.scales, *self.variant, self.out_dtype,
+            self.out_format == "channels_last",
+        )  # fmt: skip
+        assert stats.dtype == torch.float32
+        assert stats.shape == (2, sum(w.shape[0] for w in self.weights))
+        dweights, dgains = kernels.weight_standardize_backward(
+            self.douts, self.weights, self.gains, self.scales, stats, *self.variant
+        )
+        for out, dweight, weight in zip(outs, dweights, self.weights, strict=True):
+            if weight.ndim == 4:
+                assert out.is_contiguous(memory_format=FORMATS[self.out_format])
+            assert dweight.stride() == weight.stride() and dweight.dtype == weight.dtype
+        return list(zip(outs, dweights, dgains or [None] * len(outs), strict=True))
+
+    def of(self, layer, dtype):
+        """The same in PyTorch's operations, computed in ``dtype``."""
+        inputs = [self.weights[layer]] + ([self.gains[layer]] if self.gains else [])
+        inputs = [t.to(dtype).detach().requires_grad_() for t in inputs]
+        eps, eps_outside, unbiased = self.variant
+        out = reference.weight_standardize(
+            inputs[0], eps, gain=inputs[1] if self.gains else None, scale=self.scales[layer],
+            eps_outside=eps_outside, unbiased=unbiased,
+        )  # fmt: skip
+        return out, *torch.autograd.grad(out, inputs, self.douts[layer].to(dtype))
+
+    def check(self):
+        ours = self.ours()
+        for layer, results in enumerate(ours):
+            # Weights and arithmetic of 32 bits, whatever the outputs are rounded to.
+            exact, near = self.of(layer, torch.float64), self.of(layer, torch.float32)
+            for name, mine, theirs, true in zip(
+                ("out", "dweight", "dgain"), results, near, exact, strict=False
+            ):
+                what = f"{name} of {tuple(self.weights[layer].shape)}"
+                assert_accurate(mine, theirs.to(mine.dtype), true, what)
+        return ours
+
+
+@variants
+@dtypes
+def test_variants_and_dtypes(device, variant, dtype):
+    """Parameters of 32 bits, results of the compute dtype, in the layout of channels_last."""
+    Problem(
+        device, SHAPES[:2], dtype=torch.float32, out_dtype=dtype, format="channels_last",
+        out_format="channels_last", **VARIANTS[variant],
+    ).check()  # fmt: skip
+
+
+@dtypes
+def test_weight_dtypes(device, dtype):
+    Problem(device, SHAPES[1:3], dtype, **VARIANTS["nfnet"]).check()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("out_format", FORMATS)
+@pytest.mark.parametrize("dout_format", FORMATS)
+def test_formats(device, format, out_format, dout_format):
+    shapes = [(2, 24, 3, 3), (2, 5, 3, 2)]
+    Problem(
+        device, shapes, format=format, out_format=out_format, dout_format=dout_format,
+        out_dtype=torch.bfloat16,
+    ).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 27, 64, 147, 576, 1152, 8192, 8200, 9216, 73728])
+@pytest.mark.parametrize("variant", ["bit", "jax"])
+def test_lengths(device, length, variant):
+    Problem(device, [(8, length, 1, 1)], **VARIANTS[variant]).check()
+
+
+@pytest.mark.parametrize("shape", [(3, 17), (2, 6, 5), (2, 3, 2, 3, 2)])
+def test_other_dimensions(device, shape):
+    Problem(device, [shape]).check()
+
+
+@variants
+def test_many_layers_are_one_launch(device, variant, launches):
+    """The bits are those of the layers alone, where their tiles are the same."""
+    many = Problem(device, SHAPES, out_dtype=torch.bfloat16, **VARIANTS[variant])
+    if variant == "original":  # the unbiased variance of one element is not a number
+        many.weights, many.douts, many.scales = many.weights[:4], many.douts[:4], many.scales[:4]
+    many.check()
+    names = [name for name, _, _ in launches if name != "_store_pointers"]
+    assert names == ["_forward_all", "_backward_all"]
+
+
+def test_many_layers_with_other_gradients(device):
+    """Gradients summed in 32 bits, in another layout than the weights'."""
+    shapes = [(2, 24, 3, 3), (2, 5, 3, 2), (3, 8, 1, 1)] * 30  # several lots of addresses
+    Problem(
+        device, shapes, out_dtype=torch.bfloat16, dout_dtype=torch.float32, format="channels_last",
+        out_format="channels_last", dout_format="oihw", gain=True,
+    ).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ["bit", "jax", "nfnet"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_no_variance(device, variant, layers):
+    """A constant filter has the value zero and a finite gradient."""
+    case = Problem(device, [(4, 16, 3, 3)] * layers, **VARIANTS[variant])
+    for weight in case.weights:
+        weight[1] = 0.25
+        weight[2] = 0.0
+    for layer, (out, dweight, dgain) in enumerate(case.ours()):
+        exact = case.of(layer, torch.float64)
+        for constant in (1, 2):
+            assert torch.equal(out[constant], torch.zeros_like(out[constant]))
+            torch.testing.assert_close(
+                dweight[constant], exact[1][constant].float(), rtol=1e-5, atol=0.0
+            )
+            assert dgain is None or dgain[constant] == 0
+
+
+def test_not_finite_stays_in_its_filter(device):
+    case = Problem(device, [(40, 64, 1, 1), (4, 16, 3, 3)])
+    clean = case.ours()
+    case.weights[0][7, 3] = float("nan")
+    case.weights[1][2, 3, 1, 1] = float("inf")
+    for spoilt, before, filter in zip(case.ours(), clean, (7, 2), strict=True):
+        for after, was in zip(spoilt[:2], before[:2], strict=True):
+            assert after[filter].isnan().all()
+            others = torch.arange(len(was)) != filter
+            assert torch.equal(after[others], was[others])
+
+
+def test_unaligned_addresses(device, launches):
+    def shifted(t):
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+    case = Problem(device, [(4, 16, 3, 3), (40, 64, 1, 1)])
+    case.weights = [shifted(w) for w in case.weights]
+    case.check()
+    case.weights, case.douts, case.scales = case.weights[:1], case.douts[:1], case.scales[:1]
+    case.check()
+
+
+def test_no_filters(device):
+    for shapes in ([(0, 4, 3, 3)], [(0, 4, 3, 3), (2, 4, 3, 3)]):
+        case = Problem(device, shapes)
+        out, dweight, _ = case.ours()[0]
+        assert out.shape == dweight.shape == (0, 4, 3, 3)
+    case.check()
+
+
+def test_tables_are_made_once(device):
+    """What would synchronize, and cannot be captured in a CUDA graph, is done the first time."""
+    case = Problem(device, [(2, 24, 3, 3), (2, 5, 3, 2)])
+    kernels._tables.cache_clear()
+    for _ in range(3):
+        case.ours()
+    assert kernels._tables.cache_info().misses == 1
+
+
+@pytest.mark.parametrize("length", [1, 8, 63, 64, 255, 256, 257, 4608, 8192, 8193, 73728])
+@pytest.mark.parametrize("filters", [1, 64, 100, 2048])
+def test_tiles(filters, length):
+    kind = config.FILTER_TILES[config.filter_kind(length, length % 8 == 0)]
+    alone, warps = config.filter_tile(filters, length, length % 8 == 0)
+    for tile in (kind, alone):
+        assert tile.whole == (length <= tile.block and length % 8 == 0)
+        assert tile.aligned == (length % 8 == 0)
+        assert tile.filters * tile.block <= 8192
+    assert 1 <= warps <= config.FILTER_WARPS
+    # As many programs as there are filters, until they fill a device.
+    assert math.ceil(filters / alone.filters) >= min(filters, 64)
