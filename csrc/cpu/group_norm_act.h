@@ -30,27 +30,9 @@ inline Vec activate_backward(Vec z, Vec dy) {
   return dy;
 }
 
-template <int N>
-struct Rows {
-  static constexpr int count = N;
-};
-
-// body(row, Rows<ROWS>) over as many full sets of rows as there are, then row by row.
-template <int ROWS, class Body>
-inline void for_rows(int64_t begin, int64_t end, Body&& body) {
-  int64_t row = begin;
-  for (; row + ROWS <= end; row += ROWS) body(row, Rows<ROWS>{});
-  for (; row < end; ++row) body(row, Rows<1>{});
-}
-
-// The size of a block of elements, the unit of work below a sample or a group. It must not depend on
-// the batch or on the number of threads, for partial sums are taken per block.
+// The size of a block of elements, the unit of work below a sample or a group. It must not depend
+// on the batch or on the number of threads, for partial sums are taken per block.
 constexpr int64_t BLOCK = 1 << 14;
-
-// How many elements ahead to prefetch: the hardware does not see through a change of page, and rows
-// taken several at a time are several streams.
-template <class T>
-constexpr int64_t AHEAD = 4096 / sizeof(T);
 
 // The size of a slot in whole cache lines, so that no two threads write to the same one.
 constexpr int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
@@ -76,14 +58,18 @@ void two_pass(const Team& team, const Kernel& kernel, float* slots) {
   if (rest == 0) return;
   float* const shared = slots + team.size * kernel.slot_size;
   const Range parts = team.share(kernel.parts), blocks = team.share(rest * kernel.blocks);
-  for (int64_t i = 0; i < rest; ++i) kernel.prepare(shared + i * kernel.slot_size, whole + i, parts);
+  for (int64_t i = 0; i < rest; ++i) {
+    kernel.prepare(shared + i * kernel.slot_size, whole + i, parts);
+  }
   team.barrier();
   for (int64_t i = blocks.begin; i < blocks.end; ++i) {
     const int64_t unit = i / kernel.blocks;
     kernel.reduce(shared + unit * kernel.slot_size, whole + unit, i % kernel.blocks);
   }
   team.barrier();
-  for (int64_t i = 0; i < rest; ++i) kernel.combine(shared + i * kernel.slot_size, whole + i, parts);
+  for (int64_t i = 0; i < rest; ++i) {
+    kernel.combine(shared + i * kernel.slot_size, whole + i, parts);
+  }
   team.barrier();
   for (int64_t i = blocks.end - 1; i >= blocks.begin; --i) {
     const int64_t unit = i / kernel.blocks;
@@ -91,13 +77,9 @@ void two_pass(const Team& team, const Kernel& kernel, float* slots) {
   }
 }
 
-// Whether an output of rows of `row` elements is to be written past the cache. Consumers of smaller
-// ones find them there.
 template <class T>
-bool past_cache(const GroupNormAct& shape, const void* out, int64_t row) {
-  constexpr int64_t CACHE = 8 << 20;
-  const int64_t bytes = shape.batch * shape.channels * shape.pixels * int64_t(sizeof(T));
-  return bytes > CACHE && row % WIDTH == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+int64_t bytes_of(const GroupNormAct& shape) {
+  return shape.batch * shape.channels * shape.pixels * int64_t(sizeof(T));
 }
 
 // The affine parameters and, for the backward, where the per-sample gradients of them go.

@@ -100,7 +100,7 @@ struct ForwardChannelsFirst : ChannelsFirst {
   [[gnu::flatten]] void apply(float* slot, int64_t unit, int64_t index) const {
     const Block block = block_at(index);
     const Vec mean = broadcast(tensors.mean[unit]);
-    const bool streams = past_cache<T>(shape, tensors.y, shape.pixels);
+    const bool streams = past_cache(bytes_of<T>(shape), static_cast<T*>(tensors.y), shape.pixels);
     const float rest = float(pair(slot, width * columns)[0]);
     for (int64_t c = block.first; c < block.last; ++c) {
       const Vec scale = broadcast(tensors.rstd[unit] * affine.weight[channel(unit, c)]);
@@ -181,7 +181,7 @@ struct BackwardChannelsFirst : ChannelsFirst {
     const Block block = block_at(index);
     const Vec mean = broadcast(tensors.mean[unit]);
     const Vec slope = broadcast(float(pair(slot, width * columns)[0]));
-    const bool streams = past_cache<T>(shape, tensors.dx, shape.pixels);
+    const bool streams = past_cache(bytes_of<T>(shape), static_cast<T*>(tensors.dx), shape.pixels);
     const Vec shift = broadcast(float(pair(slot, width * columns)[1]));
     for (int64_t c = block.first; c < block.last; ++c) {
       const Vec scale = broadcast(tensors.rstd[unit] * affine.weight[channel(unit, c)]);

@@ -145,7 +145,7 @@ struct ForwardChannelsLast : ChannelsLast {
     const float* const means = coefficient(slot, MEAN);
     const float* const scales = coefficient(slot, SCALE);
     const float* const biases = coefficient(slot, BIAS);
-    const bool streams = past_cache<T>(shape, tensors.y, channels);
+    const bool streams = past_cache(bytes_of<T>(shape), static_cast<T*>(tensors.y), channels);
     for_rows<2>(0, pixels_of(block), [=](int64_t row, auto rows) {
       for_vectors(channels, [=](int64_t c, auto lanes) {
         const Vec mean = load(means + c), scale = load(scales + c), bias = load(biases + c);
@@ -257,7 +257,7 @@ struct BackwardChannelsLast : ChannelsLast {
     const float* const biases = coefficient(slot, BIAS);
     const float* const slopes = coefficient(slot, SLOPE);
     const float* const shifts = coefficient(slot, SHIFT);
-    const bool streams = past_cache<T>(shape, tensors.dx, channels);
+    const bool streams = past_cache(bytes_of<T>(shape), static_cast<T*>(tensors.dx), channels);
     for_rows<2>(0, pixels_of(block), [=](int64_t row, auto rows) {
       for_vectors(channels, [=](int64_t c, auto lanes) {
         const Vec mean = load(means + c), scale = load(scales + c), bias = load(biases + c);

@@ -188,6 +188,11 @@ inline void store(T* p, Vec v, AllLanes) {
   store(p, v);
 }
 
+// How many elements ahead to prefetch: the hardware stops at the end of a page, and does not always
+// follow several streams.
+template <class T>
+constexpr int64_t AHEAD = 4096 / sizeof(T);
+
 // Past the cache, for what would not stay in it: the lines are not read first. `p` must be aligned
 // to the vector, and stream_fence() come last.
 template <class T>
@@ -200,6 +205,14 @@ inline void stream(T* p, Vec value) {
 #else
   store(p, value);
 #endif
+}
+
+// Whether to stream an output of `bytes`, `p` being one of its runs of `length` elements: what fits
+// into a usual last-level cache next to the input is better left there for its consumer.
+template <class T>
+inline bool past_cache(int64_t bytes, const T* p, int64_t length) {
+  constexpr int64_t CACHE = 16 << 20;
+  return bytes > CACHE && length % WIDTH == 0 && reinterpret_cast<uintptr_t>(p) % 64 == 0;
 }
 
 inline void stream_fence() {
@@ -224,6 +237,19 @@ inline void for_vectors(int64_t length, Body&& body) {
   int64_t i = 0;
   for (; i + WIDTH <= length; i += WIDTH) body(i, AllLanes{});
   if (i < length) body(i, static_cast<int>(length - i));
+}
+
+template <int N>
+struct Rows {
+  static constexpr int count = N;
+};
+
+// body(row, Rows<ROWS>) over as many full sets of rows as there are, then row by row.
+template <int ROWS, class Body>
+inline void for_rows(int64_t begin, int64_t end, Body&& body) {
+  int64_t row = begin;
+  for (; row + ROWS <= end; row += ROWS) body(row, Rows<ROWS>{});
+  for (; row < end; ++row) body(row, Rows<1>{});
 }
 
 inline float sum(Vec v) {

@@ -9,40 +9,29 @@
 namespace bitkern::cpu::BITKERN_ISA {
 namespace {
 
-// Vectors whose lanes lie `stride` elements apart.
-
-template <class T, class Lanes>
-inline Vec load(const T* p, int64_t stride, Lanes lanes) {
-  if (stride == 1) return load(p, lanes);
-  T values[WIDTH] = {};
-  for (int i = 0; i < size(lanes); ++i) values[i] = p[i * stride];
-  return load(values);
-}
-
-template <class T, class Lanes>
-inline void store(T* p, int64_t stride, Vec v, Lanes lanes) {
-  if (stride == 1) return store(p, v, lanes);
-  T values[WIDTH];
-  store(values, v);
-  for (int i = 0; i < size(lanes); ++i) p[i * stride] = values[i];
-}
-
-// body(offset in weight, stride, offset in out, stride, lanes) over the elements of a filter. Where
-// the layouts differ, the lanes are input channels, adjacent in the tensor that is channels_last.
-template <class Body>
-inline void for_filter(const WeightStandardizeLayer& layer, Body&& body) {
-  const int64_t inner = layer.inner, taps = layer.taps;
-  if (layer.weight_channels_last == layer.out_channels_last || inner == 1 || taps == 1) {
-    for_vectors(inner * taps, [&](int64_t i, auto lanes) { body(i, 1, i, 1, lanes); });
-    return;
-  }
-  for_vectors(inner, [&](int64_t i, auto lanes) {
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const int64_t last = tap * inner + i, first = i * taps + tap;
-      if (layer.out_channels_last) body(first, taps, last, 1, lanes);
-      else body(last, 1, first, taps, lanes);
+// [rows, columns] to [columns, rows].
+template <class T>
+void transpose(const T* from, int64_t rows, int64_t columns, T* to) {
+  for_rows<16>(0, rows, [=](int64_t row, auto block) {
+    for (int64_t column = 0; column < columns; ++column) {
+      for (int r = 0; r < block.count; ++r) {
+        to[column * rows + row + r] = from[(row + r) * columns + column];
+      }
     }
   });
+}
+
+// From one layout of a filter, [inner, taps] or channels_last [taps, inner], to the other.
+template <class T>
+void change_layout(const WeightStandardizeLayer& layer, bool from_channels_last, const T* from,
+                   T* to) {
+  if (from_channels_last) transpose(from, layer.taps, layer.inner, to);
+  else transpose(from, layer.inner, layer.taps, to);
+}
+
+bool same_layout(const WeightStandardizeLayer& layer) {
+  return layer.weight_channels_last == layer.out_channels_last || layer.inner == 1 ||
+         layer.taps == 1;
 }
 
 template <class T>
@@ -50,13 +39,17 @@ double gain_of(const WeightStandardizeLayer& layer, int64_t filter) {
   return layer.gain ? load(static_cast<const T*>(layer.gain) + filter, 1)[0] : 1;
 }
 
+// `out` is the filter's, in the layout of the weight; `bytes` are those of all outputs.
 template <class T, class Out>
-void forward(const WeightStandardize& variant, const WeightStandardizeLayer& layer,
-             int64_t filter) {
+[[gnu::flatten]] void forward(const WeightStandardize& variant,
+                              const WeightStandardizeLayer& layer, int64_t filter, Out* out,
+                              int64_t bytes) {
   const int64_t length = layer.inner * layer.taps;
   const T* weight = static_cast<const T*>(layer.weight) + filter * length;
-  Out* out = static_cast<Out*>(layer.out) + filter * length;
-  const Moments stats = moments(length, [=](int64_t i, auto lanes) { return load(weight + i, lanes); });
+  const Moments stats = moments(length, [=](int64_t i, auto lanes) {
+    __builtin_prefetch(weight + i + AHEAD<T>);
+    return load(weight + i, lanes);
+  });
   const double var = stats.m2 / double(length - variant.unbiased);
   const double std = __builtin_sqrt(variant.eps_outside ? var : var + variant.eps);
   const double denominator = variant.eps_outside ? std + variant.eps : std;
@@ -64,39 +57,42 @@ void forward(const WeightStandardize& variant, const WeightStandardizeLayer& lay
   layer.std[filter] = float(std);
   const Vec mean = broadcast(float(stats.mean));
   const Vec factor = broadcast(float(gain_of<T>(layer, filter) * layer.scale / denominator));
-  for_filter(layer, [=](int64_t i, int64_t stride, int64_t j, int64_t out_stride, auto lanes) {
-    store(out + j, out_stride, (load(weight + i, stride, lanes) - mean) * factor, lanes);
+  const bool streams = past_cache(bytes, out, length);
+  for_vectors(length, [=](int64_t i, auto lanes) {
+    store(out + i, (load(weight + i, lanes) - mean) * factor, lanes, streams);
   });
 }
 
 // With c = weight - mean and d the denominator:
 // dweight = gain * scale / d * (dout - mean(dout) - c * sum(dout * c) / (std * d * K)).
+// `dout` is the filter's, in the layout of the weight; `bytes` are those of all of dweight.
 template <class T, class Out>
-void backward(const WeightStandardize& variant, const WeightStandardizeLayer& layer,
-              int64_t filter) {
+[[gnu::flatten]] void backward(const WeightStandardize& variant,
+                               const WeightStandardizeLayer& layer, int64_t filter,
+                               const Out* dout, int64_t bytes) {
   const int64_t length = layer.inner * layer.taps;
   const T* weight = static_cast<const T*>(layer.weight) + filter * length;
-  const Out* dout = static_cast<const Out*>(layer.dout) + filter * length;
   T* dweight = static_cast<T*>(layer.dweight) + filter * length;
   const Vec mean = broadcast(layer.mean[filter]);
   Vec sums = {}, products = {};
-  for_filter(layer, [&](int64_t i, int64_t stride, int64_t j, int64_t out_stride, auto lanes) {
-    const Vec g = load(dout + j, out_stride, lanes);
+  for_vectors(length, [&](int64_t i, auto lanes) {
+    const Vec g = load(dout + i, lanes);
     sums += g;
-    products = fma(g, load(weight + i, stride, lanes) - mean, products);
+    products = fma(g, load(weight + i, lanes) - mean, products);
   });
   const double std = layer.std[filter];
   const double denominator = variant.eps_outside ? std + variant.eps : std;
   const double product = sum(products);
   const double projection = product / (std * denominator * double(length - variant.unbiased));
-  // A constant filter with eps outside the root: sqrt has no slope there, and c is 0.
+  // A constant filter with eps outside the root: the root has no slope there, and c is 0.
   const Vec slope = broadcast(variant.eps_outside && std == 0 ? 0.0f : float(projection));
   const Vec dout_mean = broadcast(sum(sums) / float(length));
   const Vec factor = broadcast(float(gain_of<T>(layer, filter) * layer.scale / denominator));
-  for_filter(layer, [=](int64_t i, int64_t stride, int64_t j, int64_t out_stride, auto lanes) {
-    const Vec centered = load(weight + i, stride, lanes) - mean;
-    const Vec g = load(dout + j, out_stride, lanes) - dout_mean;
-    store(dweight + i, stride, (g - centered * slope) * factor, lanes);
+  const bool streams = past_cache(bytes, dweight, length);
+  for_vectors(length, [=](int64_t i, auto lanes) {
+    const Vec centered = load(weight + i, lanes) - mean;
+    const Vec g = load(dout + i, lanes) - dout_mean;
+    store(dweight + i, (g - centered * slope) * factor, lanes, streams);
   });
   if (layer.dgain) {
     const float dgain = float(layer.scale * product / denominator);
@@ -104,23 +100,38 @@ void backward(const WeightStandardize& variant, const WeightStandardizeLayer& la
   }
 }
 
-// body(layer, filter) for every filter; a thread gets a run of filters with its share of elements.
-template <class Body>
-void for_filters(const WeightStandardizeLayer* layers, int64_t count, int num_threads,
-                 Body&& body) {
+int64_t elements_of(const WeightStandardizeLayer* layers, int64_t count) {
   int64_t elements = 0;
   for (int64_t i = 0; i < count; ++i) {
     elements += layers[i].filters * layers[i].inner * layers[i].taps;
   }
-  parallel(useful_threads(num_threads, elements), [&](const Team& team) {
+  return elements;
+}
+
+// body(layer, filter, scratch) for every filter, where `scratch` has room for one. A thread gets a
+// run of filters with its share of the elements.
+template <class Body>
+void for_filters(const WeightStandardizeLayer* layers, int64_t count, int num_threads,
+                 Body&& body) {
+  const int64_t elements = elements_of(layers, count);
+  int64_t longest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t length = layers[i].inner * layers[i].taps;
+    if (length > longest) longest = length;
+  }
+  const int threads = useful_threads(num_threads, elements);
+  const Scratch scratch(threads * longest);
+  parallel(threads, [&](const Team& team) {
     const Range mine = team.share(elements);
     int64_t start = 0;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t length = layers[i].inner * layers[i].taps;
       for (int64_t filter = 0; filter < layers[i].filters; ++filter, start += length) {
-        if (start >= mine.begin && start < mine.end) body(layers[i], filter);
+        if (start < mine.begin || start >= mine.end) continue;
+        body(layers[i], filter, scratch.data + team.rank * longest);
       }
     }
+    stream_fence();
   });
 }
 
@@ -130,10 +141,18 @@ void weight_standardize_forward(const WeightStandardize& variant,
                                 const WeightStandardizeLayer* layers, int64_t count,
                                 int num_threads) {
   with_dtype(variant.weight_dtype, [&](auto t) {
-    with_dtype(variant.out_dtype, [&](auto out) {
-      for_filters(layers, count, num_threads, [&](const auto& layer, int64_t filter) {
-        forward<decltype(t), decltype(out)>(variant, layer, filter);
-      });
+    with_dtype(variant.out_dtype, [&](auto o) {
+      using T = decltype(t);
+      using Out = decltype(o);
+      const int64_t bytes = elements_of(layers, count) * int64_t(sizeof(Out));
+      const auto body = [&](const auto& layer, int64_t filter, float* scratch) {
+        Out* out = static_cast<Out*>(layer.out) + filter * layer.inner * layer.taps;
+        if (same_layout(layer)) return forward<T>(variant, layer, filter, out, bytes);
+        Out* const other = reinterpret_cast<Out*>(scratch);
+        forward<T>(variant, layer, filter, other, 0);
+        change_layout(layer, layer.weight_channels_last, other, out);
+      };
+      for_filters(layers, count, num_threads, body);
     });
   });
 }
@@ -142,10 +161,18 @@ void weight_standardize_backward(const WeightStandardize& variant,
                                  const WeightStandardizeLayer* layers, int64_t count,
                                  int num_threads) {
   with_dtype(variant.weight_dtype, [&](auto t) {
-    with_dtype(variant.out_dtype, [&](auto out) {
-      for_filters(layers, count, num_threads, [&](const auto& layer, int64_t filter) {
-        backward<decltype(t), decltype(out)>(variant, layer, filter);
-      });
+    with_dtype(variant.out_dtype, [&](auto o) {
+      using T = decltype(t);
+      using Out = decltype(o);
+      const int64_t bytes = elements_of(layers, count) * int64_t(sizeof(T));
+      const auto body = [&](const auto& layer, int64_t filter, float* scratch) {
+        const Out* dout = static_cast<const Out*>(layer.dout) + filter * layer.inner * layer.taps;
+        if (same_layout(layer)) return backward<T>(variant, layer, filter, dout, bytes);
+        Out* const other = reinterpret_cast<Out*>(scratch);
+        change_layout(layer, layer.out_channels_last, dout, other);
+        backward<T>(variant, layer, filter, static_cast<const Out*>(other), bytes);
+      };
+      for_filters(layers, count, num_threads, body);
     });
   });
 }
