@@ -73,7 +73,7 @@ def group_norm_plan(
         resident = True
     else:
         resident = pixels * blocks[0] * itemsize <= RESIDENT_BYTES
-        filling = [b for b in blocks if 2 * MAX_SPLITS * math.ceil(channels / b) >= PROGRAMS]
+        filling = [b for b in blocks if MAX_SPLITS * math.ceil(channels / b) >= PROGRAMS]
         block = blocks[0] if resident or not filling else filling[-1]
         pixels_of_tile = max(tile // power_of_two(block), 1)
         all_tiles = math.ceil(pixels / pixels_of_tile)
@@ -81,7 +81,7 @@ def group_norm_plan(
             max_splits(power_of_two(block)),
             math.ceil(PROGRAMS / math.ceil(channels / block)),
             # Several tiles share the cost of a reduction.
-            max(all_tiles // (3 if resident else 1), 1),
+            max(all_tiles // (2 if resident else 1), 1),
         )
         tiles = math.ceil(all_tiles / splits)
         splits = math.ceil(all_tiles / tiles)

@@ -217,8 +217,8 @@ def _forward(
         means = _load(of, all_splits)
         mean = tl.sum(means * count, 0) / elements
         delta = tl.where(all_splits, means - mean[None, :], 0.0)
-        m2 = tl.sum(_load(of + 1, all_splits) + delta * (delta * count), 0)
         correction = tl.sum(delta * count, 0) / elements
+        m2 = tl.sum(_load(of + 1, all_splits) + delta * (delta * count), 0)
         mean += correction
         m2 -= correction * correction * elements
 

@@ -1,7 +1,7 @@
 """Compiles the launches that BiT's networks lead to, for several GPUs, and says what they use.
 
-A program of its own (``python shipped.py SHARD SHARDS [TARGET ...]``), because kernels that were
-imported for Triton's interpreter cannot be compiled; needs no GPU. Prints a line of JSON for each.
+A program of its own (``python -m tests.kernels.shipped SHARD SHARDS``), because
+kernels imported for Triton's interpreter cannot be compiled. Prints a line of JSON for each.
 """
 
 import json
@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -33,6 +34,10 @@ TYPES = {
     torch.int32: "i32",
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+KERNELS = {
+    "_forward", "_backward", "_sum_samples", "_forward_one", "_backward_one", "_forward_all",
+    "_backward_all", "_store_pointers",
+}  # fmt: skip
 FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
 
 
@@ -51,10 +56,10 @@ class Recorder:
     def __init__(self):
         self.launches = {}
 
-    def __call__(self, kernel, programs, pointers, numbers, options, warps):
+    def __call__(self, kernel, programs, pointers, numbers, constants, warps):
         types = [None if p is None else argument(p) for p in pointers]
         types += [argument(number) for number in numbers]
-        self.launches[kernel, tuple(types), tuple(options), warps] = None
+        self.launches[kernel, tuple(types), tuple(constants), warps] = None
 
 
 def maps(width, image):
@@ -113,40 +118,56 @@ def standardizations(dtype, out_dtype, channels_last, shapes, gain=False, varian
         both([shape])
 
 
-def shipped():
-    """Everything to compile."""
+def shipped(everything):
+    """What to compile: all that BiT leads to, or a selection that has each kernel in each way."""
     recorder = Recorder()
     group_norm_act.launch = weight_standardize.launch = recorder
     group_norm_act.device_of = lambda index: launch.Device(132, 50 << 20)
     torch.Tensor.data_ptr = lambda self: 0  # meta tensors have none
-    everything = os.environ.get("BITKERN_COMPILE_ALL") == "1"
-    widths, images = ((1, 2, 3, 4), (128, 224, 448, 480)) if everything else ((1, 3, 4), (224, 480))
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    widths, images = ((1, 2, 3, 4), (128, 224, 448, 480)) if everything else ((1, 4), (224,))
     for width in widths:
-        for image in images:
-            group_norms(torch.bfloat16, True, maps(width, image))
-            if everything or width == 1:
-                group_norms(torch.float32, True, maps(width, image))
-                group_norms(torch.bfloat16, False, maps(width, image))
-                group_norms(torch.float32, False, maps(width, image))
+        shapes = sorted({shape for image in images for shape in maps(width, image)})
+        group_norms(bf16, True, shapes)
+        if everything:
+            for dtype in (bf16, fp16, fp32):
+                for channels_last in (True, False):
+                    group_norms(dtype, channels_last, shapes, affine=dtype)
+        for layouts in ((True, True), (False, False), (False, True)):
+            if everything or layouts[0] == layouts[1]:
+                standardizations(fp32, bf16, layouts, weights(width))
+    few = [(64, 56), (256, 56), (1024, 14), (2048, 7), (256, 120)]
+    group_norms(fp32, True, few)
+    group_norms(fp16, True, few[:3])
+    for dtype in (bf16, fp32):
+        group_norms(dtype, False, few)
+    for act in ("silu", "none"):
+        group_norms(bf16, True, few[:2], act=act)
+    group_norms(bf16, True, [(64, 1 << 13)])  # 2^32 elements in a sample
+    group_norms(bf16, False, [(64, 1 << 13)])
+    group_norms(bf16, True, [(63, 30), (1000, 14)], groups=1)
+    some = [(64, 3, 7, 7), (256, 256, 3, 3), (2048, 2048, 3, 3)]
+    standardizations(fp32, fp16, (False, True), some, gain=True, variant=(True, True))
+    standardizations(bf16, bf16, (True, True), some[1:], gain=True)
     return list(recorder.launches)
 
 
-def compiled(kernel, types, options, warps, target):
-    signature, constants, attributes = {}, {}, {}
-    for i, (name, value) in enumerate(zip(kernel.arg_names, types + options, strict=True)):
+def compiled(kernel, types, constants, warps, target):
+    signature, values, attributes = {}, {}, {}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, types + constants, strict=True)):
         if i >= len(types) or value is None:
-            signature[name], constants[i,] = "constexpr", value
+            signature[name], values[i,] = "constexpr", value
         else:
             signature[name] = value
             if value[0] == "*":
                 attributes[i,] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
     return triton.compile(source, target=target, options=launch.options(warps))
 
 
 def resources(binary):
     """Registers, bytes of spills (a stack frame is nothing else here), shared memory."""
-    found = {"shared": binary.metadata.shared}
+    found = {"shared": binary.metadata.shared, "vectors": 0}
     if binary.metadata.target.backend == "cuda":
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary.asm["cubin"])
@@ -155,6 +176,8 @@ def resources(binary):
             text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
         registers, stack, local = map(int, numbers.groups())
+        # Loads of 16 bytes.
+        found["vectors"] = len(re.findall(r"ld\.global\S*\.v4\.b32", binary.asm["ptx"]))
         return found | {"registers": registers, "spills": stack + local}
     text = binary.asm["amdgcn"]
     number = {
@@ -165,14 +188,25 @@ def resources(binary):
     return found | {"registers": number["vgpr_count"], "spills": spills}
 
 
-def main(shard, shards, *targets):
-    for launch_ in shipped()[int(shard) :: int(shards)]:
-        kernel, types, options, warps = launch_
-        for target in targets or TARGETS:
-            binary = compiled(*launch_, TARGETS[target])
-            what = {"target": target, "kernel": kernel.__name__, "types": str(types)}
-            what |= {"options": str(options), "warps": warps} | resources(binary)
-            print(json.dumps(what), flush=True)
+def selected(everything):
+    """(launch, target): all launches for sm_90; for the others every third of each kernel."""
+    seen = Counter()
+    for entry in shipped(everything):
+        first = seen[entry[0]] % 3 == 0
+        seen[entry[0]] += 1
+        for target in TARGETS:
+            if everything or first or target == "sm_90":
+                yield entry, target
+
+
+def main(shard, shards):
+    everything = os.environ.get("BITKERN_COMPILE_ALL") == "1"
+    for entry, target in list(selected(everything))[int(shard) :: int(shards)]:
+        kernel, types, constants, warps = entry
+        what = {"target": target, "kernel": kernel.__name__, "types": types}
+        what |= {"constants": constants, "warps": warps}
+        what |= resources(compiled(*entry, TARGETS[target]))
+        print(json.dumps(what, default=str), flush=True)
 
 
 if __name__ == "__main__":
