@@ -51,5 +51,5 @@ def test_model(case, bench):
         floor=floor,
         together=DEVICE == "cpu",
         # Per contender where each runs alone, for all of them where they take turns.
-        seconds=1.5 if DEVICE == "cuda" else 60,
+        seconds=1.5 if DEVICE == "cuda" else 20,
     )
