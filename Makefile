@@ -14,8 +14,10 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The operator tests on an extension built with address and undefined-behaviour sanitizers.
+# The operator tests on an extension built with address and undefined-behaviour sanitizers, then the
+# kernels alone under the thread sanitizer.
 SANITIZED := build/sanitize/lib
+RACES := $(CXX) -std=c++20 -O2 -g -fsanitize=thread -Icsrc/include
 sanitize: .venv/installed
 	BITKERN_CUDA=0 BITKERN_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build \
 	  --build-base build/sanitize --build-lib $(SANITIZED)
@@ -23,6 +25,11 @@ sanitize: .venv/installed
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider tests/ops -k "cpu and not compile"
+	for kernel in group_norm_act weight_standardize; do \
+	  $(RACES) -fopenmp -DBITKERN_ISA=baseline -c csrc/cpu/$$kernel.cpp -o build/$$kernel.o || exit; \
+	done
+	$(RACES) tests/races.cpp build/group_norm_act.o build/weight_standardize.o -o build/races
+	build/races
 
 .venv/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
