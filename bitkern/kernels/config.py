@@ -87,7 +87,9 @@ def group_norm_plan(
         splits = math.ceil(all_tiles / tiles)
     lanes = power_of_two(block)
     elements = pixels_of_tile * lanes
-    warps = min(max(elements * itemsize * tensors * (1 + narrow) // 2048, 1), 8)
+    # Sums over several groups compare the lanes in pairs: 32 pairs per thread at most.
+    least = 1 if block == size else max(lanes * lanes // 1024, 1)
+    warps = min(max(elements * itemsize * tensors * (1 + narrow) // 2048, least), 8)
     depth = min(max(elements * itemsize // (16 * 32 * warps), 1), pixels_of_tile)
     rows = pixels_of_tile // depth
     return GroupNormPlan(block, lanes, depth, rows, tiles, splits, unit, warps, resident)

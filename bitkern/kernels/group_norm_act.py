@@ -99,12 +99,13 @@ def _affine(weight, bias, channel, in_block, LANES: tl.constexpr):
 
 @triton.jit
 def _over_groups(v, channel, size, ONE_GROUP: tl.constexpr, LANES: tl.constexpr):
-    """v [LANES] summed over each channel's group, in every channel of the group."""
+    """v [LANES] summed over each channel's group, in every channel of the group; [1] for one group."""
     if ONE_GROUP:
-        return tl.zeros([LANES], tl.float32) + tl.sum(v, 0)
-    group = channel // size
-    # Not a product with the mask: a NaN stays in its group.
-    return tl.sum(tl.where(group[:, None] == group[None, :], v[None, :], 0.0), 1)
+        return tl.zeros([1], tl.float32) + tl.sum(v, 0)
+    else:
+        group = channel // size
+        # Not a product with the mask: a NaN stays in its group.
+        return tl.sum(tl.where(group[:, None] == group[None, :], v[None, :], 0.0), 1)
 
 
 @triton.jit
@@ -274,9 +275,15 @@ def _backward(
         WIDE, STAGE == "whole" or STAGE == "on_chip",
     )  # fmt: skip
     TILE: tl.constexpr = DEPTH * ROWS
-    group = sample * (channels // size) + channel // size
-    mean = _load(mean_in + group, in_block)
-    rstd = _load(rstd_in + group, in_block)
+    groups = channels // size
+    if ONE_GROUP:  # a number for the program takes fewer registers than one for each lane
+        group = tl.zeros([1], tl.int32) + tl.program_id(0) % groups
+        mean = tl.load(mean_in + sample * groups + group)
+        rstd = tl.load(rstd_in + sample * groups + group)
+    else:
+        group = channel // size
+        mean = _load(mean_in + sample * groups + group, in_block)
+        rstd = _load(rstd_in + sample * groups + group, in_block)
     w, shift = _affine(weight, bias, channel, in_block, LANES)
     scale = w * rstd
 
@@ -312,15 +319,17 @@ def _backward(
         sum_gn = tl.sum(_load(of + 1, all_splits), 0)
 
     if STAGE != "reduce":
+        # dx = g * scale - constant - centered * slope
+        constant = _over_groups(w * sum_g, channel, size, ONE_GROUP, LANES)
+        slope = _over_groups(w * sum_gn, channel, size, ONE_GROUP, LANES)
+        factor = rstd / (size * 1.0 * pixels)
+        constant *= factor
+        slope *= factor * rstd
         if own == 0:
             if channel_weight is not None:
                 tl.store(channel_weight + sample * channels + channel, sum_gn, mask=in_block)
             if channel_bias is not None:
                 tl.store(channel_bias + sample * channels + channel, sum_g, mask=in_block)
-        # dx = g * scale - constant - centered * slope
-        factor = rstd / (size * 1.0 * pixels)
-        constant = _over_groups(w * sum_g, channel, size, ONE_GROUP, LANES) * factor
-        slope = _over_groups(w * sum_gn, channel, size, ONE_GROUP, LANES) * factor * rstd
     if STAGE == "on_chip" and dx is not None:
         _store_dx(dx, dtotal, start, offsets, mask, g, centered, scale, constant, slope)
     if (STAGE == "whole" or STAGE == "apply") and dx is not None:

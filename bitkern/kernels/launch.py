@@ -21,8 +21,11 @@ def device_of(index: int) -> Device:
 
 
 def options(warps: int) -> dict:
-    """Triton's compiler options."""
-    return {"num_warps": warps, "enable_fp_fusion": True}
+    """Triton's compiler options.
+
+    Without a limit, ptxas spills a register or two to fit one more program on a multiprocessor.
+    """
+    return {"num_warps": warps, "enable_fp_fusion": True, "maxnreg": 255}
 
 
 _compiled = {}

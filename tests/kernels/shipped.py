@@ -182,9 +182,10 @@ def resources(binary):
     text = binary.asm["amdgcn"]
     number = {
         name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
-        for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     }
-    spills = number["vgpr_spill_count"] + number["sgpr_spill_count"]
+    # Scalar registers spill into lanes of vector registers, which is not memory.
+    spills = 4 * number["vgpr_spill_count"] + number["private_segment_fixed_size"]
     return found | {"registers": number["vgpr_count"], "spills": spills}
 
 
