@@ -142,7 +142,7 @@ def _norm_problem(case, device):
     total = sum(t.detach().double() for t in branch)
     norm = [t.detach().double() for t in same[-2:]]
     kinks = reference.group_norm_act(total, GROUPS, *norm, act="none").abs() < KINK
-    dys = [torch.randn_like(x).masked_fill(kinks, 0.0)]
+    dys = [torch.randn_like(x).masked_fill_(kinks, 0.0)]  # in place: in the layout of x
     if len(branch) == 2:
         dys.insert(0, torch.randn_like(x))
     # Each big tensor once: x, (residual, sum,) y; then sum or x, dy, (dsum,) dx.

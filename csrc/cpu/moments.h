@@ -54,9 +54,13 @@ inline Moments moments_of_sets(const Real* mean, const Real* m2, int64_t sets, d
   return {count * sets, center, within + count * between};
 }
 
-// Of `length` > 0 values, read once and in order by load_at(offset, lanes).
-template <class Load>
-inline Moments moments(int64_t length, Load&& load_at) {
+// Of `length` > 0 values, read in order by read_at(offset, lanes). Their distances from the first of
+// them are taken, which are as small as their deviations: a running mean far from zero would lose
+// some of its last bits with each update.
+template <class Read>
+inline Moments moments(int64_t length, Read&& read_at) {
+  const float origin = read_at(0, 1)[0];
+  const auto load_at = [&](int64_t i, auto lanes) { return read_at(i, lanes) - broadcast(origin); };
   constexpr int ROWS = 8;
   const int64_t rows = length / WIDTH;
   Vec mean = {}, m2 = {};
@@ -82,6 +86,7 @@ inline Moments moments(int64_t length, Load&& load_at) {
     store(lanes[1], Vec{});
     result.merge(moments_of_sets(lanes[0], lanes[1], tail, 1));
   }
+  result.mean += origin;
   return result;
 }
 

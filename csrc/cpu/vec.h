@@ -179,6 +179,14 @@ struct AllLanes {};
 inline int size(AllLanes) { return WIDTH; }
 inline int size(int count) { return count; }
 
+// v with zeros in the lanes that are not in use.
+inline Vec keep(Vec v, AllLanes) { return v; }
+inline Vec keep(Vec v, int count) {
+  float lanes[WIDTH];
+  store(lanes, v);
+  return load(lanes, count);
+}
+
 template <class T>
 inline Vec load(const T* p, AllLanes) {
   return load(p);

@@ -55,11 +55,15 @@ template <class T, class Out>
   const double denominator = variant.eps_outside ? std + variant.eps : std;
   layer.mean[filter] = float(stats.mean);
   layer.std[filter] = float(std);
-  const Vec mean = broadcast(float(stats.mean));
-  const Vec factor = broadcast(float(gain_of<T>(layer, filter) * layer.scale / denominator));
+  const float center = float(stats.mean);
+  const Vec mean = broadcast(center);
+  const double scale = gain_of<T>(layer, filter) * layer.scale / denominator;
+  const Vec factor = broadcast(float(scale));
+  // What rounding takes from the mean is not small where the mean is large.
+  const Vec rest = broadcast(float((center - stats.mean) * scale));
   const bool streams = past_cache(bytes, out, length);
   for_vectors(length, [=](int64_t i, auto lanes) {
-    store(out + i, (load(weight + i, lanes) - mean) * factor, lanes, streams);
+    store(out + i, fma(load(weight + i, lanes) - mean, factor, rest), lanes, streams);
   });
 }
 
@@ -74,25 +78,29 @@ template <class T, class Out>
   const T* weight = static_cast<const T*>(layer.weight) + filter * length;
   T* dweight = static_cast<T*>(layer.dweight) + filter * length;
   const Vec mean = broadcast(layer.mean[filter]);
-  Vec sums = {}, products = {};
+  Vec sums = {}, products = {}, distances = {};
   for_vectors(length, [&](int64_t i, auto lanes) {
     const Vec g = load(dout + i, lanes);
+    const Vec distance = keep(load(weight + i, lanes) - mean, lanes);
     sums += g;
-    products = fma(g, load(weight + i, lanes) - mean, products);
+    distances += distance;
+    products = fma(g, distance, products);
   });
+  // Distances from the rounded mean are deviations and a rest.
+  const double rest = sum(distances) / double(length);
   const double std = layer.std[filter];
   const double denominator = variant.eps_outside ? std + variant.eps : std;
-  const double product = sum(products);
+  const double product = sum(products) - rest * sum(sums);
   const double projection = product / (std * denominator * double(length - variant.unbiased));
   // A constant filter with eps outside the root: the root has no slope there, and c is 0.
-  const Vec slope = broadcast(variant.eps_outside && std == 0 ? 0.0f : float(projection));
-  const Vec dout_mean = broadcast(sum(sums) / float(length));
+  const double slope = variant.eps_outside && std == 0 ? 0 : projection;
+  const Vec minus_slope = broadcast(float(-slope));
+  const Vec shift = broadcast(float(rest * slope - sum(sums) / double(length)));
   const Vec factor = broadcast(float(gain_of<T>(layer, filter) * layer.scale / denominator));
   const bool streams = past_cache(bytes, dweight, length);
   for_vectors(length, [=](int64_t i, auto lanes) {
-    const Vec centered = load(weight + i, lanes) - mean;
-    const Vec g = load(dout + i, lanes) - dout_mean;
-    store(dweight + i, (g - centered * slope) * factor, lanes, streams);
+    const Vec g = load(dout + i, lanes) + shift;
+    store(dweight + i, fma(load(weight + i, lanes) - mean, minus_slope, g) * factor, lanes, streams);
   });
   if (layer.dgain) {
     const float dgain = float(layer.scale * product / denominator);
