@@ -22,11 +22,7 @@ def _problem(x, num_groups, weight, bias, act):
     return batch, channels, pixels, num_groups, channels_last, _DTYPES[x.dtype], *dtypes, _ACTS[act]
 
 
-def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act):
-    total = None if residual is None else torch.empty_like(x)
-    y = torch.empty_like(x)
-    mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
-    rstd = torch.empty_like(mean)
+def _forward(x, residual, num_groups, weight, bias, eps, act, total, y, mean, rstd, normalized):
     extension()[0].cpu.group_norm_act_forward(
         *_problem(x, num_groups, weight, bias, act),
         x.data_ptr(),
@@ -38,9 +34,25 @@ def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act):
         y.data_ptr(),
         mean.data_ptr(),
         rstd.data_ptr(),
+        normalized,
         torch.get_num_threads(),
     )
-    return total, y, mean, rstd
+
+
+def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act):
+    total = None if residual is None else torch.empty_like(x)
+    y = torch.empty_like(x)
+    mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    outs = total, y, mean, rstd
+    _forward(x, residual, num_groups, weight, bias, eps, act, *outs, False)
+    return outs
+
+
+def group_norm_act_recompute(total, num_groups, weight, bias, mean, rstd, act):
+    y = torch.empty_like(total)
+    _forward(total, None, num_groups, weight, bias, 0.0, act, None, y, mean, rstd, True)
+    return y
 
 
 def group_norm_act_backward(

@@ -100,10 +100,25 @@ def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act):
     total = None if residual is None else x + residual
     s = x if total is None else total
     dtype = compute_dtype(s.dtype)
-    groups = s.to(dtype).reshape(s.shape[0], num_groups, -1)
+    groups = s.to(dtype).reshape(s.shape[0], num_groups, s.shape[1:].numel() // num_groups)
     var, mean = torch.var_mean(groups, dim=2, correction=0)
     y = group_norm_act(s, num_groups, weight, bias, eps, act)
     return total, y, mean, (var + eps).rsqrt()
+
+
+def group_norm_act_recompute(total, num_groups, weight, bias, mean, rstd, act):
+    """-> y, from what the forward returned besides it."""
+    channels, maps = total.shape[1], [1] * (total.ndim - 2)
+
+    def of_channels(statistic):
+        return statistic.repeat_interleave(channels // num_groups, 1).reshape(-1, channels, *maps)
+
+    y = (total.to(mean.dtype) - of_channels(mean)) * of_channels(rstd)
+    if weight is not None:
+        y = y * weight.to(mean.dtype).reshape(channels, *maps)
+    if bias is not None:
+        y = y + bias.to(mean.dtype).reshape(channels, *maps)
+    return ACTIVATIONS[act](y).to(total.dtype)
 
 
 def group_norm_act_backward(
@@ -117,7 +132,7 @@ def group_norm_act_backward(
     """
     n, channels = total.shape[:2]
     dtype = mean.dtype
-    grouped = (n, num_groups, channels // num_groups, -1)
+    grouped = (n, num_groups, channels // num_groups, total.shape[2:].numel())
 
     def per_channel(parameter, default):
         if parameter is None:

@@ -74,14 +74,14 @@ void def_cpu(py::module_ m) {
         [](int64_t batch, int64_t channels, int64_t pixels, int64_t groups, bool channels_last,
            int dtype, int weight_dtype, int bias_dtype, int act, Address x, Address residual,
            Address weight, Address bias, float eps, Address total, Address y, Address mean,
-           Address rstd, int num_threads) {
+           Address rstd, bool normalized, int num_threads) {
           py::gil_scoped_release release;
           cpu::group_norm_act_forward(
               group_norm_act(batch, channels, pixels, groups, channels_last, dtype, weight_dtype,
                              bias_dtype, act),
               {at<const void>(x), at<const void>(residual), at<const void>(weight),
                at<const void>(bias), eps, at<void>(total), at<void>(y), at<float>(mean),
-               at<float>(rstd)},
+               at<float>(rstd), normalized},
               num_threads);
         });
   m.def("group_norm_act_backward",

@@ -81,7 +81,8 @@ Floats group_norm(int64_t batch, bool channels_last, int threads) {
   float *const rstd = mean + batch * groups, *const dweight = rstd + batch * groups;
   baseline::group_norm_act_forward(
       shape,
-      {x.data(), residual.data(), weight.data(), bias.data(), 1e-5f, total, y, mean, rstd}, threads);
+      {x.data(), residual.data(), weight.data(), bias.data(), 1e-5f, total, y, mean, rstd, false},
+      threads);
   baseline::group_norm_act_backward(
       shape,
       {dy.data(), dtotal.data(), total, weight.data(), bias.data(), mean, rstd, dx, dweight,

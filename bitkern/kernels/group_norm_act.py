@@ -6,7 +6,8 @@ apart. A program owns a block of whole groups of one sample. A small map is one 
 in registers between the two passes (stage "on_chip"). The pixels of a larger one are cut into
 splits, whose partial results are combined in a fixed order: in one launch, where a program does
 all splits and then its second pass ("whole"), or in two with a program per split ("reduce", then
-"apply"). Both do the same arithmetic and give the same bits.
+"apply"). Both do the same arithmetic and give the same bits. Of given statistics the second pass
+alone is stage "recompute".
 
 Tensors: x, residual, total, y, dy, dtotal, dx [N, P, C] or [N, C, P]; weight, bias [C]; mean,
 rstd [N, G]; partial (fp32) [N, splits, G or C, 2]; channel_weight, channel_bias [N, C], the sums
@@ -128,6 +129,20 @@ def _act_backward(dy, z, ACT: tl.constexpr):
 
 
 @triton.jit
+def _statistics(
+    mean, rstd, sample, channels, channel, size, in_block, ONE_GROUP: tl.constexpr
+):  # fmt: skip
+    """Of each channel's group; [1] for one group, which takes fewer registers."""
+    groups = channels // size
+    if ONE_GROUP:
+        at = sample * groups + tl.program_id(0) % groups + tl.zeros([1], tl.int64)
+        return tl.load(mean + at), tl.load(rstd + at)
+    else:
+        at = sample * groups + channel // size
+        return _load(mean + at, in_block), _load(rstd + at, in_block)
+
+
+@triton.jit
 def _of_groups(
     mean, deviations, squares, n, channel, size, ONE_GROUP: tl.constexpr, LANES: tl.constexpr
 ):
@@ -161,6 +176,10 @@ def _forward(
     opens_group = in_block & (channel % size == 0)
     elements = size * 1.0 * pixels
 
+    if STAGE == "recompute":
+        mean, rstd = _statistics(
+            mean_out, rstd_out, sample, channels, channel, size, in_block, ONE_GROUP
+        )
     if STAGE == "on_chip":
         mask = (row < pixels)[:, :, None] & in_block[None, None, :]
         value = _load_total(x, residual, total, start, offsets, mask)
@@ -223,18 +242,19 @@ def _forward(
         mean += correction
         m2 -= correction * correction * elements
 
-    if STAGE != "reduce":
+    if STAGE != "reduce" and STAGE != "recompute":
         m2 = tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL)
         rstd = tl.rsqrt(m2 / elements + eps)
         if own == 0:
             tl.store(mean_out + sample * groups + group, mean, mask=opens_group)
             tl.store(rstd_out + sample * groups + group, rstd, mask=opens_group)
+    if STAGE != "reduce":
         scale, shift = _affine(weight, bias, channel, in_block, LANES)
         scale *= rstd
     if STAGE == "on_chip":
         z = (value - mean[None, None, :]) * scale[None, None, :] + shift[None, None, :]
         tl.store(y + start + offsets, _act(z, ACT), mask=mask)
-    if STAGE == "whole" or STAGE == "apply":
+    if STAGE == "whole" or STAGE == "apply" or STAGE == "recompute":
         pixel = own * tiles * TILE
         at = start + pixel.to(tl.int64) * stride
         left = pixels - pixel
@@ -275,15 +295,7 @@ def _backward(
         WIDE, STAGE == "whole" or STAGE == "on_chip",
     )  # fmt: skip
     TILE: tl.constexpr = DEPTH * ROWS
-    groups = channels // size
-    if ONE_GROUP:  # a number for the program takes fewer registers than one for each lane
-        group = tl.zeros([1], tl.int32) + tl.program_id(0) % groups
-        mean = tl.load(mean_in + sample * groups + group)
-        rstd = tl.load(rstd_in + sample * groups + group)
-    else:
-        group = channel // size
-        mean = _load(mean_in + sample * groups + group, in_block)
-        rstd = _load(rstd_in + sample * groups + group, in_block)
+    mean, rstd = _statistics(mean_in, rstd_in, sample, channels, channel, size, in_block, ONE_GROUP)
     w, shift = _affine(weight, bias, channel, in_block, LANES)
     scale = w * rstd
 
@@ -423,6 +435,20 @@ def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act):
     with torch.cuda.device_of(x):
         _launch(_forward, x, plan, pointers, sizes, (eps,), options, 1)
     return total, y, mean, rstd
+
+
+def group_norm_act_recompute(total, num_groups, weight, bias, mean, rstd, act):
+    """y, from what the forward returned besides it, in one pass."""
+    y = torch.empty_like(total)
+    if total.numel() == 0:
+        return y
+    plan, sizes, options = _problem(total, num_groups, act, 1)
+    pointers = total, None, total, y, weight, bias, mean, rstd, None
+    programs = total.shape[0] * -(-sizes[0] // plan.block) * plan.splits
+    with torch.cuda.device_of(total):
+        numbers, options = (*sizes, 0, 0.0), (*options, "recompute")
+        launch(_forward, programs, pointers, numbers, options, plan.warps)
+    return y
 
 
 def group_norm_act_backward(

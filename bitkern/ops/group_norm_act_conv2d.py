@@ -36,7 +36,7 @@ class GroupNormActConv2d(torch.autograd.Function):
             x, residual, num_groups, weight, bias, eps, act
         )
         outs = [torch.conv2d(a, w, None, *c) for c, w in zip(convs, weights, strict=True)]
-        ctx.constants = convs, num_groups, eps, act, implementation
+        ctx.constants = convs, num_groups, act, implementation
         ctx.save_for_backward(x if total is None else total, weight, bias, mean, rstd, *weights)
         ctx.set_materialize_grads(False)
         return (*outs,) if total is None else (total, *outs)
@@ -44,7 +44,7 @@ class GroupNormActConv2d(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        convs, num_groups, eps, act, implementation = ctx.constants
+        convs, num_groups, act, implementation = ctx.constants
         total, weight, bias, mean, rstd, *weights = ctx.saved_tensors
         need_x, need_residual, need_weight, need_bias, *need_weights = ctx.needs_input_grad[5:]
         need_dx, need_dparams = need_x or need_residual, need_weight or need_bias
@@ -52,8 +52,9 @@ class GroupNormActConv2d(torch.autograd.Function):
 
         a = total  # only its shape matters to a convolution whose weight needs no gradient
         if any(need_weights):
-            affine = weight, bias
-            a = implementation.group_norm_act_forward(total, None, num_groups, *affine, eps, act)[1]
+            a = implementation.group_norm_act_recompute(
+                total, num_groups, weight, bias, mean, rstd, act
+            )
         da, dweights = None, [None] * len(convs)
         for i, (conv, dout) in enumerate(zip(convs, douts, strict=True)):
             if dout is None:

@@ -65,6 +65,7 @@ void group_norm_act_forward(const GroupNormAct& shape, const GroupNormActForward
                             int num_threads) {
   const int64_t elements = shape.batch * shape.channels * shape.pixels;
   if (elements == 0) {
+    if (tensors.normalized) return;
     for (int64_t i = 0; i < shape.batch * shape.groups; ++i) {
       tensors.mean[i] = 0;
       tensors.rstd[i] = 1 / __builtin_sqrtf(tensors.eps);

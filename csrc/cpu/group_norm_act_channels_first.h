@@ -56,9 +56,12 @@ struct ForwardChannelsFirst : ChannelsFirst {
                        const GroupNormActForward& tensors)
       : ChannelsFirst(shape, affine), tensors(tensors) {}
 
-  void prepare(float*, int64_t, Range) const {}
+  void prepare(float* slot, int64_t, Range parts) const {
+    if (tensors.normalized && parts.begin != parts.end) pair(slot, width * columns)[0] = 0;
+  }
 
   [[gnu::flatten]] void reduce(float* slot, int64_t unit, int64_t index) const {
+    if (tensors.normalized) return;
     const Block block = block_at(index);
     const int64_t start = offset(unit, block.first, block.pixel);
     const int64_t length = (block.last - block.first) * block.pixels;
@@ -85,7 +88,7 @@ struct ForwardChannelsFirst : ChannelsFirst {
   }
 
   void combine(float* slot, int64_t unit, Range parts) const {
-    if (parts.begin == parts.end) return;
+    if (parts.begin == parts.end || tensors.normalized) return;
     Moments group;
     for (int64_t i = 0; i < blocks; ++i) {
       const Block block = block_at(i);

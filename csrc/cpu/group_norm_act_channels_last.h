@@ -10,6 +10,8 @@ namespace bitkern::cpu::BITKERN_ISA {
 namespace {
 
 struct ChannelsLast {
+  // y = act(SCALE * (x - MEAN) + BIAS)
+  enum { MEAN, SCALE, BIAS };
   GroupNormAct shape;
   Affine affine;
   int64_t width;           // channels per group
@@ -47,21 +49,33 @@ struct ChannelsLast {
   int64_t offset(int64_t unit, int64_t block) const {
     return (unit * shape.pixels + block * pixels_a_block) * shape.channels;
   }
+  void prepare_coefficients(float* slot, int64_t unit, Range groups, const float* mean,
+                            const float* rstd) const {
+    for (int64_t g = groups.begin; g < groups.end; ++g) {
+      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+        coefficient(slot, MEAN)[c] = mean[unit * shape.groups + g];
+        coefficient(slot, SCALE)[c] = rstd[unit * shape.groups + g] * affine.weight[c];
+        coefficient(slot, BIAS)[c] = affine.bias[c];
+      }
+    }
+  }
 };
 
 template <class T, Activation act>
 struct ForwardChannelsLast : ChannelsLast {
-  // y = act(SCALE * (x - MEAN) + BIAS)
-  enum { MEAN, SCALE, BIAS, COEFFICIENTS };
+  enum { COEFFICIENTS = BIAS + 1 };
   GroupNormActForward tensors;
 
   ForwardChannelsLast(const GroupNormAct& shape, const Affine& affine,
                       const GroupNormActForward& tensors)
       : ChannelsLast(shape, affine, COEFFICIENTS), tensors(tensors) {}
 
-  void prepare(float*, int64_t, Range) const {}
+  void prepare(float* slot, int64_t unit, Range groups) const {
+    if (tensors.normalized) prepare_coefficients(slot, unit, groups, tensors.mean, tensors.rstd);
+  }
 
   [[gnu::flatten]] void reduce(float* slot, int64_t unit, int64_t block) const {
+    if (tensors.normalized) return;
     const T* x = static_cast<const T*>(tensors.x) + offset(unit, block);
     const int64_t ahead = 8 * shape.channels;
     if (tensors.residual) {
@@ -101,6 +115,7 @@ struct ForwardChannelsLast : ChannelsLast {
   }
 
   void combine(float* slot, int64_t unit, Range groups) const {
+    if (tensors.normalized) return;
     double* const mean = total(slot, 0);
     double* const m2 = total(slot, 1);
     const int64_t begin = groups.begin * width, end = groups.end * width;
@@ -163,7 +178,7 @@ struct ForwardChannelsLast : ChannelsLast {
 template <class T, Activation act>
 struct BackwardChannelsLast : ChannelsLast {
   // g = dy * act'(SCALE * (x - MEAN) + BIAS), dx = SCALE * g + SLOPE * (x - MEAN) + SHIFT
-  enum { MEAN, SCALE, BIAS, SLOPE, SHIFT, COEFFICIENTS };
+  enum { SLOPE = BIAS + 1, SHIFT, COEFFICIENTS };
   GroupNormActBackward tensors;
 
   BackwardChannelsLast(const GroupNormAct& shape, const Affine& affine,
@@ -171,15 +186,7 @@ struct BackwardChannelsLast : ChannelsLast {
       : ChannelsLast(shape, affine, COEFFICIENTS), tensors(tensors) {}
 
   void prepare(float* slot, int64_t unit, Range groups) const {
-    for (int64_t g = groups.begin; g < groups.end; ++g) {
-      const float mean = tensors.mean[unit * shape.groups + g];
-      const float rstd = tensors.rstd[unit * shape.groups + g];
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-        coefficient(slot, MEAN)[c] = mean;
-        coefficient(slot, SCALE)[c] = rstd * affine.weight[c];
-        coefficient(slot, BIAS)[c] = affine.bias[c];
-      }
-    }
+    prepare_coefficients(slot, unit, groups, tensors.mean, tensors.rstd);
   }
 
   // Sums of g and of g * (x - mean) over the pixels of the block.

@@ -75,7 +75,7 @@ def maps(width, image):
 
 
 def group_norms(dtype, channels_last, shapes, affine=torch.float32, act="relu", groups=32):
-    """Both launchers, at batch 1 and at one that fills the device, with and without residual."""
+    """All launchers, at batch 1 and at one that fills the device, with and without residual."""
     for channels, size in shapes:
         weight = torch.empty(channels, device="meta", dtype=affine)
         for batch in (1, 128):
@@ -85,6 +85,9 @@ def group_norms(dtype, channels_last, shapes, affine=torch.float32, act="relu", 
             for other in (None, x):
                 forward = (x, other, groups, weight, weight, 1e-5, act)
                 group_norm_act.group_norm_act_forward(*forward)
+                group_norm_act.group_norm_act_recompute(
+                    x, groups, weight, weight, stats, stats, act
+                )
                 backward = (x, other, x, groups, weight, weight, stats, stats, act, True, True)
                 group_norm_act.group_norm_act_backward(*backward)
 

@@ -39,7 +39,8 @@ def way(request, monkeypatch, launches):
     yield request.param
     config.group_norm_plan.cache_clear()
     stages = {constants[-1] for name, _, constants in launches if name != "_sum_samples"}
-    assert stages == ({"reduce", "apply"} if request.param == "split" else {request.param})
+    expected = {"reduce", "apply"} if request.param == "split" else {request.param}
+    assert stages - {"recompute"} == expected
 
 
 class Problem:
@@ -63,15 +64,17 @@ class Problem:
         )
         assert mean.shape == rstd.shape == (self.x.shape[0], self.groups)
         assert mean.dtype == rstd.dtype == torch.float32
+        saved = self.x if total is None else total
+        of = self.groups, self.weight, self.bias, mean, rstd, self.act
+        recomputed = kernels.group_norm_act_recompute(saved, *of)
         gradients = kernels.group_norm_act_backward(
-            self.dy, self.dtotal, self.x if total is None else total, self.groups, self.weight,
-            self.bias, mean, rstd, self.act, need_dx, need_dparams,
-        )  # fmt: skip
+            self.dy, self.dtotal, saved, *of, need_dx, need_dparams
+        )
         assert (total is None) == (self.residual is None)
-        for out in (total, y, gradients[0]):
+        for out in (total, y, recomputed, gradients[0]):
             assert out is None or out.stride() == self.x.stride()
-        names = ("total", "y", "dx", "dweight", "dbias")
-        return dict(zip(names, (total, y, *gradients), strict=True))
+        names = ("total", "y", "recomputed", "dx", "dweight", "dbias")
+        return dict(zip(names, (total, y, recomputed, *gradients), strict=True))
 
     def of(self, function, dtype):
         """The same by autograd through ``function``, all of it in ``dtype``."""
@@ -85,7 +88,9 @@ class Problem:
         x, weight, bias = (inputs.get(name) for name in ("dx", "dweight", "dbias"))
         y = reference.ACTIVATIONS[self.act](function(x, self.groups, weight, bias, EPS))
         gradients = torch.autograd.grad(y, list(inputs.values()), self.dy.to(dtype))
-        results = {"total": total, "y": y} | dict(zip(inputs, gradients, strict=True))
+        results = {"total": total, "y": y, "recomputed": y} | dict(
+            zip(inputs, gradients, strict=True)
+        )
         if self.dtotal is not None:
             results["dx"] = results["dx"] + self.dtotal.to(dtype)
         return results
@@ -259,7 +264,7 @@ def test_one_launch_or_two(device, monkeypatch, launches):
         monkeypatch.setattr(kernels, "device_of", lambda _, n=multiprocessors: Device(n, 1 << 30))
         launches.clear()
         results.append(case.ours())
-        assert {constants[-1] for name, _, constants in launches[:-1]} == stages
+        assert {constants[-1] for name, _, constants in launches[:-1]} == stages | {"recompute"}
     config.group_norm_plan.cache_clear()
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), name

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import bitkern
 from bitkern import ops, reference
+from bitkern.backend import launchers
 from tests.helpers import affine, assert_accurate, maps, strided
 from tests.ops.backends import implementations
 
@@ -128,6 +129,28 @@ def test_layouts(poison, name, device, kind, dtype):
         # The gradient of the reference is PyTorch's, in a layout of its choice.
         for key in ("total", "y") if name == "reference" else ("total", "y", "dx"):
             assert ours[key].is_contiguous(memory_format=format), key
+
+
+@every_implementation
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_recompute(poison, name, device, format, dtype):
+    """y again, from the statistics that the forward returned."""
+    implementation = launchers(name, "group_norm_act")
+    for shape in ((0, 6, 3, 3), (3, 6, 7, 5), (1, 64, 61, 59)):
+        x = maps(shape, dtype).to(device, memory_format=format)
+        affine_ = [p.to(device) for p in affine(shape[1])]
+        for act in ACTS:
+            y, mean, rstd = implementation.group_norm_act_forward(x, None, 2, *affine_, 1e-5, act)[
+                1:
+            ]
+            again = implementation.group_norm_act_recompute(x, 2, *affine_, mean, rstd, act)
+            peer, exact = (
+                reference.group_norm_act(x.to(t), 2, *(p.to(t) for p in affine_), act=act)
+                for t in (dtype, torch.float64)
+            )
+            assert again.shape == y.shape and again.stride() == y.stride()
+            assert_accurate(again, peer, exact, act)
 
 
 @every_implementation

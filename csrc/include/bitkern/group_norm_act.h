@@ -24,6 +24,7 @@ struct GroupNormActForward {
   void* y;
   float* mean;           // [batch, groups]
   float* rstd;           // [batch, groups]
+  bool normalized;       // mean and rstd are given, x has been summed: only y is computed
 };
 
 struct GroupNormActBackward {
