@@ -100,7 +100,7 @@ def _affine(weight, bias, channel, in_block, LANES: tl.constexpr):
 
 @triton.jit
 def _over_groups(v, channel, size, ONE_GROUP: tl.constexpr, LANES: tl.constexpr):
-    """v [LANES] summed over each channel's group, in every channel of the group; [1] for one group."""
+    """v [LANES] summed over each channel's group, for every channel; [1] if it is one group."""
     if ONE_GROUP:
         return tl.zeros([1], tl.float32) + tl.sum(v, 0)
     else:
