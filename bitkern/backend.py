@@ -6,10 +6,10 @@ serves, the reference does.
 """
 
 import contextlib
-import contextvars
 import functools
 import importlib
 import os
+import threading
 from typing import NamedTuple
 
 import torch
@@ -30,12 +30,16 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_requested = contextvars.ContextVar("bitkern_backend", default=None)
+class _Requested(threading.local):
+    name = None
+
+
+_requested = _Requested()
 
 
 def requested() -> str:
     """The backend asked for by :func:`use_backend` or ``BITKERN_BACKEND``; else ``"auto"``."""
-    name = _requested.get()
+    name = _requested.name
     if name is None:
         name = _checked(os.environ.get("BITKERN_BACKEND", "auto"), "BITKERN_BACKEND")
     return name
@@ -48,11 +52,11 @@ def use_backend(name: str):
     ``"auto"`` picks the fastest that supports the tensors. Any other name is a demand: a call that
     it cannot serve raises ``RuntimeError`` with the reason, it never falls back in silence.
     """
-    token = _requested.set(_checked(name, "use_backend"))
+    before, _requested.name = _requested.name, _checked(name, "use_backend")
     try:
         yield
     finally:
-        _requested.reset(token)
+        _requested.name = before
 
 
 @functools.cache

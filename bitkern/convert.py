@@ -38,7 +38,7 @@ class Sequential(nn.Sequential):
             if act is None or watched(modules[0]):
                 input = module(input)
             else:
-                del modules[0]
+                modules = modules[1:]
                 norm = module.num_groups, module.weight, module.bias, module.eps
                 input = ops.group_norm_act(input, *norm, act)
         return input

@@ -149,7 +149,8 @@ def test_recompute(poison, name, device, format, dtype):
                 reference.group_norm_act(x.to(t), 2, *(p.to(t) for p in affine_), act=act)
                 for t in (dtype, torch.float64)
             )
-            assert again.shape == y.shape and again.stride() == x.stride()
+            assert again.shape == y.shape
+            assert again.stride() == x.stride() or x.numel() == 0
             assert_accurate(again, peer, exact, act)
 
 
