@@ -1,8 +1,9 @@
 """Which implementation of an operator runs, and the reason why.
 
 An implementation is a module that holds an operator's launchers, ``<operator>_forward`` and
-``<operator>_backward``; those of all implementations have the same signatures. What no kernel
-serves, the reference does.
+``<operator>_backward``, and ``<operator>_recompute`` where a node of autograd computes an output
+again; those of all implementations have the same signatures. What no kernel serves, the reference
+does.
 """
 
 import contextlib
