@@ -38,6 +38,8 @@ def results(request):
     device = "cuda" if "cuda" in devices else "cpu"
     torch.backends.cudnn.benchmark = True
     header = record.header(device)
+    if device == "cpu":
+        header["keeps_pages"] = measure.keep_pages()
     header["copy_gb_s"] = round(measure.copy_bandwidth(device) / 1e9, 1)
     for dtype in measure.DTYPES:
         header[f"matrix_{dtype}_tflop_s"] = round(measure.matrix_rate(device, dtype) / 1e12, 3)

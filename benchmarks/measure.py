@@ -1,5 +1,6 @@
 """How times are taken: clocks, warm-up, rounds, memory, and the two ceilings of a device."""
 
+import ctypes
 import gc
 import statistics
 import time
@@ -10,6 +11,20 @@ import torch
 WARM_UP = 3
 ROUNDS = 3, 50
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def keep_pages():
+    """Have glibc keep freed memory, so that no contender pays for page faults. -> whether it does.
+
+    By default the history of the heap decides whether a tensor of some MB is made of fresh pages at
+    every call, and the faults can take longer than the operator.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    m_mmap_threshold, m_trim_threshold = -3, -1
+    largest = 2**25  # that glibc takes from its heap
+    return bool(mallopt(m_mmap_threshold, largest) and mallopt(m_trim_threshold, 2**31 - 1))
 
 
 class Event:

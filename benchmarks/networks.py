@@ -70,6 +70,10 @@ def ours(model, device):
     return bitkern.create_model(model, num_classes=CLASSES, zero_head=False, device=device)
 
 
+def folded(model, device):
+    return bitkern.fold(ours(model, device))
+
+
 def contenders_of(case):
     """Name -> :class:`Contender` of a case."""
     if case.dtype == "fp32":
@@ -90,6 +94,8 @@ def contenders_of(case):
             "eager": Contender(timm_bit, None, channels_last=False),
         }
         compiled = {" amp": all["amp"], " bf16": all["bf16"]}
+    if case.kind == "infer":
+        all["folded"] = all["ours"]._replace(build=folded)
     for mode in case.modes:
         for suffix, eager in compiled.items():
             name = ("compile" if mode == "default" else mode) + suffix
