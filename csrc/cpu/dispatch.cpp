@@ -26,6 +26,7 @@ DECLARE(baseline)
 #if defined(__x86_64__)
 DECLARE(avx2)
 DECLARE(avx512)
+DECLARE(avx512bf16)
 #endif
 #undef DECLARE
 
@@ -61,6 +62,7 @@ Kernels choose() {
 #endif
   const Kernels all[] = {
 #if defined(__x86_64__)
+      KERNELS(avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16")),
       KERNELS(avx512, avx512),
       KERNELS(avx2, avx2),
 #endif

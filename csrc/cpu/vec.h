@@ -73,7 +73,9 @@ inline Vec encode(Vec v, float) { return v; }
 inline Vec decode(VecHalf v, bfloat16) { return (Vec)(widen(v) << 16); }
 
 inline VecHalf encode(Vec v, bfloat16) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)  // writes subnormals as zero
+  return (VecHalf)_mm512_cvtneps_pbh(v);
+#elif defined(__AVX512F__)
   __m512i bits = (__m512i)v;
   const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
   const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(1 << 16));

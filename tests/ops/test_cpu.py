@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +123,7 @@ SUPPORTED = {
     "baseline": True,
     "avx2": torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"),
     "avx512": torch.backends.cpu.get_cpu_capability() == "AVX512",
+    "avx512bf16": "avx512_bf16" in Path("/proc/cpuinfo").read_text(),
 }
 
 
