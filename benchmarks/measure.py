@@ -50,14 +50,21 @@ def _scratch():
 
 
 def l2_bytes(device):
-    """Size of the GPU's last-level cache; 0 on the CPU, where contenders evict one another."""
+    """Size of the GPU's last-level cache; 0 on the CPU, where settle() leaves it as it is."""
     return torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
 
 
-def settle(device):
-    """Evict the L2 cache, and keep the GPU busy while the host enqueues what is timed next."""
+def settle(run, device):
+    """What comes before each timed run, so that no contender pays for the one before it.
+
+    On a GPU the L2 cache is evicted, and the GPU kept busy while the host enqueues what is timed
+    next. On the CPU the task runs once untimed: after a serial contender, waking the threads takes
+    as long as a call on a small map.
+    """
     if device == "cuda":
         _scratch().zero_()
+    else:
+        run()
 
 
 def free(device):
@@ -68,7 +75,7 @@ def free(device):
 
 def _timed(run, device):
     tick = clock(device)
-    settle(device)
+    settle(run, device)
     start = tick()
     run()
     return tick() - start
@@ -131,7 +138,7 @@ class Race:
         def turns():
             for name, run in runs.items():
                 samples[name].append(_timed(run, self.device))
-            settle(self.device)
+            settle(ours, self.device)
 
         self._pedantic(ours, spent, turns)
         for name in runs:
@@ -141,7 +148,7 @@ class Race:
     def alone(self, progress):
         """One after the other, each with the memory to itself; ``progress`` after each of them."""
         ours, spent = self._prepared("ours")
-        self._pedantic(ours, spent, lambda: settle(self.device))
+        self._pedantic(ours, spent, lambda: settle(ours, self.device))
         del ours
         progress(self.timings)
         for name in self.peers:
