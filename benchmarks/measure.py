@@ -4,7 +4,7 @@ import ctypes
 import gc
 import statistics
 import time
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -151,7 +151,7 @@ class Race:
     def alone(self, progress):
         """One after the other, each with the memory to itself; ``progress`` after each of them."""
         ours, spent = self._prepared("ours")
-        self._pedantic(ours, spent, lambda: settle(ours, self.device))
+        self._pedantic(ours, spent, partial(settle, ours, self.device))
         del ours
         progress(self.timings)
         for name in self.peers:
