@@ -235,6 +235,15 @@ def test_interrupt_handler_is_put_back():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.fixture
+def at_a_terminal():
+    """SIGINT interrupts, as it does not in a job that a script started in the background."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("at_a_terminal")
 def test_second_interrupt_stops_at_once(tmp_path):
     model = Net()
     model.on_call = lambda call: call >= 2 and signal.raise_signal(signal.SIGINT)
