@@ -122,6 +122,26 @@ def test_process_that_is_gone_is_reported(tmp_path):
     assert [process.exitcode for process in processes] == [0, 0]
 
 
+THREADS = """
+import os
+import torch
+from bitkern.transfer import ranks
+
+before = os.listdir("/proc/self/task")
+with ranks.launched():
+    ranks.copy_from_first([torch.ones(3)])
+    assert len(os.listdir("/proc/self/task")) > len(before)
+    import torch._dynamo  # as the optimizers do
+assert os.listdir("/proc/self/task") == before
+"""
+
+
+def test_no_thread_of_the_group_outlives_it():
+    launched = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "1"}
+    launched |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", THREADS], env=os.environ | launched, check=True)
+
+
 def test_torchrun_finetune_interrupted_and_resumed(tmp_path):
     data = write_folder(tmp_path / "data")
     arguments = ["finetune", "--data", data, "--model", "R26x0.5", "--resize", 40, "--crop", 32]

@@ -6,6 +6,7 @@ others waiting.
 
 import contextlib
 import datetime
+import importlib
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,9 @@ def launched():
     if not dist.is_available() or dist.is_initialized() or not dist.is_torchelastic_launched():
         yield
         return
+    # Loaded later, as the compiler does, its default arguments hold the group for good; then the
+    # threads of gloo outlive it, and one that frees a tensor while Python ends aborts the process.
+    importlib.import_module("torch.distributed.nn.functional")
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     # The first one may check a large folder of images for hours.
