@@ -32,7 +32,7 @@ def _checked(name: str, source: str) -> str:
 
 
 class _Requested(threading.local):
-    name = None
+    name = os.environ.get("BITKERN_BACKEND", "auto")
 
 
 _requested = _Requested()
@@ -40,10 +40,7 @@ _requested = _Requested()
 
 def requested() -> str:
     """The backend asked for by :func:`use_backend` or ``BITKERN_BACKEND``; else ``"auto"``."""
-    name = _requested.name
-    if name is None:
-        name = _checked(os.environ.get("BITKERN_BACKEND", "auto"), "BITKERN_BACKEND")
-    return name
+    return _checked(_requested.name, "BITKERN_BACKEND")
 
 
 @contextlib.contextmanager
@@ -126,20 +123,17 @@ def _runs_on(name: str, device: str) -> bool:
     return device == name
 
 
-def _refusal(name: str, kernel: str, tensors) -> str | None:
+def _refusal(name: str, kernel: str, device: str, tensors) -> str | None:
     if kernel not in _KERNELS[name]:
         return f"backend {name} has no kernel for {kernel}"
-    device = tensors[0].device.type
     if not _runs_on(name, device):
         return f"the {name} kernels do not run on {device} tensors"
     for tensor in tensors:
         if tensor is not None and tensor.dtype not in _DTYPES:
             return f"the {name} kernels take float32, bfloat16 and float16, not {tensor.dtype}"
-    if torch.onnx.is_in_onnx_export():
-        return "ONNX has no such operator"
     # The compiler cannot trace an import. The registered operator, which it calls, looks again.
     if torch.compiler.is_compiling():
-        return None
+        return "ONNX has no such operator" if torch.onnx.is_in_onnx_export() else None
     for tensor in tensors:
         if tensor is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return f"the kernels read memory, which a {type(tensor).__name__} does not show"
@@ -152,16 +146,16 @@ def choose(kernel: str, *tensors: torch.Tensor | None) -> Choice:
     name = requested()
     if name == "reference":
         return Choice(name, "asked for")
+    device = tensors[0].device.type
     if name != "auto":
-        refusal = _refusal(name, kernel, tensors)
+        refusal = _refusal(name, kernel, device, tensors)
         if refusal is not None:
             raise RuntimeError(f"backend {name!r} was asked for, but {refusal}")
         return Choice(name, "asked for")
-    device = tensors[0].device.type
     name = _AUTO.get(device)
     if name is None:
         return Choice("reference", f"there are no kernels for {device} tensors")
-    refusal = _refusal(name, kernel, tensors)
+    refusal = _refusal(name, kernel, device, tensors)
     if refusal is not None:
         return Choice("reference", refusal)
     return Choice(name, f"the {name} kernels serve {device} tensors")
