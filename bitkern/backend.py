@@ -32,6 +32,7 @@ def _checked(name: str, source: str) -> str:
 
 
 class _Requested(threading.local):
+    # Read once: at each call it was a twentieth of a small one.
     name = os.environ.get("BITKERN_BACKEND", "auto")
 
 
