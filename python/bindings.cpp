@@ -1,113 +1,123 @@
-// The module bitkern._C: addresses in, launchers called with the GIL released, nothing else.
+// The module bitkern._C: for each operator a function that takes what its C++ launcher takes, and
+// calls it with the GIL released. A struct is a dict of its fields, a pointer an address.
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
-#include <tuple>
+#include <string>
 #include <type_traits>
 #include <vector>
 
 #include "bitkern/cpu.h"
-#include "bitkern/group_norm_act.h"
-#include "bitkern/weight_standardize.h"
+#include "bitkern/operators.h"
 
 namespace py = pybind11;
 using namespace bitkern;
-using Address = std::uintptr_t;
 
 namespace {
 
+void convert(PyObject* from, bool& to) { to = PyObject_IsTrue(from); }
+void convert(PyObject* from, int64_t& to) { to = PyLong_AsLongLong(from); }
+void convert(PyObject* from, float& to) { to = float(PyFloat_AsDouble(from)); }
+void convert(PyObject* from, DType& to) { to = DType(PyLong_AsLong(from)); }
+void convert(PyObject* from, Activation& to) { to = Activation(PyLong_AsLong(from)); }
 template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
+void convert(PyObject* from, T*& to) {
+  to = static_cast<T*>(PyLong_AsVoidPtr(from));
 }
 
-GroupNormAct group_norm_act(int64_t batch, int64_t channels, int64_t pixels, int64_t groups,
-                            bool channels_last, int dtype, int weight_dtype, int bias_dtype, int act) {
-  return {batch,           channels,
-          pixels,          groups,
-          channels_last,   DType(dtype),
-          DType(weight_dtype), DType(bias_dtype),
-          Activation(act)};
+[[noreturn]] void refuse(const char* op, const std::string& why) {
+  throw py::type_error(std::string(op) + ": " + why);
 }
 
-// filters, inner, taps, scale, weight_channels_last, out_channels_last,
-// weight, gain, mean, std, out, dout, dweight, dgain
-using LayerTuple = std::tuple<int64_t, int64_t, int64_t, float, bool, bool, Address, Address,
-                              Address, Address, Address, Address, Address, Address>;
+std::string quoted(py::handle object) { return py::repr(object); }
+std::string type_of(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
 
-std::vector<WeightStandardizeLayer> layers_of(const std::vector<LayerTuple>& tuples) {
-  std::vector<WeightStandardizeLayer> layers;
-  layers.reserve(tuples.size());
-  for (const auto& [filters, inner, taps, scale, weight_channels_last, out_channels_last, weight,
-                    gain, mean, std, out, dout, dweight, dgain] : tuples) {
-    layers.push_back({filters, inner, taps, scale, weight_channels_last, out_channels_last,
-                      at<const void>(weight), at<const void>(gain), at<float>(mean),
-                      at<float>(std), at<void>(out), at<const void>(dout), at<void>(dweight),
-                      at<void>(dgain)});
+// "one, two" as Python strings, interned: a dict finds these without comparing characters.
+std::vector<py::handle> interned(const std::string& names) {
+  std::vector<py::handle> strings;
+  for (size_t begin = 0, end; begin < names.size(); begin = end + 2) {
+    end = std::min(names.find(',', begin), names.size());
+    strings.push_back(PyUnicode_InternFromString(names.substr(begin, end - begin).c_str()));
   }
-  return layers;
+  return strings;
 }
 
-// `how` is what a launcher takes last: the number of threads, or the stream.
-template <auto launch, class How>
-void def_weight_standardize(py::module_& m, const char* name) {
-  m.def(name, [](float eps, bool eps_outside, bool unbiased, int weight_dtype, int out_dtype,
-                 const std::vector<LayerTuple>& tuples, How how) {
-    const auto layers = layers_of(tuples);
-    py::gil_scoped_release release;
-    const WeightStandardize variant{eps, eps_outside, unbiased, DType(weight_dtype),
-                                    DType(out_dtype)};
-    const auto count = static_cast<int64_t>(layers.size());
-    if constexpr (std::is_same_v<How, Address>) {
-      launch(variant, layers.data(), count, at<void>(how));
-    } else {
-      launch(variant, layers.data(), count, how);
+// A struct from the dict of its fields, no more and no fewer.
+template <class Struct>
+Struct decode(py::handle from, const char* op) {
+  if (!PyDict_Check(from.ptr())) refuse(op, "expected a dict, got " + type_of(from));
+  Struct to{};
+  to.visit([&](const char* list, auto&... fields) {
+    static const std::vector<py::handle> names = interned(list);
+    auto name = names.begin();
+    const auto fill = [&](auto& field) {
+      PyObject* const value = PyDict_GetItemWithError(from.ptr(), name->ptr());
+      if (!value) refuse(op, "missing argument " + quoted(*name));
+      convert(value, field);
+      if (PyErr_Occurred()) {
+        PyErr_Clear();
+        refuse(op, "argument " + quoted(*name) + " cannot be " + quoted(value));
+      }
+      ++name;
+    };
+    (fill(fields), ...);
+    if (size_t(PyDict_GET_SIZE(from.ptr())) == names.size()) return;
+    for (const auto& item : py::reinterpret_borrow<py::dict>(from)) {
+      bool known = false;
+      for (const py::handle each : names) known = known || item.first.equal(each);
+      if (!known) refuse(op, "unexpected argument " + quoted(item.first));
     }
+  });
+  return to;
+}
+
+// What a launcher takes, decoded and kept while it runs.
+template <class T>
+struct Argument {
+  T value;
+  Argument(py::handle from, const char* op) : value(decode<T>(from, op)) {}
+};
+
+template <class T>
+struct Argument<Span<T>> {
+  std::vector<T> items;
+  Span<T> value;
+  Argument(py::handle from, const char* op) {
+    if (!PyList_Check(from.ptr())) refuse(op, "expected a list of dicts, got " + type_of(from));
+    items.reserve(PyList_GET_SIZE(from.ptr()));
+    for (const py::handle item : py::reinterpret_borrow<py::list>(from)) {
+      items.push_back(decode<T>(item, op));
+    }
+    value = {items.data(), int64_t(items.size())};
+  }
+};
+
+// `how` is what a launcher takes last: the number of threads, or the address of the stream.
+template <class Problem, class Tensors, class How>
+void def(py::module_& m, const char* name, void (*launch)(const Problem&, const Tensors&, How)) {
+  using Number = std::conditional_t<std::is_pointer_v<How>, std::uintptr_t, How>;
+  m.def(name, [=](py::handle problem, py::handle tensors, Number how) {
+    const Argument<Problem> what(problem, name);
+    const Argument<Tensors> on(tensors, name);
+    py::gil_scoped_release release;
+    launch(what.value, on.value, (How)how);
   });
 }
 
 void def_cpu(py::module_ m) {
   m.def("isa", &cpu::isa);
-  m.def("group_norm_act_forward",
-        [](int64_t batch, int64_t channels, int64_t pixels, int64_t groups, bool channels_last,
-           int dtype, int weight_dtype, int bias_dtype, int act, Address x, Address residual,
-           Address weight, Address bias, float eps, Address total, Address y, Address mean,
-           Address rstd, bool normalized, int num_threads) {
-          py::gil_scoped_release release;
-          cpu::group_norm_act_forward(
-              group_norm_act(batch, channels, pixels, groups, channels_last, dtype, weight_dtype,
-                             bias_dtype, act),
-              {at<const void>(x), at<const void>(residual), at<const void>(weight),
-               at<const void>(bias), eps, at<void>(total), at<void>(y), at<float>(mean),
-               at<float>(rstd), normalized},
-              num_threads);
-        });
-  m.def("group_norm_act_backward",
-        [](int64_t batch, int64_t channels, int64_t pixels, int64_t groups, bool channels_last,
-           int dtype, int weight_dtype, int bias_dtype, int act, Address dy, Address dtotal,
-           Address total, Address weight, Address bias, Address mean, Address rstd, Address dx,
-           Address dweight, Address dbias, int num_threads) {
-          py::gil_scoped_release release;
-          cpu::group_norm_act_backward(
-              group_norm_act(batch, channels, pixels, groups, channels_last, dtype, weight_dtype,
-                             bias_dtype, act),
-              {at<const void>(dy), at<const void>(dtotal), at<const void>(total),
-               at<const void>(weight), at<const void>(bias), at<const float>(mean),
-               at<const float>(rstd), at<void>(dx), at<void>(dweight), at<void>(dbias)},
-              num_threads);
-        });
-  def_weight_standardize<&cpu::weight_standardize_forward, int>(m, "weight_standardize_forward");
-  def_weight_standardize<&cpu::weight_standardize_backward, int>(m, "weight_standardize_backward");
+#define DEF(name, Problem, Tensors) def(m, #name, &cpu::name);
+  BITKERN_CPU_OPERATORS(DEF)
+#undef DEF
 }
 
 #ifdef BITKERN_WITH_CUDA
 void def_cuda(py::module_ m) {
-  def_weight_standardize<&cuda::weight_standardize_forward, Address>(
-      m, "weight_standardize_forward");
-  def_weight_standardize<&cuda::weight_standardize_backward, Address>(
-      m, "weight_standardize_backward");
+#define DEF(name, Problem, Tensors) def(m, #name, &cuda::name);
+  BITKERN_CUDA_OPERATORS(DEF)
+#undef DEF
 }
 #endif
 

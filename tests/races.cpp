@@ -9,8 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "bitkern/group_norm_act.h"
-#include "bitkern/weight_standardize.h"
+#include "bitkern/operators.h"
 
 namespace {
 
@@ -48,12 +47,7 @@ namespace bitkern::cpu {
 bool forked = false;
 
 namespace baseline {
-void group_norm_act_forward(const GroupNormAct&, const GroupNormActForward&, int);
-void group_norm_act_backward(const GroupNormAct&, const GroupNormActBackward&, int);
-void weight_standardize_forward(const WeightStandardize&, const WeightStandardizeLayer*, int64_t,
-                                int);
-void weight_standardize_backward(const WeightStandardize&, const WeightStandardizeLayer*, int64_t,
-                                 int);
+BITKERN_CPU_OPERATORS(BITKERN_DECLARE_CPU)
 }  // namespace baseline
 
 namespace {
@@ -71,8 +65,9 @@ Floats random(size_t n, int seed) {
 // Everything that the operators return for one shape, one after the other.
 Floats group_norm(int64_t batch, bool channels_last, int threads) {
   const int64_t channels = 96, pixels = 41 * 41, groups = 8, n = batch * channels * pixels;
-  const GroupNormAct shape{batch, channels, pixels, groups, channels_last,
-                           DType::float32, DType::float32, DType::float32, Activation::relu};
+  const GroupNormActProblem problem{batch, channels, pixels, groups, channels_last,
+                                    DType::float32, DType::float32, DType::float32,
+                                    Activation::relu};
   const Floats x = random(n, 0), residual = random(n, 1), dy = random(n, 2), dtotal = random(n, 3);
   const Floats weight = random(channels, 4), bias = random(channels, 5);
   Floats out(3 * n + 2 * batch * groups + 2 * channels);
@@ -80,11 +75,11 @@ Floats group_norm(int64_t batch, bool channels_last, int threads) {
   float *const y = total + n, *const dx = y + n, *const mean = dx + n;
   float *const rstd = mean + batch * groups, *const dweight = rstd + batch * groups;
   baseline::group_norm_act_forward(
-      shape,
+      problem,
       {x.data(), residual.data(), weight.data(), bias.data(), 1e-5f, total, y, mean, rstd, false},
       threads);
   baseline::group_norm_act_backward(
-      shape,
+      problem,
       {dy.data(), dtotal.data(), total, weight.data(), bias.data(), mean, rstd, dx, dweight,
        dweight + channels},
       threads);
@@ -93,7 +88,7 @@ Floats group_norm(int64_t batch, bool channels_last, int threads) {
 
 Floats weight_standardize(bool channels_last, int threads) {
   const int64_t filters = 70, inner = 65, taps = 9, layers = 3, n = filters * inner * taps;
-  const WeightStandardize variant{1e-5f, false, false, DType::float32, DType::float32};
+  const WeightStandardizeProblem problem{1e-5f, false, false, DType::float32, DType::float32};
   const Floats weights = random(layers * n, 6), gains = random(filters, 7);
   const Floats douts = random(layers * n, 8);
   Floats out(layers * (2 * n + 3 * filters));
@@ -105,8 +100,8 @@ Floats weight_standardize(bool channels_last, int threads) {
                      gains.data(), stats, stats + filters, mine, douts.data() + i * n, mine + n,
                      stats + 2 * filters});
   }
-  baseline::weight_standardize_forward(variant, table.data(), layers, threads);
-  baseline::weight_standardize_backward(variant, table.data(), layers, threads);
+  baseline::weight_standardize_forward(problem, {table.data(), layers}, threads);
+  baseline::weight_standardize_backward(problem, {table.data(), layers}, threads);
   return out;
 }
 

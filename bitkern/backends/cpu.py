@@ -1,137 +1,179 @@
-"""Launchers of the compiled kernels in ``bitkern._C``: tensors to addresses, outputs allocated."""
+"""The compiled kernels on the CPU: tensors to addresses, outputs allocated."""
+
+import functools
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from bitkern.backend import extension
+from bitkern.backends import extension
+from bitkern.backends.backend import FLOATS, Backend
+from bitkern.backends.extension import DTYPES, Struct
+from bitkern.variant import Variant
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ACTS = {"none": 0, "relu": 1, "silu": 2}
 
 
-def _address(tensor):
+class Cpu(Backend):
+    name = "cpu"
+    devices = auto = ("cpu",)
+    dtypes = {"group_norm_act": FLOATS, "weight_standardize": FLOATS}
+
+    def unavailable(self) -> str | None:
+        return extension.load()[1] or None
+
+    def launchers(self, kernel: str) -> types.ModuleType:
+        return sys.modules[__name__]
+
+
+@functools.cache
+def _kernels() -> Any:
+    return extension.load()[0].cpu
+
+
+def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _problem(x, num_groups, weight, bias, act):
-    batch, channels = x.shape[:2]
+def _problem(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    act: str,
+) -> Struct:
+    batch, channels, *sizes = x.shape
     pixels = 1
-    for size in x.shape[2:]:
+    for size in sizes:
         pixels *= size
-    dtypes = [0 if p is None else _DTYPES[p.dtype] for p in (weight, bias)]
-    channels_last = not x.is_contiguous()
-    return batch, channels, pixels, num_groups, channels_last, _DTYPES[x.dtype], *dtypes, _ACTS[act]
+    return {
+        "batch": batch,
+        "channels": channels,
+        "pixels": pixels,
+        "groups": num_groups,
+        "channels_last": not x.is_contiguous(),
+        "dtype": DTYPES[x.dtype],
+        "weight_dtype": 0 if weight is None else DTYPES[weight.dtype],
+        "bias_dtype": 0 if bias is None else DTYPES[bias.dtype],
+        "act": _ACTS[act],
+    }
 
 
-def _forward(x, residual, num_groups, weight, bias, eps, act, total, y, mean, rstd, normalized):
-    extension()[0].cpu.group_norm_act_forward(
-        *_problem(x, num_groups, weight, bias, act),
-        x.data_ptr(),
-        _address(residual),
-        _address(weight),
-        _address(bias),
-        eps,
-        _address(total),
-        y.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
-        normalized,
-        torch.get_num_threads(),
-    )
+def _forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    act: str,
+    outs: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor],
+    normalized: bool,
+) -> None:
+    total, y, mean, rstd = outs
+    tensors = {
+        "x": x.data_ptr(),
+        "residual": _address(residual),
+        "weight": _address(weight),
+        "bias": _address(bias),
+        "eps": eps,
+        "total": _address(total),
+        "y": y.data_ptr(),
+        "mean": mean.data_ptr(),
+        "rstd": rstd.data_ptr(),
+        "normalized": normalized,
+    }
+    problem = _problem(x, num_groups, weight, bias, act)
+    _kernels().group_norm_act_forward(problem, tensors, torch.get_num_threads())
 
 
-def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act):
+def group_norm_act_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    act: str,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
     total = None if residual is None else torch.empty_like(x)
     y = torch.empty_like(x)
     mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
     outs = total, y, mean, rstd
-    _forward(x, residual, num_groups, weight, bias, eps, act, *outs, False)
+    _forward(x, residual, num_groups, weight, bias, eps, act, outs, normalized=False)
     return outs
 
 
-def group_norm_act_recompute(total, num_groups, weight, bias, mean, rstd, act):
+def group_norm_act_recompute(
+    total: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    act: str,
+) -> torch.Tensor:
     y = torch.empty_like(total)
-    _forward(total, None, num_groups, weight, bias, 0.0, act, None, y, mean, rstd, True)
+    outs = None, y, mean, rstd
+    _forward(total, None, num_groups, weight, bias, 0.0, act, outs, normalized=True)
     return y
 
 
 def group_norm_act_backward(
-    dy, dtotal, total, num_groups, weight, bias, mean, rstd, act, need_dx, need_dparams
-):
+    dy: torch.Tensor,
+    dtotal: torch.Tensor | None,
+    total: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    act: str,
+    need_dx: bool,
+    need_dparams: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     dx = torch.empty_like(total) if need_dx else None
     dweight = torch.empty_like(weight) if need_dparams and weight is not None else None
     dbias = torch.empty_like(bias) if need_dparams and bias is not None else None
-    extension()[0].cpu.group_norm_act_backward(
-        *_problem(total, num_groups, weight, bias, act),
-        dy.data_ptr(),
-        _address(dtotal),
-        total.data_ptr(),
-        _address(weight),
-        _address(bias),
-        mean.data_ptr(),
-        rstd.data_ptr(),
-        _address(dx),
-        _address(dweight),
-        _address(dbias),
-        torch.get_num_threads(),
-    )
+    tensors = {
+        "dy": dy.data_ptr(),
+        "dtotal": _address(dtotal),
+        "total": total.data_ptr(),
+        "weight": _address(weight),
+        "bias": _address(bias),
+        "mean": mean.data_ptr(),
+        "rstd": rstd.data_ptr(),
+        "dx": _address(dx),
+        "dweight": _address(dweight),
+        "dbias": _address(dbias),
+    }
+    problem = _problem(total, num_groups, weight, bias, act)
+    _kernels().group_norm_act_backward(problem, tensors, torch.get_num_threads())
     return dx, dweight, dbias
 
 
-def _filter_shape(weight):
-    """Filters, inner and taps of a weight [O, I, *kernel]."""
-    taps = 1
-    for size in weight.shape[2:]:
-        taps *= size
-    return weight.shape[0], weight.shape[1], taps
-
-
-def _launch_weight_standardize(name, weights, *args):
-    """Calls the launcher of the weights' device, with its threads or its current stream."""
-    module = extension()[0]
-    device = weights[0].device
-    if device.type == "cpu":
-        getattr(module.cpu, name)(*args, torch.get_num_threads())
-    else:
-        with torch.cuda.device(device):
-            getattr(module.cuda, name)(*args, torch.cuda.current_stream().cuda_stream)
-
-
 def weight_standardize_forward(
-    weights, gains, scales, eps, eps_outside, unbiased, dtype, channels_last
-):
-    format = torch.channels_last if channels_last else torch.contiguous_format
-    outs = [torch.empty_like(w, dtype=dtype, memory_format=format) for w in weights]
-    filters = sum(w.shape[0] for w in weights)
-    stats = weights[0].new_empty((2, filters), dtype=torch.float32)
-    mean, std = stats.data_ptr(), stats.data_ptr() + 4 * filters
-    layers = []
-    for i, (w, out) in enumerate(zip(weights, outs, strict=True)):
-        gain = 0 if gains is None else gains[i].data_ptr()
-        layouts = not w.is_contiguous(), not out.is_contiguous()
-        addresses = w.data_ptr(), gain, mean, std, out.data_ptr(), 0, 0, 0
-        layers.append((*_filter_shape(w), scales[i], *layouts, *addresses))
-        mean += 4 * w.shape[0]
-        std += 4 * w.shape[0]
-    dtypes = _DTYPES[weights[0].dtype], _DTYPES[dtype]
-    variant = eps, eps_outside, unbiased, *dtypes
-    _launch_weight_standardize("weight_standardize_forward", weights, *variant, layers)
-    return outs, stats
+    weights: Sequence[torch.Tensor],
+    gains: Sequence[torch.Tensor] | None,
+    scales: Sequence[float],
+    variant: Variant,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    of = weights, gains, scales, variant, dtype, channels_last
+    return extension.standardize_forward(_kernels(), torch.get_num_threads(), *of)
 
 
-def weight_standardize_backward(douts, weights, gains, scales, stats, eps, eps_outside, unbiased):
-    dweights = [torch.empty_like(w) for w in weights]
-    dgains = None if gains is None else [torch.empty_like(g) for g in gains]
-    mean, std = stats.data_ptr(), stats.data_ptr() + 4 * stats.shape[1]
-    layers = []
-    for i, (w, dout, dw) in enumerate(zip(weights, douts, dweights, strict=True)):
-        gain, dgain = (0, 0) if gains is None else (gains[i].data_ptr(), dgains[i].data_ptr())
-        layouts = not w.is_contiguous(), not dout.is_contiguous()
-        addresses = w.data_ptr(), gain, mean, std, 0, dout.data_ptr(), dw.data_ptr(), dgain
-        layers.append((*_filter_shape(w), scales[i], *layouts, *addresses))
-        mean += 4 * w.shape[0]
-        std += 4 * w.shape[0]
-    dtypes = _DTYPES[weights[0].dtype], _DTYPES[douts[0].dtype]
-    variant = eps, eps_outside, unbiased, *dtypes
-    _launch_weight_standardize("weight_standardize_backward", weights, *variant, layers)
-    return dweights, dgains
+def weight_standardize_backward(
+    douts: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    gains: Sequence[torch.Tensor] | None,
+    scales: Sequence[float],
+    stats: torch.Tensor,
+    variant: Variant,
+) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+    of = douts, weights, gains, scales, stats, variant
+    return extension.standardize_backward(_kernels(), torch.get_num_threads(), *of)

@@ -8,27 +8,9 @@
 #include <string>
 
 #include "bitkern/cpu.h"
-#include "bitkern/group_norm_act.h"
-#include "bitkern/weight_standardize.h"
+#include "bitkern/operators.h"
 
 namespace bitkern::cpu {
-
-#define DECLARE(ISA)                                                                           \
-  namespace ISA {                                                                              \
-  void group_norm_act_forward(const GroupNormAct&, const GroupNormActForward&, int);           \
-  void group_norm_act_backward(const GroupNormAct&, const GroupNormActBackward&, int);         \
-  void weight_standardize_forward(                                                             \
-      const WeightStandardize&, const WeightStandardizeLayer*, int64_t, int);                  \
-  void weight_standardize_backward(                                                            \
-      const WeightStandardize&, const WeightStandardizeLayer*, int64_t, int);                  \
-  }
-DECLARE(baseline)
-#if defined(__x86_64__)
-DECLARE(avx2)
-DECLARE(avx512)
-DECLARE(avx512bf16)
-#endif
-#undef DECLARE
 
 bool forked = false;
 
@@ -40,15 +22,32 @@ namespace {
 struct Kernels {
   const char* isa;
   bool supported;
-  decltype(&cpu::group_norm_act_forward) group_norm_act_forward;
-  decltype(&cpu::group_norm_act_backward) group_norm_act_backward;
-  decltype(&cpu::weight_standardize_forward) weight_standardize_forward;
-  decltype(&cpu::weight_standardize_backward) weight_standardize_backward;
+#define POINTER(name, Problem, Tensors) decltype(&cpu::name) name;
+  BITKERN_CPU_OPERATORS(POINTER)
+#undef POINTER
 };
 
-#define KERNELS(ISA, SUPPORTED)                                               \
-  {#ISA, SUPPORTED, ISA::group_norm_act_forward, ISA::group_norm_act_backward, \
-   ISA::weight_standardize_forward, ISA::weight_standardize_backward}
+}  // namespace
+
+// Inside the namespace of an instruction set the names are its kernels'.
+#define NAME(name, Problem, Tensors) name,
+#define INSTRUCTION_SET(isa)                               \
+  namespace isa {                                          \
+  BITKERN_CPU_OPERATORS(BITKERN_DECLARE_CPU)               \
+  static Kernels kernels(bool supported) {                 \
+    return {#isa, supported, BITKERN_CPU_OPERATORS(NAME)}; \
+  }                                                        \
+  }
+INSTRUCTION_SET(baseline)
+#if defined(__x86_64__)
+INSTRUCTION_SET(avx2)
+INSTRUCTION_SET(avx512)
+INSTRUCTION_SET(avx512bf16)
+#endif
+#undef INSTRUCTION_SET
+#undef NAME
+
+namespace {
 
 // The best instruction set of this machine, or the one BITKERN_CPU_ISA names.
 Kernels choose() {
@@ -62,11 +61,11 @@ Kernels choose() {
 #endif
   const Kernels all[] = {
 #if defined(__x86_64__)
-      KERNELS(avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16")),
-      KERNELS(avx512, avx512),
-      KERNELS(avx2, avx2),
+      avx512bf16::kernels(avx512 && __builtin_cpu_supports("avx512bf16")),
+      avx512::kernels(avx512),
+      avx2::kernels(avx2),
 #endif
-      KERNELS(baseline, true),
+      baseline::kernels(true),
   };
   const char* wanted = std::getenv("BITKERN_CPU_ISA");
   std::string supported;
@@ -78,7 +77,6 @@ Kernels choose() {
   throw std::invalid_argument("BITKERN_CPU_ISA: expected one of this machine's " + supported +
                               ", got '" + wanted + "'");
 }
-#undef KERNELS
 
 const Kernels& kernels() {
   static const Kernels chosen = choose();
@@ -89,26 +87,11 @@ const Kernels& kernels() {
 
 const char* isa() { return kernels().isa; }
 
-void group_norm_act_forward(const GroupNormAct& shape, const GroupNormActForward& tensors,
-                            int num_threads) {
-  kernels().group_norm_act_forward(shape, tensors, num_threads);
-}
-
-void group_norm_act_backward(const GroupNormAct& shape, const GroupNormActBackward& tensors,
-                             int num_threads) {
-  kernels().group_norm_act_backward(shape, tensors, num_threads);
-}
-
-void weight_standardize_forward(const WeightStandardize& variant,
-                                const WeightStandardizeLayer* layers, int64_t count,
-                                int num_threads) {
-  kernels().weight_standardize_forward(variant, layers, count, num_threads);
-}
-
-void weight_standardize_backward(const WeightStandardize& variant,
-                                 const WeightStandardizeLayer* layers, int64_t count,
-                                 int num_threads) {
-  kernels().weight_standardize_backward(variant, layers, count, num_threads);
-}
+#define FORWARD(name, Problem, Tensors)                                        \
+  void name(const Problem& problem, const Tensors& tensors, int num_threads) { \
+    kernels().name(problem, tensors, num_threads);                             \
+  }
+BITKERN_CPU_OPERATORS(FORWARD)
+#undef FORWARD
 
 }  // namespace bitkern::cpu

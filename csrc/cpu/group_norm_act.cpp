@@ -16,7 +16,7 @@ struct Act {
 
 // body(T{}, Act<act>{}) for the element type and the activation.
 template <class Body>
-void with_dtype_and_act(const GroupNormAct& shape, Body&& body) {
+void with_dtype_and_act(const GroupNormActProblem& shape, Body&& body) {
   with_dtype(shape.dtype, [&](auto t) {
     if (shape.act == Activation::none) return body(t, Act<Activation::none>{});
     if (shape.act == Activation::relu) return body(t, Act<Activation::relu>{});
@@ -55,13 +55,13 @@ void sum_over_batch(const float* terms, int64_t batch, int64_t channels, Range r
 }
 
 // One pixel per sample is a row of channels in either layout.
-bool is_channels_last(const GroupNormAct& shape) {
+bool is_channels_last(const GroupNormActProblem& shape) {
   return shape.channels_last || shape.pixels == 1;
 }
 
 }  // namespace
 
-void group_norm_act_forward(const GroupNormAct& shape, const GroupNormActForward& tensors,
+void group_norm_act_forward(const GroupNormActProblem& shape, const GroupNormActForward& tensors,
                             int num_threads) {
   const int64_t elements = shape.batch * shape.channels * shape.pixels;
   if (elements == 0) {
@@ -93,7 +93,7 @@ void group_norm_act_forward(const GroupNormAct& shape, const GroupNormActForward
   });
 }
 
-void group_norm_act_backward(const GroupNormAct& shape, const GroupNormActBackward& tensors,
+void group_norm_act_backward(const GroupNormActProblem& shape, const GroupNormActBackward& tensors,
                              int num_threads) {
   const int64_t elements = shape.batch * shape.channels * shape.pixels;
   const int64_t batch = elements == 0 ? 0 : shape.batch;

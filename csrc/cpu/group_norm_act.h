@@ -78,7 +78,7 @@ void two_pass(const Team& team, const Kernel& kernel, float* slots) {
 }
 
 template <class T>
-int64_t bytes_of(const GroupNormAct& shape) {
+int64_t bytes_of(const GroupNormActProblem& shape) {
   return shape.batch * shape.channels * shape.pixels * int64_t(sizeof(T));
 }
 

@@ -11,14 +11,14 @@ namespace bitkern::cpu::BITKERN_ISA {
 namespace {
 
 struct ChannelsFirst {
-  GroupNormAct shape;
+  GroupNormActProblem shape;
   Affine affine;
   int64_t width;                                      // channels per group
   int64_t pixels_a_block, channels_a_block, columns;  // a group is cut into `columns` of pixels
   int64_t units, blocks, parts, slot_size;
 
   // A slot holds pairs of doubles: one per channel and column, and one more.
-  ChannelsFirst(const GroupNormAct& shape, const Affine& affine)
+  ChannelsFirst(const GroupNormActProblem& shape, const Affine& affine)
       : shape(shape), affine(affine), width(shape.channels / shape.groups) {
     pixels_a_block = shape.pixels < 2 * BLOCK ? shape.pixels : BLOCK;
     columns = (shape.pixels + pixels_a_block - 1) / pixels_a_block;
@@ -52,7 +52,7 @@ template <class T, Activation act>
 struct ForwardChannelsFirst : ChannelsFirst {
   GroupNormActForward tensors;
 
-  ForwardChannelsFirst(const GroupNormAct& shape, const Affine& affine,
+  ForwardChannelsFirst(const GroupNormActProblem& shape, const Affine& affine,
                        const GroupNormActForward& tensors)
       : ChannelsFirst(shape, affine), tensors(tensors) {}
 
@@ -123,7 +123,7 @@ template <class T, Activation act>
 struct BackwardChannelsFirst : ChannelsFirst {
   GroupNormActBackward tensors;
 
-  BackwardChannelsFirst(const GroupNormAct& shape, const Affine& affine,
+  BackwardChannelsFirst(const GroupNormActProblem& shape, const Affine& affine,
                         const GroupNormActBackward& tensors)
       : ChannelsFirst(shape, affine), tensors(tensors) {}
 

@@ -12,7 +12,7 @@ namespace {
 struct ChannelsLast {
   // y = act(SCALE * (x - MEAN) + BIAS)
   enum { MEAN, SCALE, BIAS };
-  GroupNormAct shape;
+  GroupNormActProblem shape;
   Affine affine;
   int64_t width;           // channels per group
   int64_t padded;          // channels, rounded up to vectors
@@ -22,7 +22,7 @@ struct ChannelsLast {
 
   // A slot has rows of `padded` floats: two of doubles for the totals, the coefficients, and two of
   // partial results per block.
-  ChannelsLast(const GroupNormAct& shape, const Affine& affine, int64_t coefficients)
+  ChannelsLast(const GroupNormActProblem& shape, const Affine& affine, int64_t coefficients)
       : shape(shape),
         affine(affine),
         width(shape.channels / shape.groups),
@@ -66,7 +66,7 @@ struct ForwardChannelsLast : ChannelsLast {
   enum { COEFFICIENTS = BIAS + 1 };
   GroupNormActForward tensors;
 
-  ForwardChannelsLast(const GroupNormAct& shape, const Affine& affine,
+  ForwardChannelsLast(const GroupNormActProblem& shape, const Affine& affine,
                       const GroupNormActForward& tensors)
       : ChannelsLast(shape, affine, COEFFICIENTS), tensors(tensors) {}
 
@@ -181,7 +181,7 @@ struct BackwardChannelsLast : ChannelsLast {
   enum { SLOPE = BIAS + 1, SHIFT, COEFFICIENTS };
   GroupNormActBackward tensors;
 
-  BackwardChannelsLast(const GroupNormAct& shape, const Affine& affine,
+  BackwardChannelsLast(const GroupNormActProblem& shape, const Affine& affine,
                        const GroupNormActBackward& tensors)
       : ChannelsLast(shape, affine, COEFFICIENTS), tensors(tensors) {}
 

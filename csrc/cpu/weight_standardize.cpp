@@ -41,7 +41,7 @@ double gain_of(const WeightStandardizeLayer& layer, int64_t filter) {
 
 // `out` is the filter's, in the layout of the weight; `bytes` are those of all outputs.
 template <class T, class Out>
-[[gnu::flatten]] void forward(const WeightStandardize& variant,
+[[gnu::flatten]] void forward(const WeightStandardizeProblem& problem,
                               const WeightStandardizeLayer& layer, int64_t filter, Out* out,
                               int64_t bytes) {
   const int64_t length = layer.inner * layer.taps;
@@ -50,9 +50,9 @@ template <class T, class Out>
     __builtin_prefetch(weight + i + AHEAD<T>);
     return load(weight + i, lanes);
   });
-  const double var = stats.m2 / double(length - variant.unbiased);
-  const double std = __builtin_sqrt(variant.eps_outside ? var : var + variant.eps);
-  const double denominator = variant.eps_outside ? std + variant.eps : std;
+  const double var = stats.m2 / double(length - problem.unbiased);
+  const double std = __builtin_sqrt(problem.eps_outside ? var : var + problem.eps);
+  const double denominator = problem.eps_outside ? std + problem.eps : std;
   layer.mean[filter] = float(stats.mean);
   layer.std[filter] = float(std);
   const float center = float(stats.mean);
@@ -71,7 +71,7 @@ template <class T, class Out>
 // dweight = gain * scale / d * (dout - mean(dout) - c * sum(dout * c) / (std * d * K)).
 // `dout` is the filter's, in the layout of the weight; `bytes` are those of all of dweight.
 template <class T, class Out>
-[[gnu::flatten]] void backward(const WeightStandardize& variant,
+[[gnu::flatten]] void backward(const WeightStandardizeProblem& problem,
                                const WeightStandardizeLayer& layer, int64_t filter,
                                const Out* dout, int64_t bytes) {
   const int64_t length = layer.inner * layer.taps;
@@ -89,11 +89,11 @@ template <class T, class Out>
   // Distances from the rounded mean are deviations and a rest.
   const double rest = sum(distances) / double(length);
   const double std = layer.std[filter];
-  const double denominator = variant.eps_outside ? std + variant.eps : std;
+  const double denominator = problem.eps_outside ? std + problem.eps : std;
   const double product = sum(products) - rest * sum(sums);
-  const double projection = product / (std * denominator * double(length - variant.unbiased));
+  const double projection = product / (std * denominator * double(length - problem.unbiased));
   // A constant filter with eps outside the root: the root has no slope there, and c is 0.
-  const double slope = variant.eps_outside && std == 0 ? 0 : projection;
+  const double slope = problem.eps_outside && std == 0 ? 0 : projection;
   const Vec minus_slope = broadcast(float(-slope));
   const Vec shift = broadcast(float(rest * slope - sum(sums) / double(length)));
   const Vec factor = broadcast(float(gain_of<T>(layer, filter) * layer.scale / denominator));
@@ -108,10 +108,11 @@ template <class T, class Out>
   }
 }
 
-int64_t elements_of(const WeightStandardizeLayer* layers, int64_t count) {
+int64_t elements_of(const WeightStandardizeLayers& layers) {
   int64_t elements = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    elements += layers[i].filters * layers[i].inner * layers[i].taps;
+  for (int64_t i = 0; i < layers.size; ++i) {
+    const WeightStandardizeLayer& layer = layers.data[i];
+    elements += layer.filters * layer.inner * layer.taps;
   }
   return elements;
 }
@@ -119,12 +120,11 @@ int64_t elements_of(const WeightStandardizeLayer* layers, int64_t count) {
 // body(layer, filter, scratch) for every filter, where `scratch` has room for one. A thread gets a
 // run of filters with its share of the elements.
 template <class Body>
-void for_filters(const WeightStandardizeLayer* layers, int64_t count, int num_threads,
-                 Body&& body) {
-  const int64_t elements = elements_of(layers, count);
+void for_filters(const WeightStandardizeLayers& layers, int num_threads, Body&& body) {
+  const int64_t elements = elements_of(layers);
   int64_t longest = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t length = layers[i].inner * layers[i].taps;
+  for (int64_t i = 0; i < layers.size; ++i) {
+    const int64_t length = layers.data[i].inner * layers.data[i].taps;
     if (length > longest) longest = length;
   }
   const int threads = useful_threads(num_threads, elements);
@@ -132,11 +132,12 @@ void for_filters(const WeightStandardizeLayer* layers, int64_t count, int num_th
   parallel(threads, [&](const Team& team) {
     const Range mine = team.share(elements);
     int64_t start = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t length = layers[i].inner * layers[i].taps;
-      for (int64_t filter = 0; filter < layers[i].filters; ++filter, start += length) {
+    for (int64_t i = 0; i < layers.size; ++i) {
+      const WeightStandardizeLayer& layer = layers.data[i];
+      const int64_t length = layer.inner * layer.taps;
+      for (int64_t filter = 0; filter < layer.filters; ++filter, start += length) {
         if (start < mine.begin || start >= mine.end) continue;
-        body(layers[i], filter, scratch.data + team.rank * longest);
+        body(layer, filter, scratch.data + team.rank * longest);
       }
     }
     stream_fence();
@@ -145,42 +146,40 @@ void for_filters(const WeightStandardizeLayer* layers, int64_t count, int num_th
 
 }  // namespace
 
-void weight_standardize_forward(const WeightStandardize& variant,
-                                const WeightStandardizeLayer* layers, int64_t count,
-                                int num_threads) {
-  with_dtype(variant.weight_dtype, [&](auto t) {
-    with_dtype(variant.out_dtype, [&](auto o) {
+void weight_standardize_forward(const WeightStandardizeProblem& problem,
+                                const WeightStandardizeLayers& layers, int num_threads) {
+  with_dtype(problem.weight_dtype, [&](auto t) {
+    with_dtype(problem.out_dtype, [&](auto o) {
       using T = decltype(t);
       using Out = decltype(o);
-      const int64_t bytes = elements_of(layers, count) * int64_t(sizeof(Out));
+      const int64_t bytes = elements_of(layers) * int64_t(sizeof(Out));
       const auto body = [&](const auto& layer, int64_t filter, float* scratch) {
         Out* out = static_cast<Out*>(layer.out) + filter * layer.inner * layer.taps;
-        if (same_layout(layer)) return forward<T>(variant, layer, filter, out, bytes);
+        if (same_layout(layer)) return forward<T>(problem, layer, filter, out, bytes);
         Out* const other = reinterpret_cast<Out*>(scratch);
-        forward<T>(variant, layer, filter, other, 0);
+        forward<T>(problem, layer, filter, other, 0);
         change_layout(layer, layer.weight_channels_last, other, out);
       };
-      for_filters(layers, count, num_threads, body);
+      for_filters(layers, num_threads, body);
     });
   });
 }
 
-void weight_standardize_backward(const WeightStandardize& variant,
-                                 const WeightStandardizeLayer* layers, int64_t count,
-                                 int num_threads) {
-  with_dtype(variant.weight_dtype, [&](auto t) {
-    with_dtype(variant.out_dtype, [&](auto o) {
+void weight_standardize_backward(const WeightStandardizeProblem& problem,
+                                 const WeightStandardizeLayers& layers, int num_threads) {
+  with_dtype(problem.weight_dtype, [&](auto t) {
+    with_dtype(problem.out_dtype, [&](auto o) {
       using T = decltype(t);
       using Out = decltype(o);
-      const int64_t bytes = elements_of(layers, count) * int64_t(sizeof(T));
+      const int64_t bytes = elements_of(layers) * int64_t(sizeof(T));
       const auto body = [&](const auto& layer, int64_t filter, float* scratch) {
         const Out* dout = static_cast<const Out*>(layer.dout) + filter * layer.inner * layer.taps;
-        if (same_layout(layer)) return backward<T>(variant, layer, filter, dout, bytes);
+        if (same_layout(layer)) return backward<T>(problem, layer, filter, dout, bytes);
         Out* const other = reinterpret_cast<Out*>(scratch);
         change_layout(layer, layer.out_channels_last, dout, other);
-        backward<T>(variant, layer, filter, static_cast<const Out*>(other), bytes);
+        backward<T>(problem, layer, filter, static_cast<const Out*>(other), bytes);
       };
-      for_filters(layers, count, num_threads, body);
+      for_filters(layers, num_threads, body);
     });
   });
 }

@@ -78,7 +78,7 @@ __device__ int filter_of(const Table<CAPACITY>& table, const WeightStandardizeLa
 
 template <class W, class O, int CAPACITY>
 __global__ void __launch_bounds__(THREADS)
-    weight_standardize_forward(const WeightStandardize variant,
+    weight_standardize_forward(const WeightStandardizeProblem problem,
                                const __grid_constant__ Table<CAPACITY> table) {
   const WeightStandardizeLayer& layer = layer_of(table, blockIdx.x);
   const int filter = filter_of(table, layer, blockIdx.x);
@@ -92,15 +92,15 @@ __global__ void __launch_bounds__(THREADS)
     const float c = load<W>(layer.weight, base + k) - mean;
     squares += c * c;
   }
-  const float var = block_sum(squares) / (size - variant.unbiased);
-  const float std = sqrtf(variant.eps_outside ? var : var + variant.eps);
+  const float var = block_sum(squares) / (size - problem.unbiased);
+  const float std = sqrtf(problem.eps_outside ? var : var + problem.eps);
   if (threadIdx.x == 0) {
     layer.mean[filter] = mean;
     layer.std[filter] = std;
   }
 
   const float gain = layer.gain ? load<W>(layer.gain, filter) : 1.0f;
-  const float factor = gain * layer.scale / (variant.eps_outside ? std + variant.eps : std);
+  const float factor = gain * layer.scale / (problem.eps_outside ? std + problem.eps : std);
   const Transpose to_out = weight_to_out(layer);
   for (int64_t k = threadIdx.x; k < size; k += THREADS) {
     const float c = load<W>(layer.weight, base + k) - mean;
@@ -110,13 +110,13 @@ __global__ void __launch_bounds__(THREADS)
 
 template <class W, class O, int CAPACITY>
 __global__ void __launch_bounds__(THREADS)
-    weight_standardize_backward(const WeightStandardize variant,
+    weight_standardize_backward(const WeightStandardizeProblem problem,
                                 const __grid_constant__ Table<CAPACITY> table) {
   const WeightStandardizeLayer& layer = layer_of(table, blockIdx.x);
   const int filter = filter_of(table, layer, blockIdx.x);
   const int64_t size = layer.inner * layer.taps, base = filter * size;
   const float mean = layer.mean[filter], std = layer.std[filter];
-  const float denominator = variant.eps_outside ? std + variant.eps : std;
+  const float denominator = problem.eps_outside ? std + problem.eps : std;
   const Transpose to_out = weight_to_out(layer);
 
   float sum = 0, dot = 0;  // of dout, and of dout * (w - mean)
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(THREADS)
   const float factor = gain * layer.scale / denominator;
   // A constant filter has no direction to project out.
   const float along =
-      std == 0 ? 0.0f : dot / (denominator * std * float(size - variant.unbiased));
+      std == 0 ? 0.0f : dot / (denominator * std * float(size - problem.unbiased));
   for (int64_t k = threadIdx.x; k < size; k += THREADS) {
     const float dout = load<O>(layer.dout, base + to_out(k));
     const float c = load<W>(layer.weight, base + k) - mean;
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 template <class W, class O, int CAPACITY>
-void launch_table(bool forward, const WeightStandardize& variant,
+void launch_table(bool forward, const WeightStandardizeProblem& problem,
                   const WeightStandardizeLayer* layers, int64_t count, cudaStream_t stream) {
   Table<CAPACITY> table;
   int64_t filters = 0;
@@ -157,9 +157,9 @@ void launch_table(bool forward, const WeightStandardize& variant,
   if (filters == 0) return;
   const dim3 grid(static_cast<unsigned>(filters));
   if (forward) {
-    weight_standardize_forward<W, O, CAPACITY><<<grid, THREADS, 0, stream>>>(variant, table);
+    weight_standardize_forward<W, O, CAPACITY><<<grid, THREADS, 0, stream>>>(problem, table);
   } else {
-    weight_standardize_backward<W, O, CAPACITY><<<grid, THREADS, 0, stream>>>(variant, table);
+    weight_standardize_backward<W, O, CAPACITY><<<grid, THREADS, 0, stream>>>(problem, table);
   }
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) {
@@ -168,28 +168,28 @@ void launch_table(bool forward, const WeightStandardize& variant,
 }
 
 template <class W, class O>
-void launch(bool forward, const WeightStandardize& variant, const WeightStandardizeLayer* layers,
-            int64_t count, cudaStream_t stream) {
+void launch(bool forward, const WeightStandardizeProblem& problem,
+            const WeightStandardizeLayers& layers, cudaStream_t stream) {
   constexpr int64_t MANY = 256;
-  if (count == 1) return launch_table<W, O, 1>(forward, variant, layers, count, stream);
+  const auto [first, count] = layers;
+  if (count == 1) return launch_table<W, O, 1>(forward, problem, first, 1, stream);
   for (int64_t i = 0; i < count; i += MANY) {
-    launch_table<W, O, MANY>(forward, variant, layers + i, std::min(count - i, MANY), stream);
+    launch_table<W, O, MANY>(forward, problem, first + i, std::min(count - i, MANY), stream);
   }
 }
 
-void launch_any(bool forward, const WeightStandardize& variant,
-                const WeightStandardizeLayer* layers, int64_t count, void* stream_address) {
+void launch_any(bool forward, const WeightStandardizeProblem& problem,
+                const WeightStandardizeLayers& layers, void* stream_address) {
   const auto stream = static_cast<cudaStream_t>(stream_address);
   const auto with_out = [&](auto weight) {
     using W = decltype(weight);
-    switch (variant.out_dtype) {
-      case DType::float32: return launch<W, float>(forward, variant, layers, count, stream);
-      case DType::bfloat16:
-        return launch<W, __nv_bfloat16>(forward, variant, layers, count, stream);
-      case DType::float16: return launch<W, __half>(forward, variant, layers, count, stream);
+    switch (problem.out_dtype) {
+      case DType::float32: return launch<W, float>(forward, problem, layers, stream);
+      case DType::bfloat16: return launch<W, __nv_bfloat16>(forward, problem, layers, stream);
+      case DType::float16: return launch<W, __half>(forward, problem, layers, stream);
     }
   };
-  switch (variant.weight_dtype) {
+  switch (problem.weight_dtype) {
     case DType::float32: return with_out(float());
     case DType::bfloat16: return with_out(__nv_bfloat16());
     case DType::float16: return with_out(__half());
@@ -198,15 +198,14 @@ void launch_any(bool forward, const WeightStandardize& variant,
 
 }  // namespace
 
-void weight_standardize_forward(const WeightStandardize& variant,
-                                const WeightStandardizeLayer* layers, int64_t count, void* stream) {
-  launch_any(true, variant, layers, count, stream);
+void weight_standardize_forward(const WeightStandardizeProblem& problem,
+                                const WeightStandardizeLayers& layers, void* stream) {
+  launch_any(true, problem, layers, stream);
 }
 
-void weight_standardize_backward(const WeightStandardize& variant,
-                                 const WeightStandardizeLayer* layers, int64_t count,
-                                 void* stream) {
-  launch_any(false, variant, layers, count, stream);
+void weight_standardize_backward(const WeightStandardizeProblem& problem,
+                                 const WeightStandardizeLayers& layers, void* stream) {
+  launch_any(false, problem, layers, stream);
 }
 
 }  // namespace bitkern::cuda

@@ -6,12 +6,15 @@ namespace bitkern {
 
 // y = act(weight * (s - mean) * rstd + bias) with s = x (+ residual), statistics per (sample, group).
 // Big tensors are dense [batch, channels, pixels], or [batch, pixels, channels] if channels_last.
-struct GroupNormAct {
+struct GroupNormActProblem {
   int64_t batch, channels, pixels, groups;
   bool channels_last;
   DType dtype;                      // of the big tensors
   DType weight_dtype, bias_dtype;   // of weight and dweight, bias and dbias
   Activation act;
+
+  BITKERN_FIELDS(batch, channels, pixels, groups, channels_last, dtype, weight_dtype, bias_dtype,
+                 act)
 };
 
 struct GroupNormActForward {
@@ -25,6 +28,8 @@ struct GroupNormActForward {
   float* mean;           // [batch, groups]
   float* rstd;           // [batch, groups]
   bool normalized;       // mean and rstd are given, x has been summed: only y is computed
+
+  BITKERN_FIELDS(x, residual, weight, bias, eps, total, y, mean, rstd, normalized)
 };
 
 struct GroupNormActBackward {
@@ -38,11 +43,8 @@ struct GroupNormActBackward {
   void* dx;              // gradient of x and of residual alike; null if not wanted
   void* dweight;         // [channels], null if not wanted
   void* dbias;           // [channels], null if not wanted
-};
 
-namespace cpu {
-void group_norm_act_forward(const GroupNormAct&, const GroupNormActForward&, int num_threads);
-void group_norm_act_backward(const GroupNormAct&, const GroupNormActBackward&, int num_threads);
-}  // namespace cpu
+  BITKERN_FIELDS(dy, dtotal, total, weight, bias, mean, rstd, dx, dweight, dbias)
+};
 
 }  // namespace bitkern

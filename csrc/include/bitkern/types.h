@@ -8,4 +8,20 @@ enum class DType : int { float32, bfloat16, float16 };
 
 enum class Activation : int { none, relu, silu };
 
+// An array that somebody else keeps. Not a std::vector: the kernels are compiled once per
+// instruction set, and of an inline function in all of them the linker would keep any one.
+template <class T>
+struct Span {
+  const T* data;
+  int64_t size;
+};
+
 }  // namespace bitkern
+
+// Inside a struct, lists its fields for whoever fills them in by name: visit(body) calls
+// body("first, second, ...", first, second, ...).
+#define BITKERN_FIELDS(...)          \
+  template <class Body>              \
+  void visit(Body&& body) {          \
+    body(#__VA_ARGS__, __VA_ARGS__); \
+  }

@@ -6,11 +6,13 @@ namespace bitkern {
 
 // out = gain * scale * (w - mean) / denominator per filter, where the denominator is
 // sqrt(var + eps), or sqrt(var) + eps if eps_outside; var divides by K - 1 if unbiased.
-struct WeightStandardize {
+struct WeightStandardizeProblem {
   float eps;
   bool eps_outside, unbiased;
   DType weight_dtype;  // of weight, gain and their gradients
   DType out_dtype;     // of out and dout
+
+  BITKERN_FIELDS(eps, eps_outside, unbiased, weight_dtype, out_dtype)
 };
 
 // One layer. A filter has K = inner * taps elements, stored [inner, taps], or [taps, inner] where
@@ -28,20 +30,11 @@ struct WeightStandardizeLayer {
   const void* dout;           // [filters, K], backward only
   void* dweight;              // [filters, K], backward only
   void* dgain;                // [filters] or null, backward only
+
+  BITKERN_FIELDS(filters, inner, taps, scale, weight_channels_last, out_channels_last, weight, gain,
+                 mean, std, out, dout, dweight, dgain)
 };
 
-namespace cpu {
-void weight_standardize_forward(
-    const WeightStandardize&, const WeightStandardizeLayer* layers, int64_t count, int num_threads);
-void weight_standardize_backward(
-    const WeightStandardize&, const WeightStandardizeLayer* layers, int64_t count, int num_threads);
-}  // namespace cpu
-
-namespace cuda {  // on the current device; `stream` is a cudaStream_t
-void weight_standardize_forward(
-    const WeightStandardize&, const WeightStandardizeLayer* layers, int64_t count, void* stream);
-void weight_standardize_backward(
-    const WeightStandardize&, const WeightStandardizeLayer* layers, int64_t count, void* stream);
-}  // namespace cuda
+using WeightStandardizeLayers = Span<WeightStandardizeLayer>;
 
 }  // namespace bitkern

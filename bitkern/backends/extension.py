@@ -1,0 +1,119 @@
+"""The compiled extension ``bitkern._C``, and what its backends share.
+
+Its functions take dicts in the place of C++ structs, with the names of the fields in
+``csrc/include/bitkern``: addresses for pointers, 0 for none. A name too few or too many raises
+TypeError.
+"""
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bitkern.variant import Variant
+
+Struct = dict[str, Any]
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@functools.cache
+def load() -> tuple[Any, str]:
+    """The extension, and why it is missing: None and a reason, or the module and an empty one."""
+    try:
+        return importlib.import_module("bitkern._C"), ""
+    except ImportError as error:
+        return None, f"the compiled extension bitkern._C did not load ({error})"
+
+
+def standardize_forward(
+    kernels: Any,
+    how: int,
+    weights: Sequence[torch.Tensor],
+    gains: Sequence[torch.Tensor] | None,
+    scales: Sequence[float],
+    variant: Variant,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The launcher, by the kernels of a device; how: the number of threads, or the stream."""
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    outs = [torch.empty_like(w, dtype=dtype, memory_format=format) for w in weights]
+    filters = sum(w.shape[0] for w in weights)
+    stats = weights[0].new_empty((2, filters), dtype=torch.float32)
+    problem, layers = _standardization(weights, gains, scales, stats, variant, outs)
+    for layer, out in zip(layers, outs, strict=True):
+        layer["out"] = out.data_ptr()
+    kernels.weight_standardize_forward(problem, layers, how)
+    return outs, stats
+
+
+def standardize_backward(
+    kernels: Any,
+    how: int,
+    douts: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    gains: Sequence[torch.Tensor] | None,
+    scales: Sequence[float],
+    stats: torch.Tensor,
+    variant: Variant,
+) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+    """The launcher, as :func:`standardize_forward`."""
+    dweights = [torch.empty_like(w) for w in weights]
+    dgains = None if gains is None else [torch.empty_like(gain) for gain in gains]
+    problem, layers = _standardization(weights, gains, scales, stats, variant, douts)
+    for i, layer in enumerate(layers):
+        layer["dout"] = douts[i].data_ptr()
+        layer["dweight"] = dweights[i].data_ptr()
+        if dgains is not None:
+            layer["dgain"] = dgains[i].data_ptr()
+    kernels.weight_standardize_backward(problem, layers, how)
+    return dweights, dgains
+
+
+def _standardization(
+    weights: Sequence[torch.Tensor],
+    gains: Sequence[torch.Tensor] | None,
+    scales: Sequence[float],
+    stats: torch.Tensor,
+    variant: Variant,
+    outs: Sequence[torch.Tensor],  # or their gradients
+) -> tuple[Struct, list[Struct]]:
+    """All but the addresses that only one direction has."""
+    problem = {
+        "eps": variant.eps,
+        "eps_outside": variant.eps_outside,
+        "unbiased": variant.unbiased,
+        "weight_dtype": DTYPES[weights[0].dtype],
+        "out_dtype": DTYPES[outs[0].dtype],
+    }
+    mean, std = stats.data_ptr(), stats.data_ptr() + 4 * stats.shape[1]
+    layers = []
+    for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
+        filters, inner, *kernel = weight.shape
+        taps = 1
+        for size in kernel:
+            taps *= size
+        layers.append(
+            {
+                "filters": filters,
+                "inner": inner,
+                "taps": taps,
+                "scale": scales[i],
+                "weight_channels_last": not weight.is_contiguous(),
+                "out_channels_last": not out.is_contiguous(),
+                "weight": weight.data_ptr(),
+                "gain": 0 if gains is None else gains[i].data_ptr(),
+                "mean": mean,
+                "std": std,
+                "out": 0,
+                "dout": 0,
+                "dweight": 0,
+                "dgain": 0,
+            }
+        )
+        mean += 4 * filters
+        std += 4 * filters
+    return problem, layers
