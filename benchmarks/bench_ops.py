@@ -1,36 +1,36 @@
-"""The operators on a GPU against eager PyTorch, AMP and torch.compile, and against a copy.
+"""The operators against eager PyTorch, AMP and torch.compile, and against a copy.
 
-The floor is the time that a copy takes to read and write as many bytes as the operator must: each
-big tensor once. ``pytest benchmarks/bench_ops.py --out FILE``.
+``pytest benchmarks/bench_ops.py`` prints the table, ``--full`` takes the rest of the cases as well,
+``--out FILE`` writes the rows as JSON. On a GPU the floor is the time in which a copy reads and
+writes as many bytes as the operator must, each big tensor once; on the CPU such a copy takes turns
+with the contenders.
 """
 
+from itertools import product
+
 import pytest
-import torch
 
 from benchmarks import measure
+from benchmarks.measure import DEVICE
 from benchmarks.operators import Case, Problem
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COMPILE = ("default", "max-autotune-no-cudagraphs")
+SECONDS = {"cuda": 0.5, "cpu": 4}
+
 R50X1 = [(128, 256, 56, 56), (128, 512, 28, 28), (128, 1024, 14, 14), (128, 2048, 7, 7)]
 R50X1 += [(128, 64, 56, 56), (128, 128, 28, 28), (128, 256, 14, 14), (128, 512, 7, 7)]
 R152X4 = [(8, 1024, 120, 120), (8, 2048, 60, 60), (8, 4096, 30, 30), (8, 8192, 15, 15)]
 SINGLE = [(1, 256, 56, 56), (1, 2048, 7, 7), (1, 1024, 120, 120)]
-
-# Eager peers first, which is quick; then, while the time lasts, with those that compile.
-EAGER = [Case("group_norm_act", shape) for shape in R50X1 + R152X4 + SINGLE]
-EAGER += [Case("group_norm_act", shape, backward=False) for shape in (R50X1[0], R152X4[0])]
-EAGER += [
-    Case("group_norm_act", R50X1[0], "fp32"),
-    Case("group_norm_act", R50X1[0], "bf16", "nchw"),
-]
-EAGER += [Case("add_group_norm_act", shape) for shape in R50X1[:4] + R152X4[:2] + SINGLE[:1]]
-EAGER += [
+# Eager peers first, which is quick.
+GPU = [Case("group_norm_act", shape) for shape in R50X1 + R152X4 + SINGLE]
+GPU += [Case("group_norm_act", shape, backward=False) for shape in (R50X1[0], R152X4[0])]
+GPU += [Case("group_norm_act", R50X1[0], "fp32"), Case("group_norm_act", R50X1[0], "bf16", "nchw")]
+GPU += [Case("add_group_norm_act", shape) for shape in R50X1[:4] + R152X4[:2] + SINGLE[:1]]
+GPU += [
     Case("weight_standardize", model, backward=backward)
     for model in ("R50x1", "R152x4")
     for backward in (False, True)
 ]
-COMPILED = [
+GPU_COMPILED = [
     Case("group_norm_act", R50X1[0]),
     Case("add_group_norm_act", R50X1[0]),
     Case("group_norm_act", R152X4[0]),
@@ -39,27 +39,69 @@ COMPILED = [
     *(Case("add_group_norm_act", shape) for shape in R50X1[1:4] + R152X4[:2]),
     Case("weight_standardize", "R50x1"),
 ]
-CASES = EAGER + [case._replace(modes=COMPILE) for case in COMPILED]
+GPU_MODES = ("default", "max-autotune-no-cudagraphs")
+
+# Stages 1 and 3 of R50x1 at 224 pixels, stage 3 of R152x4 at 480.
+SHAPES = [(8, 256, 56, 56), (8, 512, 14, 14), (1, 1024, 30, 30)]
+CPU = [
+    Case("group_norm_act", SHAPES[0], "fp32", "channels_last", modes=("default",)),
+    Case("group_norm_act", SHAPES[0], "bf16", "channels_last", modes=("default",)),
+    Case("group_norm_act", SHAPES[0], "bf16", "nchw"),
+    Case("group_norm_act", SHAPES[0], "fp32", "nchw", backward=False),
+    Case("group_norm_act", SHAPES[1], "fp32", "channels_last"),
+    Case("group_norm_act", SHAPES[2], "bf16", "channels_last", backward=False),
+    Case("add_group_norm_act", SHAPES[0], "fp32", "channels_last", modes=("default",)),
+    Case("add_group_norm_act", SHAPES[0], "bf16", "nchw"),
+    Case("weight_standardize", "R50x1", "bf16", backward=False, modes=("default",)),
+    Case("weight_standardize", "R50x1", "fp32"),
+]
+CPU_ALL = [
+    Case("group_norm_act", shape, dtype, layout, backward)
+    for shape, layout, dtype, backward in product(
+        SHAPES, ("channels_last", "nchw"), ("fp32", "bf16"), (False, True)
+    )
+]
+CPU_ALL += [
+    Case("add_group_norm_act", SHAPES[0], dtype, layout)
+    for layout, dtype in product(("channels_last", "nchw"), ("fp32", "bf16"))
+]
+CPU_ALL += [
+    Case("weight_standardize", "R50x1", dtype, backward=backward)
+    for dtype, backward in product(("fp32", "bf16"), (False, True))
+]
+
+if DEVICE == "cuda":
+    compiled = [case._replace(modes=GPU_MODES) for case in GPU_COMPILED]
+    CASES, FULL = GPU + compiled[:2], compiled[2:]
+else:
+    compiled = [case._replace(modes=("default",)) for case in CPU_ALL]
+    CASES, FULL = CPU, [case for case in compiled if case not in CPU]
 TINY = [
-    Case("group_norm_act", (2, 64, 5, 3)),
-    Case("add_group_norm_act", (1, 32, 4, 4), "fp32"),
-    Case("weight_standardize", "R26x0.5"),
+    Case("group_norm_act", (2, 32, 5, 5), "bf16", "channels_last", False, ("default",)),
+    Case("group_norm_act", (3, 64, 3, 5), "fp32", "nchw"),
+    Case("add_group_norm_act", (2, 96, 5, 3), "bf16"),
+    Case("weight_standardize", "R26x0.5", "bf16"),
 ]
 pytestmark = pytest.mark.benchmark(timer=measure.clock(DEVICE))
 
 
-def test_operator(case, bench, request):
-    if DEVICE == "cpu" and not request.config.option.tiny:
-        pytest.skip("needs a GPU; bench_ops_cpu.py is for the CPU, --tiny a dry run")
+def test_operator(case, bench):
     problem = Problem(case, DEVICE)
+    contenders = problem.contenders
+    if DEVICE == "cpu":
+        contenders["copy"] = problem.copy
+
+    def floor(timings):
+        if DEVICE == "cpu":
+            return timings.seconds.pop("copy")
+        return problem.floor_bytes / measure.copy_bandwidth(DEVICE)
+
     bench(
-        "op",
         case,
-        DEVICE,
         gate=problem.gate,
-        contenders=problem.contenders,
-        floor=lambda timings: problem.floor_bytes / measure.copy_bandwidth(DEVICE),
+        contenders=contenders,
+        floor=floor,
         together=True,
-        seconds=0.5,
+        seconds=SECONDS[DEVICE],
         calls=problem.calls,
     )

@@ -36,8 +36,8 @@ rm -f "$out/ops.json" "$out/models.json"
 section build 90 "$python" setup.py build_ext --inplace
 section tests 130 "$python" -m pytest -q -m gpu tests
 section ops 130 "$python" -m pytest -q benchmarks/bench_ops.py \
-  --out "$out/ops.json" --budget 110 "$@"
+  --out "$out/ops.json" --full --budget 110 "$@"
 section models 175 "$python" -m pytest -q benchmarks/bench_models.py \
-  --out "$out/models.json" --budget 140 "$@"
+  --out "$out/models.json" --full --budget 140 "$@"
 "$python" -m benchmarks.record "$out/ops.json" "$out/models.json"
 exit $status

@@ -34,6 +34,8 @@ class Case(NamedTuple):
     backward: bool = True
     modes: tuple[str, ...] = ()  # of torch.compile, beside eager
 
+    kind = "op"
+
     def __str__(self):
         shape = self.shape if isinstance(self.shape, str) else "x".join(map(str, self.shape))
         passes = "fwd+bwd" if self.backward else "fwd"

@@ -37,10 +37,10 @@ def pytest_benchmarks(*arguments):
 
 
 def test_dry_run(tmp_path):
-    files = [f"benchmarks/bench_{name}.py" for name in ("ops", "ops_cpu", "models")]
     out = tmp_path / "rows.json"
-    done = pytest_benchmarks(*files, "--tiny", "--out", str(out))
+    done = pytest_benchmarks("benchmarks/", "--tiny", "--out", str(out))
     assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout
     written = json.loads(out.read_text())
     assert {"device", "commit", "torch", "copy_gb_s", "matrix_bf16_tflop_s"} <= written.keys()
     assert written["stopped"] is None
@@ -61,13 +61,70 @@ def test_dry_run(tmp_path):
 
 def test_budget_ends_a_session(tmp_path):
     out = tmp_path / "rows.json"
-    done = pytest_benchmarks(
-        "benchmarks/bench_ops_cpu.py", "--tiny", "--budget", "0", "--out", str(out)
-    )
+    done = pytest_benchmarks("benchmarks/", "--tiny", "--budget", "0", "--out", str(out))
     assert done.returncode == 0, done.stdout
     written = json.loads(out.read_text())
     assert written["rows"] == []
     assert "budget was used up before op group_norm_act" in written["stopped"]
+
+
+def collected(*options):
+    done = pytest_benchmarks("benchmarks/", "--collect-only", *options)
+    assert done.returncode == 0, done.stdout
+    return re.findall(r"^benchmarks/\S+$", done.stdout, re.M)
+
+
+def test_what_is_run_without_full_is_a_part_of_it_under_the_same_names():
+    usual, full = collected(), collected("--full")
+    assert len(set(full)) == len(full)
+    assert set(usual) < set(full)
+    for word in (
+        *("group_norm_act", "add_group_norm_act", "weight_standardize", "train_step", "infer"),
+        *("fp32", "bf16", "channels_last", "nchw", "/fwd", "/fwd+bwd", "/compile"),
+    ):
+        assert any(word in name for name in usual), word
+
+
+SLOWER = """import time
+
+import bitkern
+
+fast = bitkern.ops.group_norm_act
+
+
+def slower(*arguments, **options):
+    time.sleep(0.05)
+    return fast(*arguments, **options)
+
+
+bitkern.ops.group_norm_act = slower
+"""
+
+
+def test_save_and_compare_show_a_slower_operator(tmp_path, monkeypatch):
+    (tmp_path / "slower.py").write_text(SLOWER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    storage, out = tmp_path / "storage", tmp_path / "rows.json"
+    norm = "benchmarks/bench_ops.py", "--tiny", "-k", "nchw"
+    norm += f"--benchmark-storage={storage}", "--out", str(out)
+    compared = "--benchmark-compare=*_before", "--benchmark-compare-fail=median:900%"
+
+    done = pytest_benchmarks(*norm, "--benchmark-save=before")
+    assert done.returncode == 0, done.stdout
+    (saved,) = storage.rglob("0001_before.json")
+    (benchmark,) = json.loads(saved.read_text())["benchmarks"]
+    (row,) = json.loads(out.read_text())["rows"]
+    assert benchmark["fullname"] == f"benchmarks/bench_ops.py::test_operator[op/{row['case']}]"
+    assert 1e3 * benchmark["stats"]["median"] == pytest.approx(row["ours_ms"])
+
+    done = pytest_benchmarks(*norm, *compared)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    done = pytest_benchmarks("-p", "slower", *norm, *compared)
+    assert done.returncode not in (0, 2), done.stdout
+    assert "Performance has regressed" in done.stdout + done.stderr
+    # Our table is still printed, below.
+    assert done.stdout.rindex("x best peer") > done.stdout.index("Median")
 
 
 # The gate.
@@ -152,13 +209,14 @@ class Benchmark:
     """As much of pytest-benchmark's fixture as a race needs."""
 
     def pedantic(self, target, setup, rounds):
+        self.stats = SimpleNamespace(iterations=1)
         samples = []
         for _ in range(rounds):
             setup()
             start = time.perf_counter()
             target()
-            samples.append(time.perf_counter() - start)
-        self.stats = SimpleNamespace(stats=SimpleNamespace(median=statistics.median(samples)))
+            samples.append((time.perf_counter() - start) / self.stats.iterations)
+        self.stats.stats = SimpleNamespace(median=statistics.median(samples))
 
 
 def sleeper(seconds):
@@ -293,7 +351,7 @@ def test_gpu_script_goes_on_after_a_failure_and_prints_the_table_last(tmp_path):
     called = calls.read_text().splitlines()
     assert [call.split()[0] for call in called] == ["setup.py", "-m", "-m", "-m", "-m"]
     for call, name in zip(called[2:4], ("ops", "models"), strict=True):
-        assert f"bench_{name}.py --out {tmp_path}/out/{name}.json --budget" in call
+        assert f"bench_{name}.py --out {tmp_path}/out/{name}.json --full --budget" in call
         assert call.endswith("--tiny")
     assert "--tiny" not in called[1]
 
