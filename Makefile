@@ -2,17 +2,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc python -type f)
 
-.PHONY: demo test lint sanitize
+.PHONY: demo test test-all lint sanitize
 
 demo: .venv/installed
 	$(BIN)/bitkern demo --out runs/demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not sweep"
+
+# The rest as well: what takes minutes, and the benchmarks on tiny shapes.
+test-all: test
+	$(BIN)/python -m pytest -m sweep
+	$(BIN)/python -m pytest benchmarks/ --tiny
 
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The operator tests on an extension built with address and undefined-behaviour sanitizers, then the
 # kernels alone under the thread sanitizer.

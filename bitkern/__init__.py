@@ -5,22 +5,27 @@ Layers (:mod:`bitkern.nn`), operators (:mod:`bitkern.ops`), the Big Transfer mod
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 from bitkern import nn, ops, reference
-from bitkern.backend import Choice, explain, use_backend
-from bitkern.convert import convert
-from bitkern.fold import fold
-from bitkern.standardized import standardized
+from bitkern.backends import Choice, use_backend
+from bitkern.convert import convert, explain, fold
+from bitkern.nn.standardized import standardized
 
 __version__ = "0.1.0"
 
 __all__ = ["Choice", "convert", "create_model", "explain", "fold", "models", "nn", "ops"]
 __all__ += ["reference", "standardized", "transfer", "use_backend"]
 
+if TYPE_CHECKING:
+    from bitkern import models, transfer
+    from bitkern.models import create_model
+else:
 
-def __getattr__(name):
-    if name in ("models", "transfer"):
-        return importlib.import_module(f"bitkern.{name}")
-    if name == "create_model":
-        return importlib.import_module("bitkern.models").create_model
-    raise AttributeError(f"module 'bitkern' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """What is loaded when it is first asked for."""
+        if name in ("models", "transfer"):
+            return importlib.import_module(f"bitkern.{name}")
+        if name == "create_model":
+            return importlib.import_module("bitkern.models").create_model
+        raise AttributeError(f"module 'bitkern' has no attribute {name!r}")

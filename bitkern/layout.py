@@ -1,5 +1,7 @@
 """Memory formats: the one an operator works in, and explicit conversion to it."""
 
+from typing import overload
+
 import torch
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -17,6 +19,10 @@ def dense(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=memory_format(x))
 
 
+@overload
+def dense_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor: ...
+@overload
+def dense_like(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None: ...
 def dense_like(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
     """``x`` dense in the format of ``like``, copied only if it is not so already."""
     return None if x is None else x.contiguous(memory_format=memory_format(like))

@@ -5,12 +5,22 @@ floating dtype (float64 included), and can be differentiated any number of times
 in the package is tested against them. 16-bit inputs are computed in float32 and rounded once.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from bitkern.layout import memory_format
+from bitkern.variant import Variant
 
-ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "none": lambda x: x}
+Activation = Literal["relu", "silu", "none"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "none": lambda x: x,
+}
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -19,8 +29,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def weight_standardize(
-    weight, eps=1e-10, *, gain=None, scale=1.0, eps_outside=False, unbiased=False, dtype=None
-):
+    weight: Tensor,
+    eps: float = 1e-10,
+    *,
+    gain: Tensor | None = None,
+    scale: float = 1.0,
+    eps_outside: bool = False,
+    unbiased: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Weight standardization (Qiao et al., arXiv 1903.10520), per output filter.
 
     With mean m and variance v of a filter: ``gain * scale * (w - m) / sqrt(v + eps)``, or
@@ -41,19 +58,34 @@ def weight_standardize(
     return out.to(weight.dtype if dtype is None else dtype)
 
 
-def group_norm_act(x, num_groups, weight=None, bias=None, eps=1e-5, act="relu"):
+def group_norm_act(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    act: Activation = "relu",
+) -> Tensor:
     """Group normalization (Wu & He, arXiv 1803.08494) followed by an activation.
 
     See :func:`bitkern.ops.group_norm_act`.
     """
     dtype = compute_dtype(x.dtype)
-    affine = [None if p is None else p.to(dtype) for p in (weight, bias)]
+    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
     # torch.group_norm, because F.group_norm refuses groups of a single element.
-    y = ACTIVATIONS[act](torch.group_norm(x.to(dtype), num_groups, *affine, eps))
+    y = ACTIVATIONS[act](torch.group_norm(x.to(dtype), num_groups, weight, bias, eps))
     return y.to(x.dtype, memory_format=memory_format(x))
 
 
-def add_group_norm_act(x, residual, num_groups, weight=None, bias=None, eps=1e-5, act="relu"):
+def add_group_norm_act(
+    x: Tensor,
+    residual: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    act: Activation = "relu",
+) -> tuple[Tensor, Tensor]:
     """``s = x + residual`` and ``group_norm_act(s)``; returns both, s first.
 
     See :func:`bitkern.ops.add_group_norm_act`.
@@ -63,20 +95,20 @@ def add_group_norm_act(x, residual, num_groups, weight=None, bias=None, eps=1e-5
 
 
 def ws_conv2d(
-    x,
-    weight,
-    bias=None,
-    stride=1,
-    padding=0,
-    dilation=1,
-    groups=1,
-    eps=1e-10,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    eps: float = 1e-10,
     *,
-    gain=None,
-    scale=1.0,
-    eps_outside=False,
-    unbiased=False,
-):
+    gain: Tensor | None = None,
+    scale: float = 1.0,
+    eps_outside: bool = False,
+    unbiased: bool = False,
+) -> Tensor:
     """2-d convolution with a standardized weight. See :func:`bitkern.ops.ws_conv2d`."""
     weight = weight_standardize(
         weight,
@@ -95,7 +127,15 @@ def ws_conv2d(
 # operators run on tensors that no kernel serves, and the formulas that the kernels implement.
 
 
-def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act):
+def group_norm_act_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: Activation,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """-> (total or None, y, mean, rstd); mean and rstd are (N, num_groups)."""
     total = None if residual is None else x + residual
     s = x if total is None else total
@@ -106,11 +146,19 @@ def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act):
     return total, y, mean, (var + eps).rsqrt()
 
 
-def group_norm_act_recompute(total, num_groups, weight, bias, mean, rstd, act):
+def group_norm_act_recompute(
+    total: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    act: Activation,
+) -> Tensor:
     """-> y, from what the forward returned besides it."""
     channels, maps = total.shape[1], [1] * (total.ndim - 2)
 
-    def of_channels(statistic):
+    def of_channels(statistic: Tensor) -> Tensor:
         return statistic.repeat_interleave(channels // num_groups, 1).reshape(-1, channels, *maps)
 
     y = (total.to(mean.dtype) - of_channels(mean)) * of_channels(rstd)
@@ -122,8 +170,18 @@ def group_norm_act_recompute(total, num_groups, weight, bias, mean, rstd, act):
 
 
 def group_norm_act_backward(
-    dy, dtotal, total, num_groups, weight, bias, mean, rstd, act, need_dx, need_dparams
-):
+    dy: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    act: Activation,
+    need_dx: bool,
+    need_dparams: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """-> (dx, dweight, dbias), None where not wanted.
 
     With xh = (x - mean) * rstd, z = weight * xh + bias and g = dy * act'(z): dweight and dbias are
@@ -134,12 +192,12 @@ def group_norm_act_backward(
     dtype = mean.dtype
     grouped = (n, num_groups, channels // num_groups, total.shape[2:].numel())
 
-    def per_channel(parameter, default):
+    def per_channel(parameter: Tensor | None, default: float) -> Tensor:
         if parameter is None:
             parameter = torch.full((channels,), default, device=total.device)
         return parameter.to(dtype).reshape(1, num_groups, -1, 1)
 
-    def per_group(statistic):
+    def per_group(statistic: Tensor) -> Tensor:
         return statistic[:, :, None, None]
 
     xh = (total.to(dtype).reshape(grouped) - per_group(mean)) * per_group(rstd)
@@ -167,14 +225,27 @@ def group_norm_act_backward(
 
 
 def weight_standardize_forward(
-    weights, gains, scales, eps, eps_outside, unbiased, dtype, channels_last
-):
+    weights: Sequence[Tensor],
+    gains: Sequence[Tensor] | None,
+    scales: Sequence[float],
+    variant: Variant,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[list[Tensor], Tensor]:
     """-> (outs, stats); stats is (2, filters of all layers): mean, and std without an outer eps."""
+    eps, eps_outside, unbiased = variant
     outs, stats = [], []
     for i, w in enumerate(weights):
         gain = None if gains is None else gains[i]
-        options = dict(scale=scales[i], eps_outside=eps_outside, unbiased=unbiased, dtype=dtype)
-        out = weight_standardize(w, eps, gain=gain, **options)
+        out = weight_standardize(
+            w,
+            eps,
+            gain=gain,
+            scale=scales[i],
+            eps_outside=eps_outside,
+            unbiased=unbiased,
+            dtype=dtype,
+        )
         format = torch.channels_last if channels_last else torch.contiguous_format
         outs.append(out.contiguous(memory_format=format))
         var, mean = torch.var_mean(
@@ -184,16 +255,24 @@ def weight_standardize_forward(
     return outs, torch.cat(stats, 1)
 
 
-def weight_standardize_backward(douts, weights, gains, scales, stats, eps, eps_outside, unbiased):
+def weight_standardize_backward(
+    douts: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    gains: Sequence[Tensor] | None,
+    scales: Sequence[float],
+    stats: Tensor,
+    variant: Variant,
+) -> tuple[list[Tensor], list[Tensor] | None]:
     """-> (dweights, dgains or None).
 
     With c = w - mean, d the denominator, wh = c / d, g = gain * scale * dout and K' the divisor
     of the variance: ``dgain = scale * sum(dout * wh)`` and
     ``dw = (g - mean(g) - c / std * sum(g * wh) / K') / d``, the last term 0 where std is 0.
     """
+    eps, eps_outside, unbiased = variant
     dweights, dgains = [], []
-    stats = stats.split([w.shape[0] for w in weights], 1)
-    for i, (dout, w, (mean, std)) in enumerate(zip(douts, weights, stats, strict=True)):
+    of_layers = torch.split(stats, [w.shape[0] for w in weights], 1)
+    for i, (dout, w, (mean, std)) in enumerate(zip(douts, weights, of_layers, strict=True)):
         mean, std = mean[:, None], std[:, None]
         denominator = std + eps if eps_outside else std
         c = w.to(mean.dtype).flatten(1) - mean

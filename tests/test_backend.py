@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bitkern
-from bitkern import backend, ops
+from bitkern import backends, ops
 
 
 def python(code, **env):
@@ -21,12 +21,12 @@ def python(code, **env):
 
 
 def test_use_backend_nests_and_restores():
-    assert backend.requested() == "auto"
+    assert backends.requested() == "auto"
     with bitkern.use_backend("reference"):
         with bitkern.use_backend("auto"):
-            assert backend.requested() == "auto"
-        assert backend.requested() == "reference"
-    assert backend.requested() == "auto"
+            assert backends.requested() == "auto"
+        assert backends.requested() == "reference"
+    assert backends.requested() == "auto"
 
 
 def test_unknown_names():
@@ -61,12 +61,70 @@ def test_a_demand_that_cannot_be_met_is_an_error():
             ops.weight_standardize(torch.ones(2, 8))
 
 
+TOY = """
+import types
+
+import torch
+from bitkern import backends, create_model, explain, ops, reference, use_backend
+
+
+class Toy(backends.Backend):
+    name, devices, auto = "toy", ("cpu",), ("cpu",)
+    dtypes = {"group_norm_act": (torch.float32,)}
+    calls = 0
+
+    def launchers(self, kernel):
+        assert kernel == "group_norm_act"
+        def forward(*arguments):
+            Toy.calls += 1
+            return reference.group_norm_act_forward(*arguments)
+        backward = reference.group_norm_act_backward
+        return types.SimpleNamespace(
+            group_norm_act_forward=forward, group_norm_act_backward=backward
+        )
+
+
+x = torch.randn(2, 8, 3, 3, requires_grad=True)
+bare = explain("weight_standardize", x)
+backends.register(Toy())
+for name in ("auto", "toy"):
+    with use_backend(name):
+        y = ops.group_norm_act(x, 4)
+        y.sum().backward()
+        print(*explain("group_norm_act", x), sep=": ")
+assert Toy.calls == 2
+torch.testing.assert_close(y, reference.group_norm_act(x, 4))
+print(*explain("group_norm_act", x.double()), sep=": ")
+print(explain("weight_standardize", x).name == bare.name)
+before = Toy.calls
+model = create_model("R26x0.5", num_classes=3)
+torch.compile(model, backend="aot_eager")(torch.randn(1, 3, 32, 32)).sum().backward()
+model(torch.randn(1, 3, 32, 32)).sum().backward()
+assert Toy.calls >= before + 2 * 25  # the norms of eight blocks, and the last
+try:
+    backends.register(Toy())
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_backend_from_outside_in_one_file():
+    assert python(TOY).splitlines() == [
+        "toy: the toy kernels serve cpu tensors",
+        "toy: asked for",
+        "reference: the toy kernels take float32, not torch.float64; the cpu kernels take float32, "
+        "bfloat16 and float16, not torch.float64",
+        "True",
+        "backend: expected a new name, got 'toy'",
+    ]
+
+
 def test_environment():
-    code = "from bitkern import backend; print(backend.requested())"
+    code = "from bitkern import backends; print(backends.requested())"
     assert python(code, BITKERN_BACKEND="reference") == "reference"
     code = (
-        "from bitkern import backend\n"
-        "try: backend.requested()\n"
+        "from bitkern import backends\n"
+        "try: backends.requested()\n"
         "except ValueError as error: print(error)"
     )
     assert "BITKERN_BACKEND: expected one of auto" in python(code, BITKERN_BACKEND="gpu")
@@ -91,7 +149,7 @@ def test_works_without_extension_and_triton():
         "import sys\n"
         "sys.modules['bitkern._C'] = sys.modules['triton'] = None\n"
         "import torch, bitkern\n"
-        "from bitkern.info import report\n"
+        "from bitkern.cli.info import report\n"
         "x = torch.randn(2, 8, 4, 4, requires_grad=True)\n"
         "y = bitkern.ops.group_norm_act(x, 4)\n"
         "bitkern.ops.ws_conv2d(y, torch.randn(3, 8, 1, 1)).sum().backward()\n"
@@ -105,8 +163,8 @@ def test_works_without_extension_and_triton():
 
 
 def test_info_names_every_operator():
-    from bitkern.info import collect
+    from bitkern.cli.info import collect
 
     rows = collect()["operators"]
-    assert {r["operator"] for r in rows} == set(backend.OPERATORS)
+    assert {r["operator"] for r in rows} == set(backends.OPERATORS)
     assert all(r["reason"] for r in rows)

@@ -212,7 +212,7 @@ def test_a_sequential_is_fused_where_nobody_looks(monkeypatch):
         return run(*args)
 
     monkeypatch.setattr("bitkern.ops.group_norm_act", spy)
-    monkeypatch.setattr("bitkern.nn.group_norm_act", spy)
+    monkeypatch.setattr("bitkern.nn.layers.group_norm_act", spy)
     expected = model(x)
     assert torch.equal(model[:3](x), expected)
     assert acts == ["relu", "relu"]

@@ -161,7 +161,7 @@ def test_functional_call_and_transforms(pair):
 def test_a_kernel_demanded_inside_a_transform():
     norm = bitkern.nn.GroupNormAct(2, 4)
     x = torch.randn(1, 4, 3, 3)
-    reason = bitkern.backend.unavailable("cpu")
+    reason = bitkern.backends.unavailable("cpu")
     if reason:
         pytest.skip(reason)
     with bitkern.use_backend("cpu"):

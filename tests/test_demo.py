@@ -1,7 +1,6 @@
 """The demo end to end, small; and the letters it renders."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,21 +9,22 @@ from PIL import Image
 
 import bitkern
 from bitkern import demo
-from bitkern.letters import CLASSES, FONTS, HELD_OUT, letters
-from bitkern.transfer import data, trainer
-from bitkern.transfer.runs import RunError
+from bitkern.demo.letters import CLASSES, FONTS, HELD_OUT, letters
+from bitkern.transfer import data, evaluate
+from bitkern.transfer.run import RunError
 
 FILES = ["curves.png", "metrics.jsonl", "model.safetensors", "predictions.png", "summary.json"]
 
 
 def test_letters_are_a_function_of_seed_and_index():
     few, more = letters(40, 3), letters(45, 3)
-    assert few.images.shape == (40, 8, 8) and few.images.dtype == np.uint8
-    assert np.array_equal(few.images, more.images[:40])
+    images = np.stack(few.images)
+    assert images.shape == (40, 8, 8) and images.dtype == np.uint8
+    assert np.array_equal(images, more.images[:40])
     assert np.array_equal(few.labels, np.arange(40) % len(CLASSES))
     assert few.classes == CLASSES and len(set(CLASSES)) == 37
     for other in (letters(40, 4), letters(40, 3, held_out=True)):
-        assert (few.images != other.images).any((1, 2)).all()
+        assert (images != np.stack(other.images)).any((1, 2)).all()
 
 
 def test_letters_have_the_levels_of_the_digits():
@@ -34,11 +34,12 @@ def test_letters_have_the_levels_of_the_digits():
 def test_letters_are_legible():
     """In unseen fonts 2 of 5 are nearest to the mean of their class; by chance 1 of 37."""
     train, test = letters(3700, 0), letters(370, 0, held_out=True)
-    means = np.stack([train.images[train.labels == i].mean(0) for i in range(len(CLASSES))])
-    distances = ((test.images[:, None] - means) ** 2).sum((2, 3))
+    images, others = np.stack(train.images), np.stack(test.images)
+    means = np.stack([images[train.labels == i].mean(0) for i in range(len(CLASSES))])
+    distances = ((others[:, None] - means) ** 2).sum((2, 3))
     assert (distances.argmin(1) == test.labels).mean() > 0.4
     # The letters of a class differ: they are not one picture over and over.
-    assert train.images[train.labels == 0].std(0).mean() > 20
+    assert images[train.labels == 0].std(0).mean() > 20
 
 
 def test_held_out_fonts_are_among_the_fonts():
@@ -66,7 +67,7 @@ def short(monkeypatch):
 
 
 def call(out, letters, seed=1):
-    demo.run(SimpleNamespace(out=str(out), seed=seed, letters=letters))
+    demo.run(out, seed, letters)
     return json.loads((out / "summary.json").read_text())
 
 
@@ -90,7 +91,7 @@ def test_demo_writes_results_that_agree(tmp_path, short, capsys):
 
     # The model written is the one that was measured.
     model = bitkern.create_model(demo.MODEL, num_classes=10, weights=out / "model.safetensors")
-    assert trainer.evaluate(model, short["test"], 32)["top1"] == summary["transfer"]["top1"]
+    assert evaluate(model, short["test"], 32)["top1"] == summary["transfer"]["top1"]
 
     for name in ("curves.png", "predictions.png"):
         with Image.open(out / name) as image:

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 from bitkern.cli import main
-from bitkern.transfer import HyperRule, ranks, trainer
-from bitkern.transfer.loader import MicroBatches, plan
+from bitkern.transfer import HyperRule, loop, ranks
+from bitkern.transfer.schedule import Schedule
 from tests.distributed import gradients, training
 from tests.transfer.images import image_set, write_folder
-from tests.transfer.test_trainer import Net
+from tests.transfer.net import Net
 
 ROOT = Path(__file__).parents[1]
 PROCESSES = 4
@@ -56,7 +56,7 @@ def test_in_four_processes(folder, check):
 def test_trainer_equals_one_process(folder, name, rule):
     out = folder / "trainer_equals_one_process" / name
     model = Net(torch.float64)
-    expected = trainer.train(model, image_set(), rule, **training.OPTIONS)
+    expected = loop.train(model, image_set(), rule, **training.OPTIONS)
     results = [torch.load(out / f"result-{rank}.pt") for rank in range(PROCESSES)]
     for state, history, metrics in results:
         assert history == results[0][1] and metrics == results[0][2]
@@ -77,12 +77,15 @@ def test_trainer_equals_one_process(folder, name, rule):
 def test_parts_make_up_the_batch_of_one_process(batch_size, batch_split, world_size):
     rule = HyperRule(8, 8, 3, (), 0, mixup_alpha=0.2, batch_size=batch_size)
     for step in range(20):
-        lam, whole = plan(rule, step, 7, batch_split)
-        plans = [plan(rule, step, 7, batch_split, rank, world_size) for rank in range(world_size)]
-        assert all(plan[0] == lam for plan in plans)
+        lam, whole = Schedule(100, rule, 7, batch_split).step(step)
+        steps = [
+            Schedule(100, rule, 7, batch_split, rank, world_size).step(step)
+            for rank in range(world_size)
+        ]
+        assert all(one.lam == lam for one in steps)
         for i, expected in enumerate(whole):
             mixed = dict(zip(expected.rows, expected.rows[expected.permutation], strict=True))
-            parts = [plan[1][i] for plan in plans]
+            parts = [one.parts[i] for one in steps]
             own = np.concatenate([part.rows[: part.own] for part in parts])
             assert sorted(own) == sorted(mixed), "each example is computed once"
             for part in parts:
@@ -97,18 +100,18 @@ def test_parts_make_up_the_batch_of_one_process(batch_size, batch_split, world_s
 
 def test_processes_load_only_their_part():
     rule = HyperRule(8, 8, 3, (), 0, mixup_alpha=0.0, batch_size=11)
-    batches = [list(MicroBatches(15, rule, 7, 2, 1, rank, 4)) for rank in range(4)]
-    expected = list(MicroBatches(15, rule, 7, 2, 1))
+    batches = [list(Schedule(15, rule, 7, 2, rank, 4).micro_batches(1)) for rank in range(4)]
+    expected = list(Schedule(15, rule, 7, 2).micro_batches(1))
     for whole, *parts in zip(expected, *batches, strict=True):
         assert sum(parts, []) == whole
 
 
 def lose_a_peer(rank, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    assert ranks.total(1, rank) == [2, 1]
+    assert ranks.sums_of(1, rank) == [2, 1]
     if rank == 0:
         with pytest.raises(ranks.RankError, match="^the processes cannot meet: "):
-            ranks.total(1)
+            ranks.sums_of(1)
     os._exit(0)  # as if killed
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bitkern import reference
+from bitkern.variant import Variant
 from tests.helpers import affine, maps
 
 VARIANTS = [
@@ -132,13 +133,14 @@ def test_weight_standardize_launcher_formulas(variant):
         gains = [torch.randn(n, 1, 1, 1, dtype=torch.float64, requires_grad=True) for n in (4, 6)]
     eps = variant.get("eps", 1e-10)
     flags = variant.get("eps_outside", False), variant.get("unbiased", False)
+    shared = Variant(eps, *flags)
     detached = [w.detach() for w in weights], gains and [g.detach() for g in gains]
     outs, stats = reference.weight_standardize_forward(
-        *detached, [scale, scale], eps, *flags, torch.float64, True
+        *detached, [scale, scale], shared, torch.float64, True
     )
     douts = [torch.randn_like(out) for out in outs]
     dweights, dgains = reference.weight_standardize_backward(
-        douts, *detached, [scale, scale], stats, eps, *flags
+        douts, *detached, [scale, scale], stats, shared
     )
     for i, w in enumerate(weights):
         gain = gains and gains[i]

@@ -7,7 +7,7 @@ from torch import nn
 import bitkern
 from bitkern import ops, standardized
 from bitkern.nn import GroupNormAct, WSConv2d
-from bitkern.standardized import per_forward
+from bitkern.nn.standardized import per_forward
 
 
 def net():

@@ -1,21 +1,47 @@
 """Which implementation of an operator runs, and the reason why.
 
-An implementation is a module that holds an operator's launchers, ``<operator>_forward`` and
-``<operator>_backward``, and ``<operator>_recompute`` where a node of autograd computes an output
-again; those of all implementations have the same signatures. What no kernel serves, the reference
-does.
+A :class:`Backend` has launchers for some kernels, ``<kernel>_forward``, ``<kernel>_backward``, and
+``<kernel>_recompute`` where a node of autograd computes an output again; those of all backends have
+the same signatures. What none serves, the reference does.
 """
 
 import contextlib
 import functools
-import importlib
 import os
 import threading
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-NAMES = ("auto", "reference", "cpu", "triton", "cuda")
+from bitkern import _torch
+from bitkern.backends.backend import Backend
+from bitkern.backends.cpu import Cpu
+from bitkern.backends.cuda import Cuda
+from bitkern.backends.reference import Reference
+from bitkern.backends.triton import Triton
+
+__all__ = ["Backend", "Choice", "choose", "explain", "launchers", "operator", "register"]
+__all__ += ["requested", "unavailable", "use_backend"]
+
+BACKENDS: dict[str, Backend] = {}
+_auto: dict[str, list[Backend]] = {}  # by type of device, the newest first
+
+
+def register(backend: Backend) -> None:
+    """Make a backend known by its name; ``"auto"`` asks it before those that were there.
+
+    Raises ValueError if the name is taken.
+    """
+    if backend.name in (*BACKENDS, "auto"):
+        raise ValueError(f"backend: expected a new name, got {backend.name!r}")
+    BACKENDS[backend.name] = backend
+    for device in backend.auto:
+        _auto.setdefault(device, []).insert(0, backend)
+
+
+for _backend in (Reference(), Cpu(), Triton(), Cuda()):
+    register(_backend)
 
 
 class Choice(NamedTuple):
@@ -23,12 +49,6 @@ class Choice(NamedTuple):
 
     name: str
     reason: str
-
-
-def _checked(name: str, source: str) -> str:
-    if name not in NAMES:
-        raise ValueError(f"{source}: expected one of {', '.join(NAMES)}, got {name!r}")
-    return name
 
 
 class _Requested(threading.local):
@@ -39,13 +59,19 @@ class _Requested(threading.local):
 _requested = _Requested()
 
 
+def _checked(name: str, source: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of auto, {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
 def requested() -> str:
     """The backend asked for by :func:`use_backend` or ``BITKERN_BACKEND``; else ``"auto"``."""
     return _checked(_requested.name, "BITKERN_BACKEND")
 
 
 @contextlib.contextmanager
-def use_backend(name: str):
+def use_backend(name: str) -> Iterator[None]:
     """Run the operators called inside the ``with`` block on the named implementation.
 
     ``"auto"`` picks the fastest that supports the tensors. Any other name is a demand: a call that
@@ -59,131 +85,89 @@ def use_backend(name: str):
 
 
 @functools.cache
-def extension():
-    """The compiled extension ``bitkern._C`` and None, or None and the reason it is missing."""
-    try:
-        return importlib.import_module("bitkern._C"), None
-    except ImportError as error:
-        return None, f"the compiled extension bitkern._C did not load ({error})"
-
-
-@functools.cache
-def triton():
-    """Triton and None, or None and the reason it is missing."""
-    try:
-        return importlib.import_module("triton"), None
-    except ImportError as error:
-        return None, f"triton did not load ({error})"
-
-
-# Which operators a backend has kernels for, and which backend "auto" takes on a device.
-_KERNELS = {
-    "cpu": ("group_norm_act", "weight_standardize"),
-    "triton": ("group_norm_act", "weight_standardize"),
-    "cuda": ("weight_standardize",),
-}
-_AUTO = {"cpu": "cpu", "cuda": "triton"}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# The kernel behind each public operator.
-OPERATORS = {
-    "weight_standardize": "weight_standardize",
-    "group_norm_act": "group_norm_act",
-    "add_group_norm_act": "group_norm_act",
-    "ws_conv2d": "weight_standardize",
-}
-
-
-@functools.cache
 def unavailable(name: str) -> str | None:
     """Why no kernel of this backend can run in this process; None if they can."""
-    if name == "triton":
-        return triton()[1]
-    module, reason = extension()
-    if module is not None and name == "cuda" and not module.with_cuda:
-        return "the compiled extension was built without CUDA"
-    return reason
+    return BACKENDS[name].unavailable()
 
 
-def transformed() -> str | None:
-    """What transforms or records PyTorch's operators right now, and sees no kernel; else None."""
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func"
-    if torch.jit.is_tracing():
-        return "torch.jit.trace"
-    for name in ("FAKE", "PROXY"):
-        mode = torch._C._get_dispatch_mode(getattr(torch._C._TorchDispatchModeKey, name))
-        if mode is not None:
-            return type(mode).__name__
-    return None
+@functools.cache
+def launchers(name: str, kernel: str) -> Any:
+    """What holds a backend's launchers for a kernel."""
+    return BACKENDS[name].launchers(kernel)
 
 
-def _runs_on(name: str, device: str) -> bool:
-    if name == "triton":
-        return device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return device == name
-
-
-def _refusal(name: str, kernel: str, device: str, tensors) -> str | None:
-    if kernel not in _KERNELS[name]:
+def _refusal(
+    backend: Backend, kernel: str, device: str, tensors: tuple[torch.Tensor | None, ...]
+) -> str | None:
+    name = backend.name
+    dtypes = backend.dtypes.get(kernel)
+    if dtypes is None:
         return f"backend {name} has no kernel for {kernel}"
-    if not _runs_on(name, device):
+    if not backend.runs_on(device):
         return f"the {name} kernels do not run on {device} tensors"
     for tensor in tensors:
-        if tensor is not None and tensor.dtype not in _DTYPES:
-            return f"the {name} kernels take float32, bfloat16 and float16, not {tensor.dtype}"
+        if tensor is not None and tensor.dtype not in dtypes:
+            *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+            taken = f"{', '.join(most)} and {last}" if most else last
+            return f"the {name} kernels take {taken}, not {tensor.dtype}"
     # The compiler cannot trace an import. The registered operator, which it calls, looks again.
     if torch.compiler.is_compiling():
         return "ONNX has no such operator" if torch.onnx.is_in_onnx_export() else None
     for tensor in tensors:
         if tensor is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return f"the kernels read memory, which a {type(tensor).__name__} does not show"
-    transform = transformed()
+    transform = _torch.transformed()
     return f"{transform} cannot see into a kernel" if transform else unavailable(name)
 
 
 def choose(kernel: str, *tensors: torch.Tensor | None) -> Choice:
-    """The implementation that serves a kernel of :data:`OPERATORS` on these tensors."""
+    """The implementation that serves a kernel on these tensors, the first of which is there."""
     name = requested()
     if name == "reference":
         return Choice(name, "asked for")
+    assert tensors[0] is not None
     device = tensors[0].device.type
     if name != "auto":
-        refusal = _refusal(name, kernel, device, tensors)
+        refusal = _refusal(BACKENDS[name], kernel, device, tensors)
         if refusal is not None:
             raise RuntimeError(f"backend {name!r} was asked for, but {refusal}")
         return Choice(name, "asked for")
-    name = _AUTO.get(device)
-    if name is None:
-        return Choice("reference", f"there are no kernels for {device} tensors")
-    refusal = _refusal(name, kernel, device, tensors)
-    if refusal is not None:
-        return Choice("reference", refusal)
-    return Choice(name, f"the {name} kernels serve {device} tensors")
+    refusals = []
+    for backend in _auto.get(device, ()):
+        refusal = _refusal(backend, kernel, device, tensors)
+        if refusal is None:
+            return Choice(backend.name, f"the {backend.name} kernels serve {device} tensors")
+        refusals.append(refusal)
+    reason = "; ".join(refusals) or f"there are no kernels for {device} tensors"
+    return Choice("reference", reason)
 
 
-@functools.singledispatch  # bitkern.convert adds: of a module
+class Operator(NamedTuple):
+    """The kernel behind a public operator, and which of its tensors that one depends on."""
+
+    kernel: str
+    tensors: slice
+
+
+OPERATORS: dict[str, Operator] = {}
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def operator(kernel: str, tensors: slice = slice(None)) -> Callable[[_Function], _Function]:
+    """Make a public operator known to :func:`explain` by its name."""
+
+    def register(function: _Function) -> _Function:
+        OPERATORS[function.__name__] = Operator(kernel, tensors)
+        return function
+
+    return register
+
+
 def explain(op_name: str, *tensors: torch.Tensor | None) -> Choice:
-    """Which implementation a public operator would use on these tensors, and why.
-
-    ``tensors`` are the operator's tensor arguments in their order, the big one first, e.g.
-    ``explain("group_norm_act", x, weight, bias)``. Of ``ws_conv2d`` it tells how the weight is
-    standardized; the convolution itself is PyTorch's (cuDNN, oneDNN).
-
-    ``explain(module)`` of an ``nn.Module`` returns a table, to be printed, of what in it runs on
-    the kernels, what does not, and why: see :func:`bitkern.convert`.
-    """
+    """The :class:`Choice` of a public operator for these tensors; see :func:`bitkern.explain`."""
     if op_name not in OPERATORS:
         raise ValueError(f"op_name: expected one of {', '.join(OPERATORS)}, got {op_name!r}")
     if not tensors:
         raise ValueError(f"explain({op_name!r}): expected the operator's tensors, got none")
-    if op_name == "ws_conv2d":
-        tensors = tensors[1:2] or tensors
-    return choose(OPERATORS[op_name], *tensors)
-
-
-@functools.cache
-def launchers(name: str, kernel: str):
-    """The module that holds an implementation's launchers."""
-    modules = {"reference": "bitkern.reference", "triton": f"bitkern.kernels.{kernel}"}
-    return importlib.import_module(modules.get(name, "bitkern.native"))
+    operator = OPERATORS[op_name]
+    return choose(operator.kernel, *(tensors[operator.tensors] or tensors))

@@ -1,23 +1,39 @@
-"""What ``bitkern info`` prints: versions, devices, what was built, what runs each operator."""
+"""``bitkern info``: versions, devices, what was built, what runs each operator."""
 
+import argparse
 import importlib.metadata
+import json
 import os
 import platform
+from typing import Any
 
 import torch
 
 import bitkern
-from bitkern import backend
+from bitkern import backends
+from bitkern.backends import extension, triton
+from bitkern.transfer.compute import default_precision
+
+DISTRIBUTED = False
 
 
-def _version(package):
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("info", help="versions, devices, and what serves each operator")
+    parser.add_argument("--json", action="store_true")
+
+
+def run(args: argparse.Namespace) -> None:
+    print(json.dumps(collect(), indent=2) if args.json else report())
+
+
+def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _devices():
+def _devices() -> list[str]:
     devices = [
         f"cpu: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     ]
@@ -30,16 +46,22 @@ def _devices():
     return devices
 
 
-def _operators():
+def _precisions() -> list[str]:
+    """What ``--precision auto`` is on each device, and why."""
+    devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return ["{1} on {0}: {2}".format(name, *default_precision(name)) for name in devices]
+
+
+def _operators() -> list[dict[str, str]]:
     """For each device at hand and each operator the choice for typical tensors."""
     rows = []
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         for dtype in (torch.float32, torch.bfloat16):
             maps = torch.empty(1, 32, 8, 8, device=device, dtype=dtype)
             weight = torch.empty(32, 32, 3, 3, device=device)
-            for name, kernel in backend.OPERATORS.items():
-                tensors = (weight,) if kernel == "weight_standardize" else (maps,)
-                choice = backend.choose(kernel, *tensors)
+            for name, operator in backends.OPERATORS.items():
+                of_weight = operator.kernel == "weight_standardize"
+                choice = backends.choose(operator.kernel, weight if of_weight else maps)
                 rows.append(
                     {
                         "operator": name,
@@ -51,25 +73,24 @@ def _operators():
     return rows
 
 
-def collect() -> dict:
+def collect() -> dict[str, Any]:
     """Everything as plain data."""
-    module, reason = backend.extension()
-    if module is None:
-        built = reason
-    else:
+    module, built = extension.load()
+    if module is not None:
         cuda = "with" if module.with_cuda else "without"
         built = f"cpu ({module.cpu.isa()}), {cuda} cuda, compiler {module.compiler}"
-    triton, triton_reason = backend.triton()
+    triton_module, reason = triton.load()
     packages = ("torch", "numpy", "safetensors", "torchvision", "timm", "transformers")
     return {
         "bitkern": bitkern.__version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
-        "triton": triton.__version__ if triton else triton_reason,
+        "triton": triton_module.__version__ if triton_module else reason,
         "cuda": torch.version.cuda,
         "devices": _devices(),
         "extension": built,
-        "backend": backend.requested(),
+        "backend": backends.requested(),
+        "precision": _precisions(),
         "environment": {k: v for k, v in os.environ.items() if k.startswith("BITKERN_")},
         "operators": _operators(),
     }
@@ -83,6 +104,7 @@ def report() -> str:
     lines += [f"triton     {data['triton']}", f"cuda       {data['cuda'] or 'torch without CUDA'}"]
     lines += [f"device     {device}" for device in data["devices"]]
     lines += [f"extension  {data['extension']}", f"backend    {data['backend']}"]
+    lines += [f"precision  {precision}" for precision in data["precision"]]
     lines += [f"{k}={v}" for k, v in data["environment"].items()]
     lines += ["", f"{'operator':<20} {'device':<6} {'dtype':<9} {'runs on':<10} because"]
     lines += [

@@ -7,10 +7,16 @@ gives 8x8 pixels of 17 levels.
 
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitkern.transfer.data import ImageSet, random_stream
+from bitkern.transfer.data import ImageSet
+from bitkern.transfer.data.images import Pixels
+from bitkern.transfer.streams import LETTERS, random_stream
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Capitals, and the small letters whose shape is not that of their capital.
 CLASSES = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt")
@@ -25,12 +31,11 @@ FONTS = (
 )
 # Never seen in training: one face each of a sans, a serif, a typewriter and an italic.
 HELD_OUT = ("DejaVuSans-Oblique", "STIXGeneral", "cmtt10", "cmti10")
-LETTERS = 5  # the use of random_stream, after those of transfer.data
 GLYPH, BITMAP, BLOCK = 64, 32, 4  # pixels
 
 
 @cache
-def _glyph(font: str, letter: str, stroke: int):
+def _glyph(font: str, letter: str, stroke: int) -> "tuple[Image.Image, float, float]":
     """The letter in white on black, centred, and the width and height of its ink in pixels."""
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
@@ -43,7 +48,7 @@ def _glyph(font: str, letter: str, stroke: int):
     return image, right - left, bottom - top
 
 
-def _render(font: str, letter: str, random: np.random.Generator) -> np.ndarray:
+def _render(font: str, letter: str, random: np.random.Generator) -> Pixels:
     """One letter, turned, sheared, scaled, shifted and spotted at random: (8, 8) uint8."""
     from PIL import Image
 
@@ -63,7 +68,8 @@ def _render(font: str, letter: str, random: np.random.Generator) -> np.ndarray:
     drawn = image.transform(size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
     ink = (np.asarray(drawn) > 127) ^ (random.random(size) < random.uniform(0, 0.02))
     counts = ink.reshape(BITMAP // BLOCK, BLOCK, BITMAP // BLOCK, BLOCK).sum((1, 3))
-    return np.rint(counts * (255 / BLOCK**2)).astype(np.uint8)
+    pixels: Pixels = np.rint(counts * (255 / BLOCK**2)).astype(np.uint8)
+    return pixels
 
 
 def letters(count: int, seed: int, *, held_out: bool = False) -> ImageSet:
@@ -78,4 +84,4 @@ def letters(count: int, seed: int, *, held_out: bool = False) -> ImageSet:
     for i, label in enumerate(labels):
         random = random_stream(LETTERS, i, held_out, seed)
         images[i] = _render(fonts[random.integers(len(fonts))], CLASSES[label], random)
-    return ImageSet(images, labels, CLASSES)
+    return ImageSet(list(images), labels, CLASSES)

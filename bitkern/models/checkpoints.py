@@ -4,23 +4,24 @@ Whatever the file, its tensors are first renamed and laid out as :class:`ResNetV
 checked against the model, key by key, and only then copied into it. Nothing is ever unpickled.
 """
 
-import contextlib
 import json
 import math
-import os
-import pickle
 import re
-import tokenize
-import zipfile
-import zlib
 from collections import Counter
+from collections.abc import Callable, Mapping
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
+from torch import Tensor, nn
 
+from bitkern import files
 from bitkern.models.resnetv2 import ARCHITECTURES, Architecture
+
+StateDict = dict[str, Tensor]
 
 # Names in the .npz of BiT (the prefix resnet/ apart), whose kernels are HWIO, and names here.
 NPZ_TOP = {
@@ -37,7 +38,7 @@ for _letter, _number in zip("abc", "123", strict=True):
     NPZ_UNIT[f"{_letter}/group_norm/beta"] = f"norm{_number}.bias"
 
 # State dicts of other code bases: pattern -> replacement, applied one after the other.
-RENAMES = (
+RENAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     # torch.nn.DataParallel, in which big_transfer saves its models
     (r"^module\.", ""),
     # big_transfer
@@ -58,7 +59,7 @@ RENAMES = (
 )
 
 
-def _name_of_npz_key(key):
+def _name_of_npz_key(key: str) -> str:
     key = key.removeprefix("resnet/")
     if unit := re.fullmatch(r"block(\d+)/unit(\d+)/(.+)", key):
         leaf = NPZ_UNIT.get(unit[3], unit[3])
@@ -66,14 +67,14 @@ def _name_of_npz_key(key):
     return NPZ_TOP.get(key, key)
 
 
-def _npz_key_of_name(name):
+def _npz_key_of_name(name: str) -> str:
     if unit := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.(.+)", name):
         leaf = {leaf: key for key, leaf in NPZ_UNIT.items()}[unit[3]]
         return f"resnet/block{int(unit[1]) + 1}/unit{int(unit[2]) + 1:02d}/{leaf}"
     return "resnet/" + {name: key for key, name in NPZ_TOP.items()}[name]
 
 
-def _renamed(state):
+def _renamed(state: Mapping[str, Tensor]) -> StateDict:
     """A state dict of any of the code bases, with the names and shapes of ours."""
     renamed = {}
     for name, tensor in state.items():
@@ -85,7 +86,7 @@ def _renamed(state):
     return renamed
 
 
-def _read_npz(path):
+def _read_npz(path: Path) -> StateDict:
     arrays = np.load(path, allow_pickle=False)
     if not isinstance(arrays, np.lib.npyio.NpzFile):
         raise ValueError("a single array")
@@ -101,11 +102,11 @@ def _read_npz(path):
     return state
 
 
-def _read_safetensors(path):
+def _read_safetensors(path: Path) -> StateDict:
     return _renamed(safetensors.torch.load_file(path))
 
 
-def _read_torch(path):
+def _read_torch(path: Path) -> StateDict:
     state = torch.load(path, map_location="cpu", weights_only=True)
     for wrapper in ("state_dict", "model"):  # training scripts; big_transfer uses the second
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -115,39 +116,12 @@ def _read_torch(path):
     return _renamed(state)
 
 
+READERS: dict[str, Callable[[Path], StateDict]]
 READERS = {".npz": _read_npz, ".safetensors": _read_safetensors}
 READERS |= dict.fromkeys((".pth", ".pt", ".bin", ".tar"), _read_torch)
 
 
-@contextlib.contextmanager
-def _reading(path):
-    """Turn the many ways in which a file can be damaged into one ValueError that names it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: damaged, or holds more than tensors (nothing else is unpickled; save the "
-            "state dict alone)"
-        ) from error
-    except (
-        ValueError,  # numpy, json
-        RuntimeError,  # torch
-        OSError,
-        EOFError,
-        tokenize.TokenError,  # numpy, on the header of an array
-        zipfile.BadZipFile,
-        zlib.error,
-        safetensors.SafetensorError,
-    ) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{path}: truncated or not a {path.suffix} checkpoint: {reason}"
-        ) from error
-
-
-def read_checkpoint(path):
+def read_checkpoint(path: str | PathLike[str]) -> StateDict:
     """Read a checkpoint in any of the formats; returns a state dict with the names of ours.
 
     A ``.npz`` of BiT; or a ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` or ``.tar`` with the
@@ -158,16 +132,16 @@ def read_checkpoint(path):
     reader = READERS.get(path.suffix)
     if reader is None:
         raise ValueError(f"{path}: expected a file ending in {', '.join(READERS)}")
-    with _reading(path):
+    with files.reading(path, f"a {path.suffix} checkpoint"):
         return reader(path)
 
 
-def num_classes_of(state):
+def num_classes_of(state: Mapping[str, Tensor]) -> int:
     """The number of classes of the head in a state dict, 0 if it has none."""
     return state["head.fc.bias"].numel() if "head.fc.bias" in state else 0
 
 
-def _architecture_of(state):
+def _architecture_of(state: Mapping[str, Tensor]) -> str:
     """The name of the architecture that a state dict holds, or a description of it."""
     blocks = {
         m.groups() for m in (re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", k) for k in state) if m
@@ -176,16 +150,17 @@ def _architecture_of(state):
     if not blocks or stem is None or stem.ndim != 4:
         return "not a BiT ResNet"
     count = Counter(stage for stage, _ in blocks)
-    architecture = Architecture(tuple(count[stage] for stage in sorted(count)), len(stem) / 64)
-    names = {known: name for name, known in ARCHITECTURES.items()}
+    depths = tuple(count[stage] for stage in sorted(count))
+    architecture: tuple[Any, float] = Architecture(depths, len(stem) / 64)  # type: ignore[arg-type]
+    names: dict[Any, str] = {known: name for name, known in ARCHITECTURES.items()}
     return names.get(architecture, "ResNetV2 of depths {} and width {:g}".format(*architecture))
 
 
-def _described(state):
+def _described(state: Mapping[str, Tensor]) -> str:
     return f"{_architecture_of(state)} with {num_classes_of(state)} classes"
 
 
-def _for_channels(stem, in_chans):
+def _for_channels(stem: Tensor, in_chans: int) -> Tensor:
     """RGB filters (O, 3, kh, kw) for another kind of image: summed for one channel, else tiled."""
     if stem.ndim != 4 or stem.shape[1] != 3 or in_chans == 3:
         return stem
@@ -195,7 +170,13 @@ def _for_channels(stem, in_chans):
     return stem.repeat(1, math.ceil(in_chans / 3), 1, 1)[:, :in_chans] * (3 / in_chans)
 
 
-def load_state_dict(model, state, *, head=True, source="state dict"):
+def load_state_dict(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    head: bool = True,
+    source: str | PathLike[str] = "state dict",
+) -> None:
     """Copy a state dict of timm, transformers, big_transfer or bitkern into a ``ResNetV2``.
 
     Every name and shape is checked first, so that a model is never half loaded. RGB filters of the
@@ -224,31 +205,19 @@ def load_state_dict(model, state, *, head=True, source="state dict"):
     model.load_state_dict(state, strict=head)
 
 
-def load_npz(model, path, *, head=True):
+def load_npz(model: nn.Module, path: str | PathLike[str], *, head: bool = True) -> None:
     """Load a ``.npz`` in the format of BiT into a ``ResNetV2``; see :func:`load_state_dict`.
 
     Raises FileNotFoundError, or ValueError for a damaged file or one that does not fit the model,
     which is then untouched.
     """
     path = Path(path)
-    with _reading(path):
+    with files.reading(path, "a .npz checkpoint"):
         state = _read_npz(path)
     load_state_dict(model, state, head=head, source=path)
 
 
-@contextlib.contextmanager
-def _replacing(path):
-    """A temporary file that takes the place of ``path`` only once it is complete."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_npz(model, path):
+def save_npz(model: nn.Module, path: str | PathLike[str]) -> None:
     """Write a ``ResNetV2`` to a ``.npz`` in the format of BiT, bit for bit.
 
     NumPy has no bfloat16: such a model is written as float32, which holds the same values.
@@ -260,25 +229,57 @@ def save_npz(model, path):
         if array.ndim == 4:
             array = array.transpose(2, 3, 1, 0)
         arrays[_npz_key_of_name(name)] = np.ascontiguousarray(array)
-    with _replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+    with files.replacing(path) as part, open(part, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def save_safetensors(model, path, **metadata):
-    """Write a ``ResNetV2`` to a ``.safetensors`` file, bit for bit.
+def save_safetensors(model: nn.Module, path: str | PathLike[str], **metadata: Any) -> None:
+    """Write a ``ResNetV2``, or any module, to a ``.safetensors`` file, bit for bit.
 
     ``metadata`` may hold anything JSON can, such as ``classes=[...]``; the name of the
-    architecture is written with it, as ``"model"``. :func:`read_metadata` returns it.
+    architecture is written with it, as ``"model"``. :func:`read_metadata` returns it. The same
+    tensors and metadata give the same bytes.
     """
-    state = {k: t.detach().contiguous() for k, t in model.state_dict().items()}
+    state, storages = {}, set()
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        # The format knows no shared weights: each name has its own.
+        state[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     metadata = {"model": _architecture_of(state)} | metadata
-    with _replacing(path) as temporary:
-        header = {"format": "pt", "bitkern": json.dumps(metadata)}
-        safetensors.torch.save_file(state, temporary, header)
+    header = {"format": "pt", "bitkern": json.dumps(metadata)}
+    with files.replacing(path) as part:
+        part.touch()
+        mode = part.stat().st_mode
+        # In a folder, because safetensors writes to a name of its own, which outlives a kill, and
+        # lets the owner alone read the file.
+        with files.part_folder(part) as folder:
+            safetensors.torch.save_file(state, folder / part.name, header)
+            (folder / part.name).replace(part)
+        part.chmod(mode)
+        _sort_metadata(part)
 
 
-def read_metadata(path):
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file, which comes in any order, into one."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise RuntimeError(f"{path}: the header grew from {size} to {len(text)} bytes")
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
+def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:
     """The metadata of a file that :func:`save_safetensors` wrote; {} for any other safetensors."""
     path = Path(path)
-    with _reading(path), safetensors.safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get("bitkern", "{}"))
+    with files.reading(path, "a .safetensors checkpoint"):
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("bitkern", "{}"))
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata is no object")
+        return metadata

@@ -1,9 +1,14 @@
 """Names of models, as BiT and as timm have them, and :func:`create_model`."""
 
 import difflib
+from collections.abc import Sequence
+from os import PathLike
+from typing import Literal, overload
+
+import torch
 
 from bitkern.models.checkpoints import load_state_dict, num_classes_of, read_checkpoint
-from bitkern.models.resnetv2 import ARCHITECTURES, FeatureNet, ResNetV2
+from bitkern.models.resnetv2 import ARCHITECTURES, Architecture, Device, FeatureNet, ResNetV2
 
 # What the head of each was trained on: ILSVRC-2012, ImageNet-21k, JFT-300M (never released).
 UPSTREAM_CLASSES = {"S": 1000, "M": 21843, "L": 18291}
@@ -16,7 +21,7 @@ TIMM_TAGS = {
 }
 
 
-def _names():
+def _names() -> dict[str, tuple[Architecture, int]]:
     """Every name accepted -> (architecture, number of classes)."""
     names = {}
     for name, architecture in ARCHITECTURES.items():
@@ -34,18 +39,45 @@ def _names():
 NAMES = _names()
 
 
+@overload
 def create_model(
-    name,
-    num_classes=None,
-    in_chans=3,
-    weights=None,
-    zero_head=True,
-    output_stride=32,
-    features_only=False,
-    out_indices=None,
-    device=None,
-    dtype=None,
-):
+    name: str,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    weights: str | PathLike[str] | None = None,
+    zero_head: bool = True,
+    output_stride: int = 32,
+    features_only: Literal[False] = False,
+    out_indices: None = None,
+    device: Device = None,
+    dtype: torch.dtype | None = None,
+) -> ResNetV2: ...
+@overload
+def create_model(
+    name: str,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    weights: str | PathLike[str] | None = None,
+    zero_head: bool = True,
+    output_stride: int = 32,
+    *,
+    features_only: Literal[True],
+    out_indices: Sequence[int] | None = None,
+    device: Device = None,
+    dtype: torch.dtype | None = None,
+) -> FeatureNet: ...
+def create_model(
+    name: str,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    weights: str | PathLike[str] | None = None,
+    zero_head: bool = True,
+    output_stride: int = 32,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    device: Device = None,
+    dtype: torch.dtype | None = None,
+) -> ResNetV2 | FeatureNet:
     """Build a BiT ResNetV2, with the weights of a checkpoint if ``weights`` is given.
 
     Args:
@@ -71,8 +103,8 @@ def create_model(
     """
     if name not in NAMES:
         lower = {known.lower(): known for known in NAMES}
-        near = difflib.get_close_matches(name.lower(), lower, n=3)
-        near = ", ".join(lower[known] for known in near) or ", ".join(ARCHITECTURES)
+        found = difflib.get_close_matches(name.lower(), lower, n=3)
+        near = ", ".join(lower[known] for known in found) or ", ".join(ARCHITECTURES)
         raise ValueError(f"name: unknown model {name!r}, nearest: {near}")
     if out_indices is not None and not features_only:
         raise ValueError(f"out_indices: expected with features_only=True, got {out_indices}")
@@ -85,7 +117,9 @@ def create_model(
         num_classes = checkpoint_classes
     model = ResNetV2(*architecture, num_classes, in_chans, output_stride, device, dtype)
     if num_classes and not zero_head:
-        model.get_classifier().reset_parameters()
-    if state is not None:
+        head = model.get_classifier()
+        assert isinstance(head, torch.nn.Conv2d)
+        head.reset_parameters()
+    if state is not None and weights is not None:
         load_state_dict(model, state, head=num_classes == checkpoint_classes, source=weights)
     return FeatureNet(model, out_indices) if features_only else model

@@ -5,14 +5,18 @@ Kolesnikov et al., "Big Transfer (BiT)", arXiv 1912.11370; pre-activation: He et
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bitkern.nn import GroupNormAct, WSConv2d, norm_act_conv, pool, watched
-from bitkern.standardized import per_forward, using
+from bitkern.nn import GroupNormAct, WSConv2d, preact
+from bitkern.nn.current import StandardizedWeights, current, using
+from bitkern.nn.preact import summed, through
+from bitkern.nn.standardized import per_forward
 
 GROUPS = 32
 
@@ -35,7 +39,17 @@ ARCHITECTURES = {
 }
 
 
-def conv(in_channels, out_channels, kernel_size, stride=1, dilation=1, **factory):
+Device = torch.device | str | int | None
+
+
+def conv(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int = 1,
+    dilation: int = 1,
+    **factory: Any,
+) -> WSConv2d:
     # WSConv2d's eps of 1e-10 is the one BiT was trained with. timm and transformers load the same
     # weights under 1e-8, which moves a filter of variance v by the fraction 5e-9 / v.
     padding = dilation * (kernel_size // 2)
@@ -44,30 +58,27 @@ def conv(in_channels, out_channels, kernel_size, stride=1, dilation=1, **factory
     )
 
 
-def total(x, residual):
-    return x if residual is None else x + residual
-
-
-def with_weights(weights, block, x):
+def with_weights(weights: StandardizedWeights | None, block: nn.Module, x: Tensor) -> Any:
+    """``block(x)``, with these current standardized weights."""
     with using(weights):
         return block(x)
 
 
-def pair(module, x, residual):
-    """``module.pair``; where hooks watch the module it is called, and they see the sums."""
-    if watched(module) or not isinstance(module, Bottleneck | Stage):  # a wrapper, say
-        return module(total(x, residual)), None
-    return module.pair(x, residual)
-
-
-class Bottleneck(nn.Module):
+class Bottleneck(preact.Bottleneck, nn.Module):
     """Pre-activation bottleneck. The stride is on the 3x3 convolution, as in BiT."""
 
-    def __init__(self, in_channels, out_channels, stride=1, dilation=1, device=None, dtype=None):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        dilation: int = 1,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         middle = out_channels // 4
-        self.recompute = True
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
             projection = conv(in_channels, out_channels, 1, stride, **factory)
@@ -79,34 +90,26 @@ class Bottleneck(nn.Module):
         self.norm3 = GroupNormAct(GROUPS, middle, **factory)
         self.conv3 = conv(middle, out_channels, 1, **factory)
 
-    def pair(self, x, residual=None):
-        """The block of the sum of x and residual, as branch and shortcut still to be summed.
 
-        The next block's first operator does that, in the pass that normalizes the sum.
-        """
-        convs = [self.conv1] if self.downsample is None else [self.conv1, self.downsample]
-        shortcut, (branch, *projection) = self.norm_act_conv(self.norm1, convs, x, residual)
-        _, (branch,) = self.norm_act_conv(self.norm2, [self.conv2], branch)
-        _, (branch,) = self.norm_act_conv(self.norm3, [self.conv3], branch)
-        return branch, projection[0] if projection else shortcut
-
-    def forward(self, x):
-        return total(*self.pair(x))
-
-    def norm_act_conv(self, norm, convs, x, residual=None):
-        return norm_act_conv(norm, convs, x, residual, self.recompute)
-
-
-class Stage(nn.Module):
+class Stage(preact.Stage, nn.Module):
     """A run of bottlenecks at one resolution; the first one may reduce it.
 
     With ``dilation`` > 1 the stage stands in for one of stride 2: its first block still sees the
     dilation of the stage before, so that every filter covers the pixels it was trained on.
     """
 
-    def __init__(self, in_channels, out_channels, depth, stride, dilation, device=None, dtype=None):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        depth: int,
+        stride: int,
+        dilation: int,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
         first = Bottleneck(in_channels, out_channels, stride, max(1, dilation // 2), **factory)
         rest = (
@@ -114,19 +117,15 @@ class Stage(nn.Module):
         )
         self.blocks = nn.Sequential(first, *rest)
 
-    def pair(self, x, residual=None):
+    def pair(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """As :meth:`Bottleneck.pair`, through all blocks."""
+        if not self.grad_checkpointing:
+            return super().pair(x, residual)
+        x = summed(x, residual)
         for block in self.blocks:
-            if self.grad_checkpointing:
-                # A recomputed block takes the same standardized weights as the first time.
-                run = partial(with_weights, pool.get(), block)
-                x, residual = checkpoint(run, total(x, residual), use_reentrant=False), None
-            else:
-                x, residual = pair(block, x, residual)
-        return x, residual
-
-    def forward(self, x):
-        return total(*self.pair(x))
+            # A recomputed block takes the same standardized weights as the first time.
+            x = checkpoint(partial(with_weights, current(), block), x, use_reentrant=False)
+        return x, None
 
 
 class ResNetV2(nn.Module):
@@ -151,14 +150,14 @@ class ResNetV2(nn.Module):
 
     def __init__(
         self,
-        depths,
-        width=1,
-        num_classes=1000,
-        in_chans=3,
-        output_stride=32,
-        device=None,
-        dtype=None,
-    ):
+        depths: Sequence[int],
+        width: float = 1,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        output_stride: int = 32,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if 64 * width % GROUPS or width <= 0:
             raise ValueError(f"width: 64 * width must be a multiple of {GROUPS}, got width {width}")
@@ -166,7 +165,7 @@ class ResNetV2(nn.Module):
             raise ValueError(f"in_chans: expected 1 or more, got {in_chans}")
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride: expected 8, 16 or 32, got {output_stride}")
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         channels = [int(width * c) for c in (64, 256, 512, 1024, 2048)]
         reductions = [2]
 
@@ -195,27 +194,27 @@ class ResNetV2(nn.Module):
         self.channels, self.reductions, self.num_features = channels, reductions, channels[-1]
         self.reset_classifier(num_classes)
 
-    def forward_features(self, x):
+    def forward_features(self, x: Tensor) -> Tensor:
         """Images (N, in_chans, H, W) -> last feature map after norm and ReLU (N, C, H', W')."""
         with per_forward(self):
-            x, residual = self.stem(x), None
-            for stage in self.stages:
-                x, residual = pair(stage, x, residual)
-            return self.norm(total(x, residual))
+            features: Tensor = self.norm(summed(*through(self.stages, self.stem(x), None)))
+            return features
 
-    def forward_head(self, x, pre_logits=False):
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature map -> logits (N, num_classes); with ``pre_logits`` its mean (N, C)."""
-        return self.head.flatten(self.head.pool(x)) if pre_logits else self.head(x)
+        head: Any = self.head
+        logits: Tensor = head.flatten(head.pool(x)) if pre_logits else head(x)
+        return logits
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Images (N, in_chans, H, W), scaled to [-1, 1] -> logits (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
-    def get_classifier(self):
+    def get_classifier(self) -> nn.Module:
         """The last layer: a 1x1 convolution, or an identity if there are no classes."""
-        return self.head.fc
+        return self.head.get_submodule("fc")
 
-    def reset_classifier(self, num_classes):
+    def reset_classifier(self, num_classes: int) -> None:
         """Replace the last layer by one for ``num_classes``, all zeros as in BiT; 0 removes it.
 
         Raises ValueError if ``num_classes`` is negative.
@@ -228,24 +227,30 @@ class ResNetV2(nn.Module):
             like = self.norm.weight
             fc = nn.Conv2d(self.num_features, num_classes, 1, device=like.device, dtype=like.dtype)
             nn.init.zeros_(fc.weight)
+            assert fc.bias is not None
             nn.init.zeros_(fc.bias)
             self.head.fc = fc
 
-    def set_grad_checkpointing(self, enable=True):
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the sums between blocks for the backward pass, which recomputes the rest."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        _set_grad_checkpointing(self.stages, enable)
 
-    def set_recompute(self, enable=True):
+    def set_recompute(self, enable: bool = True) -> None:
         """Compute activations twice, as by default, or keep them: some speed for much memory."""
-        for stage in self.stages:
-            for block in stage.blocks:
+        for block in self.stages.modules():
+            if isinstance(block, Bottleneck):
                 block.recompute = enable
 
-    def freeze_backbone(self):
+    def freeze_backbone(self) -> None:
         """Leave the head alone trainable; ``model.requires_grad_(True)`` undoes it."""
         self.requires_grad_(False)
         self.head.requires_grad_(True)
+
+
+def _set_grad_checkpointing(stages: nn.Module, enable: bool) -> None:
+    for stage in stages.modules():
+        if isinstance(stage, Stage):
+            stage.grad_checkpointing = enable
 
 
 class FeatureNet(nn.Module):
@@ -262,7 +267,7 @@ class FeatureNet(nn.Module):
         ValueError: for an index beyond the five maps, or none at all.
     """
 
-    def __init__(self, model, out_indices=None):
+    def __init__(self, model: ResNetV2, out_indices: Sequence[int] | None = None) -> None:
         super().__init__()
         count = len(model.channels)
         indices = range(count) if out_indices is None else out_indices
@@ -274,14 +279,17 @@ class FeatureNet(nn.Module):
         self.stem = model.stem
         self.stages = model.stages[: max(self.out_indices)]
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> list[Tensor]:
         """Images (N, in_chans, H, W) -> list of feature maps (N, channels[i], H', W')."""
         with per_forward(self):
-            maps = [self.stem.conv(x)]
-            x = self.stem.pool(self.stem.pad(maps[0]))
+            stem: Any = self.stem
+            maps: list[Tensor] = [stem.conv(x)]
+            x = stem.pool(stem.pad(maps[0]))
             for stage in self.stages:
                 x = stage(x)
                 maps.append(x)
         return [maps[i] for i in self.out_indices]
 
-    set_grad_checkpointing = ResNetV2.set_grad_checkpointing
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As :meth:`ResNetV2.set_grad_checkpointing`."""
+        _set_grad_checkpointing(self.stages, enable)

@@ -1,42 +1,49 @@
-"""What the pre-activation blocks, stages and models of timm and transformers have in common.
+"""Pre-activation blocks that hand each other sums still to be made.
 
-They are the same network with the same names: norm1, conv1, … conv3, downsample, drop_path.
+A block of He et al., arXiv 1603.05027, ends in ``branch + shortcut``, and the next one begins with
+a norm of that sum. Here a block returns the two as a pair, and the next block's first operator adds
+them in the pass that normalizes the sum. The blocks of timm and transformers have the same parts
+with the same names: norm1, conv1, … conv3, downsample.
 """
 
-import torch
-from torch import nn
+from collections.abc import Iterable
+from typing import Any, cast
 
-from bitkern.convert import ACTS
-from bitkern.models.resnetv2 import total
-from bitkern.nn import GroupNormAct, WSConv2d, norm_act_conv, watched
+from torch import Tensor, nn
 
-ACTS = {**ACTS, nn.Identity: "none"}
+from bitkern.nn.fused import norm_act_conv, watched
 
 
-class StandardizedConv(WSConv2d):
-    """Biased variance, eps under the root, as in all peers; they have ``eps`` themselves."""
-
-    eps_outside = unbiased = False
-    forward = nn.Conv2d.forward
+def summed(x: Tensor, residual: Tensor | None) -> Tensor:
+    """The sum that a pair stands for."""
+    return x if residual is None else x + residual
 
 
-def fusion(acts, *modules):
-    """:meth:`GroupNormAct.fusion` of a norm that calls ``modules``, the last an activation."""
-    act = acts.get(type(modules[-1]))
-    idle = all(type(module) is nn.Identity for module in modules[:-1])
-    if act is None or not idle or any(watched(module) for module in modules):
-        return "none", modules
-    return act, ()
+class Paired:
+    """Mixin of modules whose result is a pair as well."""
+
+    def pair(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The module on the sum of x and residual, as two summands; the second may be None."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, C, H, W) -> maps."""
+        return summed(*self.pair(x))
 
 
-def advance(module, x, residual):
-    """``module`` on the sum of x and residual; the result is a pair as well, maybe (y, None)."""
-    if isinstance(module, (Bottleneck, Stage)) and not watched(module):
+def advance(module: Any, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``module`` on the sum of x and residual, as a pair.
+
+    Called, where hooks watch it or it is no :class:`Paired` but a wrapper, say.
+    """
+    if isinstance(module, Paired) and not watched(cast(nn.Module, module)):
         return module.pair(x, residual)
-    return module(total(x, residual)), None
+    return module(summed(x, residual)), None
 
 
-def through(modules, x, residual):
+def through(
+    modules: Iterable[nn.Module], x: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """:func:`advance` through modules: a list, or an ``nn.Sequential`` that would be called."""
     called = not isinstance(modules, list)
     if called and (not isinstance(modules, nn.Sequential) or watched(modules)):
@@ -46,53 +53,54 @@ def through(modules, x, residual):
     return x, residual
 
 
-class Bottleneck:
-    """Mixin of pre-activation bottlenecks. ``shortcuts`` are the classes of their downsample."""
+class Bottleneck(Paired):
+    """Mixin of pre-activation bottlenecks."""
 
-    shortcuts = ()
+    recompute = True  # the activations in backward, instead of keeping them
+    downsample: Any
+    norm1: nn.Module
+    norm2: nn.Module
+    norm3: nn.Module
+    conv1: nn.Module
+    conv2: nn.Module
+    conv3: nn.Module
 
-    @staticmethod
-    def fits(module):
-        norms = module.norm1, module.norm2, module.norm3
-        return all(type(norm).forward is GroupNormAct.forward for norm in norms)
+    def projection(self) -> nn.Module | None:
+        """The module that makes the shortcut of the first activation; None if that is the input."""
+        return self.downsample  # type: ignore[no-any-return]
 
-    def pair(self, x, residual=None):
-        """The block of x + residual, as branch and shortcut that the next kernel will sum."""
-        convs = [] if self.downsample is None else [self._projection()]
-        s, (*projected, branch) = norm_act_conv(self.norm1, [*convs, self.conv1], x, residual)
-        _, (branch,) = norm_act_conv(self.norm2, [self.conv2], branch)
-        _, (branch,) = norm_act_conv(self.norm3, [self.conv3], branch)
-        return self.drop_path(branch), projected[0] if projected else s
+    def finish(self, branch: Tensor) -> Tensor:
+        """What comes between the last convolution and the sum."""
+        return branch
 
-    def _projection(self):
-        """The shortcut's convolution, where pool and norm beside it do nothing; else all of it."""
-        module = self.downsample
-        idle = [m for m in module.children() if m is not getattr(module, "conv", None)]
-        known = type(module) in self.shortcuts and all(type(m) is nn.Identity for m in idle)
-        return module.conv if known and not any(watched(m) for m in (module, *idle)) else module
+    def pair(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The block of x + residual: branch and shortcut."""
+        projection = self.projection()
+        convs = [self.conv1] if projection is None else [projection, self.conv1]
+        s, (*projected, branch) = self._norm_act_conv(self.norm1, convs, x, residual)
+        _, (branch,) = self._norm_act_conv(self.norm2, [self.conv2], branch)
+        _, (branch,) = self._norm_act_conv(self.norm3, [self.conv3], branch)
+        return self.finish(branch), projected[0] if projected else s
 
-    def forward(self, x):
-        # torch.fx records the library's own forward, of layers that it can look into.
-        return super().forward(x) if isinstance(x, torch.fx.Proxy) else total(*self.pair(x))
+    def _norm_act_conv(
+        self,
+        norm: nn.Module,
+        convs: list[nn.Module],
+        x: Tensor,
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        return norm_act_conv(norm, convs, x, residual, self.recompute)
 
 
-class Stage:
-    """Mixin of stages."""
+class Stage(Paired):
+    """Mixin of stages, runs of blocks."""
 
-    grad_checkpointing = False
+    blocks: Any
 
-    @classmethod
-    def fits(cls, module):
-        return all(isinstance(block, Bottleneck) for block in cls.parts(module))
-
-    def parts(self):
+    def parts(self) -> Any:
+        """The blocks: a list, or an ``nn.Sequential`` that would be called."""
         return self.blocks
 
-    def pair(self, x, residual=None):
+    def pair(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """As :meth:`Bottleneck.pair`, through all blocks."""
-        if self.grad_checkpointing:
-            return super().forward(total(x, residual)), None
         return through(self.parts(), x, residual)
-
-    def forward(self, x):
-        return super().forward(x) if isinstance(x, torch.fx.Proxy) else total(*self.pair(x))

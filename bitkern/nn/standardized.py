@@ -6,108 +6,101 @@ layout are known, and in one launch for all layers of a kind.
 
 import contextlib
 from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
-from bitkern import ops
-from bitkern.backend import choose, launchers
-from bitkern.layout import dense, memory_format
-from bitkern.nn import WSConv2d, pool
+from bitkern import _torch, ops
+from bitkern.nn.current import current, using
+from bitkern.nn.layers import WSConv2d
+from bitkern.ops.weight_standardize import weight_standardize_detached
+from bitkern.ops.ws_conv2d import conv_channels_last, conv_dtype
 
 
-class _Group:
+class _Kind:
     """Layers of one kind: same variant of the formula, dtype, device and need of a gradient."""
 
-    def __init__(self, convs):
+    def __init__(self, convs: Sequence[WSConv2d]) -> None:
         self.convs = convs
-        first = convs[0]
-        self.eps, self.variant = first.eps, (first.eps_outside, first.unbiased)
+        self.variant = convs[0].variant
         self.scales = [conv.scale for conv in convs]
-        self.weights = [conv.weight for conv in convs]
-        self.gains = None if first.gain is None else [conv.gain for conv in convs]
+        self.weights: list[Tensor] = [conv.weight for conv in convs]
+        gains = [conv.gain for conv in convs if conv.gain is not None]
+        self.gains: list[Tensor] | None = [*gains] or None
 
     @staticmethod
-    def key(conv):
+    def key(conv: WSConv2d) -> Hashable:
         gain = conv.gain
         needs_grad = conv.weight.requires_grad or gain is not None and gain.requires_grad
-        kind = conv.eps, conv.eps_outside, conv.unbiased, gain is None
-        return *kind, type(conv.weight), conv.weight.dtype, conv.weight.device, needs_grad
+        dtype, device = conv.weight.dtype, conv.weight.device
+        return conv.variant, gain is None, type(conv.weight), dtype, device, needs_grad
 
-    def standardize(self, dtype, channels_last):
+    def standardize(self, dtype: torch.dtype, channels_last: bool) -> list[Tensor]:
         """Differentiable: the gradient reaches the weights with the backward pass."""
         return ops.weight_standardize_all(
             self.weights,
-            self.eps,
+            self.variant,
             gains=self.gains,
             scales=self.scales,
-            eps_outside=self.variant[0],
-            unbiased=self.variant[1],
             dtype=dtype,
             channels_last=channels_last,
         )
 
+    def finish(self) -> None:
+        """What is left to do when the weights are no longer used."""
 
-class _Step(_Group):
-    """A group whose gradients are collected until :meth:`finish` carries them to the weights."""
 
-    def standardize(self, dtype, channels_last):
-        ddp = DistributedDataParallel._get_active_ddp_module()
+class _StepKind(_Kind):
+    """A kind whose gradients are collected until :meth:`finish` carries them to the weights."""
+
+    def standardize(self, dtype: torch.dtype, channels_last: bool) -> list[Tensor]:
+        ddp = _torch.active_ddp()
         if ddp is not None and (ddp.find_unused_parameters or ddp.static_graph):
             raise ValueError(
                 "standardized: expected DistributedDataParallel without find_unused_parameters and "
                 "static_graph, which take weights for unused whose gradients come after the block"
             )
-        self.name = choose("weight_standardize", self.weights[0]).name
-        self.inputs = (
-            [dense(w.detach()) for w in self.weights],
-            self.gains and [g.detach().contiguous() for g in self.gains],
-            self.scales,
+        self.detached = weight_standardize_detached(
+            self.weights,
+            self.variant,
+            gains=self.gains,
+            scales=self.scales,
+            dtype=dtype,
+            channels_last=channels_last,
         )
-        implementation = launchers(self.name, "weight_standardize")
-        outs, self.stats = implementation.weight_standardize_forward(
-            *self.inputs, self.eps, *self.variant, dtype, channels_last
-        )
-        self.grads = [None] * len(outs)
-        for i, out in enumerate(outs):
+        self.grads: dict[int, Tensor] = {}
+        for i, out in enumerate(self.detached.outs):
             if self.weights[i].requires_grad or self.gains and self.gains[i].requires_grad:
-                out.requires_grad_().register_post_accumulate_grad_hook(self._collector(i))
-        return outs
+                collect = self._collector(i)
+                out.requires_grad_().register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
+        return self.detached.outs
 
-    def _collector(self, i):
-        def collect(out):
+    def _collector(self, i: int) -> Callable[[Tensor], None]:
+        def collect(out: Tensor) -> None:
             # In float32 where the compute dtype has 16 bits: rounded sums would not be exact.
-            grad = out.grad.to(self.stats.dtype)
-            self.grads[i] = grad if self.grads[i] is None else self.grads[i].add_(grad)
+            assert out.grad is not None
+            grad = out.grad.to(self.detached.stats.dtype)
+            self.grads[i] = self.grads[i].add_(grad) if i in self.grads else grad
             out.grad = None
 
         return collect
 
-    def finish(self):
+    def finish(self) -> None:
         """Standardization's backward: linear in the gradients, hence once for their sum."""
-        got = [i for i, grad in enumerate(self.grads) if grad is not None]
-        if not got:
+        if not self.grads:
             return
-        weights, gains, scales = (v and [v[i] for i in got] for v in self.inputs)
-        stats = self.stats.split([w.shape[0] for w in self.weights], 1)
-        douts = [dense(self.grads[i]) for i in got]
-        dweights, dgains = launchers(self.name, "weight_standardize").weight_standardize_backward(
-            douts,
-            weights,
-            gains,
-            scales,
-            torch.cat([stats[i] for i in got], 1),
-            self.eps,
-            *self.variant,
-        )
-        parameters = [self.weights[i] for i in got] + [self.gains[i] for i in got if dgains]
-        pairs = zip(parameters, dweights + (dgains or []), strict=True)
+        grads = {i: self.grads[i] for i in sorted(self.grads)}
+        dweights, dgains = self.detached.backward(grads)
+        pairs = [(self.weights[i], grad) for i, grad in dweights.items()]
+        if self.gains:
+            pairs += [(self.gains[i], grad) for i, grad in dgains.items()]
         wanted = [(p, grad) for p, grad in pairs if p.requires_grad]
         # Through autograd, so that the hooks of the parameters (DDP's among them) fire.
-        torch.autograd.backward(*zip(*wanted, strict=True))
+        torch.autograd.backward([p for p, _ in wanted], [grad for _, grad in wanted])
 
 
-def _is_fsdp(module):
+def _is_fsdp(module: nn.Module) -> bool:
     """Whether FSDP2's ``fully_shard`` wraps the module; told without the slow import of FSDP2."""
     return hasattr(type(module), "unshard")
 
@@ -115,41 +108,35 @@ def _is_fsdp(module):
 class Pool:
     """The standardized weights of a module's WSConv2d layers, made when first asked for."""
 
-    def __init__(self, module, group):
+    def __init__(self, module: nn.Module, kind: type[_Kind]) -> None:
         # What FSDP2 wraps further down has whole weights only while it runs itself.
         wrapped = [m for m in module.modules() if m is not module and _is_fsdp(m)]
         others = {conv for m in wrapped for conv in m.modules()}
         kinds = defaultdict(list)
         for conv in module.modules():
             if isinstance(conv, WSConv2d) and conv not in others:
-                kinds[_Group.key(conv)].append(conv)
-        self.groups = [group(convs) for convs in kinds.values()]
-        self.outs = None
+                kinds[_Kind.key(conv)].append(conv)
+        self.kinds = [kind(convs) for convs in kinds.values()]
+        self.outs: dict[nn.Module, Tensor] | None = None
 
-    def get(self, conv, x):
+    def get(self, conv: nn.Module, x: Tensor) -> Tensor | None:
         """The standardized weight of ``conv`` for a convolution of ``x``; None if not its own."""
         if self.outs is None:
             self.outs = {}
-            for group in self.groups:
-                weight = group.weights[0]
-                dtype = ops.compute_dtype(x, weight)
-                channels_last = torch.channels_last in (memory_format(x), memory_format(weight))
-                outs = group.standardize(dtype, channels_last)
-                self.outs.update(zip(group.convs, outs, strict=True))
+            for kind in self.kinds:
+                weight = kind.weights[0]
+                outs = kind.standardize(conv_dtype(x, weight), conv_channels_last(x, weight))
+                self.outs.update(zip(kind.convs, outs, strict=True))
         return self.outs.get(conv)
 
-
-@contextlib.contextmanager
-def using(weights):
-    """Take the weights of WSConv2d layers from this pool, or from none, inside the block."""
-    token = pool.set(weights)
-    try:
-        yield weights
-    finally:
-        pool.reset(token)
+    def finish(self) -> None:
+        """Carry collected gradients to the weights."""
+        if self.outs is not None:
+            for kind in self.kinds:
+                kind.finish()
 
 
-def per_forward(module):
+def per_forward(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Standardize all weights of ``module`` in one launch during the block, a forward pass.
 
     Does nothing inside :func:`standardized`, whose weights are there already, and under the
@@ -157,11 +144,11 @@ def per_forward(module):
     """
     if torch.compiler.is_compiling():
         return contextlib.nullcontext()
-    return using(pool.get() or Pool(module, _Group))
+    return using(current() or Pool(module, _Kind))
 
 
 @contextlib.contextmanager
-def standardized(module):
+def standardized(module: nn.Module) -> Iterator[None]:
     """Standardize all weights of ``module`` once for the forward and backward passes inside.
 
     For the micro-batches of one optimizer step::
@@ -185,8 +172,7 @@ def standardized(module):
     if _is_fsdp(module):
         yield
         return
-    with using(Pool(module, _Step)) as weights:
+    pool = Pool(module, _StepKind)
+    with using(pool):
         yield
-    if weights.outs is not None:
-        for group in weights.groups:
-            group.finish()
+    pool.finish()

@@ -1,19 +1,15 @@
 """The operators: checks, choice of implementation, autograd, registration with torch.library."""
 
-from bitkern.ops.group_norm_act import ACTS, add_group_norm_act, checked_act, group_norm_act
+from bitkern.ops.group_norm_act import add_group_norm_act, group_norm_act
 from bitkern.ops.group_norm_act_conv2d import Conv, group_norm_act_conv2d
 from bitkern.ops.weight_standardize import weight_standardize, weight_standardize_all
-from bitkern.ops.ws_conv2d import compute_dtype, standardize_for, ws_conv2d
+from bitkern.ops.ws_conv2d import ws_conv2d
 
 __all__ = [
-    "ACTS",
     "Conv",
     "add_group_norm_act",
-    "checked_act",
-    "compute_dtype",
     "group_norm_act",
     "group_norm_act_conv2d",
-    "standardize_for",
     "weight_standardize",
     "weight_standardize_all",
     "ws_conv2d",

@@ -6,24 +6,35 @@ mean and rstd per (sample, group). Backward keeps s and the statistics alone: it
 it needs, and one gradient serves x and residual alike. Derivation: docs/math.md.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bitkern import reference
-from bitkern.backend import choose, launchers
+from bitkern.backends import choose, launchers, operator
 from bitkern.layout import dense, dense_like
-
-ACTS = tuple(reference.ACTIVATIONS)
-
-
-def checked_act(act: str) -> str:
-    if act not in ACTS:
-        raise ValueError(f"act: expected one of {', '.join(ACTS)}, got {act!r}")
-    return act
+from bitkern.reference import Activation
 
 
-def check(x, residual, num_groups, weight, bias, act):
-    checked_act(act)
+def check_act(act: str) -> None:
+    """Raise ValueError unless ``act`` is the name of an activation."""
+    if act not in reference.ACTIVATIONS:
+        raise ValueError(f"act: expected one of {', '.join(reference.ACTIVATIONS)}, got {act!r}")
+
+
+def check(
+    x: Tensor,
+    residual: Tensor | None,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act: str,
+) -> None:
+    """Raise ValueError or TypeError naming the argument that does not fit."""
+    check_act(act)
     if x.ndim < 2:
         raise ValueError(f"x: expected shape (N, C, *), got {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -54,19 +65,14 @@ def check(x, residual, num_groups, weight, bias, act):
         _check_companion("residual", residual, x)
 
 
-def _check_companion(name, tensor, x):
+def _check_companion(name: str, tensor: Tensor, x: Tensor) -> None:
     if not tensor.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
     if tensor.device != x.device:
         raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")
 
 
-def _empty_stats(x, num_groups):
-    dtype = reference.compute_dtype(x.dtype)
-    return [x.new_empty((x.shape[0], num_groups), dtype=dtype) for _ in range(2)]
-
-
-def _implementation(x, weight, bias):
+def _implementation(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
     return launchers(choose("group_norm_act", x, weight, bias).name, "group_norm_act")
 
 
@@ -74,7 +80,7 @@ def _implementation(x, weight, bias):
 # an empty tensor stands for the sum that there is not, and for a gradient that nobody wants.
 
 
-def _or_empty(tensor, like):
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
@@ -84,7 +90,15 @@ def _or_empty(tensor, like):
     schema="(Tensor x, Tensor? residual, int num_groups, Tensor? weight, Tensor? bias, float eps,"
     " str act) -> (Tensor total, Tensor y, Tensor mean, Tensor rstd)",
 )
-def _group_norm_act(x, residual, num_groups, weight, bias, eps, act):
+def _group_norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+) -> tuple[Tensor, ...]:
     x = dense(x)
     total, *rest = _implementation(x, weight, bias).group_norm_act_forward(
         x, dense_like(residual, x), num_groups, weight, bias, eps, act
@@ -93,7 +107,15 @@ def _group_norm_act(x, residual, num_groups, weight, bias, eps, act):
 
 
 @_group_norm_act.register_fake
-def _(x, residual, num_groups, weight, bias, eps, act):
+def _(
+    x: Tensor,
+    residual: Tensor | None,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+) -> tuple[Tensor, ...]:
     total = None if residual is None else torch.empty_like(dense(x))
     stats = (x.shape[0], num_groups)
     dtype = reference.compute_dtype(x.dtype)
@@ -108,7 +130,15 @@ def _(x, residual, num_groups, weight, bias, eps, act):
     " Tensor? bias, Tensor mean, Tensor rstd, str act, bool need_dx, bool need_dparams)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
 )
-def _group_norm_act_backward(dy, dtotal, total, num_groups, weight, bias, *rest):
+def _group_norm_act_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     total = dense(total)
     dy, dtotal = dense_like(dy, total), dense_like(dtotal, total)
     grads = _implementation(total, weight, bias).group_norm_act_backward(
@@ -118,7 +148,19 @@ def _group_norm_act_backward(dy, dtotal, total, num_groups, weight, bias, *rest)
 
 
 @_group_norm_act_backward.register_fake
-def _(dy, dtotal, total, num_groups, weight, bias, mean, rstd, act, need_dx, need_dparams):
+def _(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    act: str,
+    need_dx: bool,
+    need_dparams: bool,
+) -> tuple[Tensor, ...]:
     wanted = [need_dx, need_dparams, need_dparams]
     grads = [
         torch.empty_like(p) if need and p is not None else None
@@ -130,7 +172,7 @@ def _(dy, dtotal, total, num_groups, weight, bias, mean, rstd, act, need_dx, nee
 # Autograd, the same for the registered operator and for eager mode.
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, residual, ctx.num_groups, weight, bias, _, ctx.act = inputs
     total, _, mean, rstd = output
     ctx.has_residual = residual is not None
@@ -138,7 +180,9 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, backward, dtotal, dy):
+def _gradients(
+    ctx: Any, backward: Callable[..., Any], dtotal: Tensor | None, dy: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """Gradients of the inputs x, residual, num_groups, weight, bias, eps, act."""
     need_x, need_residual, _, need_weight, need_bias = ctx.needs_input_grad[:5]
     dx, dweight, dbias = dtotal, None, None
@@ -161,7 +205,7 @@ def _gradients(ctx, backward, dtotal, dy):
     )
 
 
-def _op_backward(ctx, dtotal, dy, *_):
+def _op_backward(ctx: Any, dtotal: Tensor | None, dy: Tensor | None, *_: Any) -> Any:
     dtotal = dtotal if ctx.has_residual else None  # the empty stand-in has a gradient too
     return _gradients(ctx, torch.ops.bitkern.group_norm_act_backward, dtotal, dy)
 
@@ -169,9 +213,21 @@ def _op_backward(ctx, dtotal, dy, *_):
 _group_norm_act.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-class GroupNormAct(torch.autograd.Function):
+class GroupNormActFunction(torch.autograd.Function):
+    """The operator in eager mode."""
+
     @staticmethod
-    def forward(ctx, x, residual, num_groups, weight, bias, eps, act, implementation):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        num_groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        act: Activation,
+        implementation: Any,
+    ) -> Any:
         inputs = x, residual, num_groups, weight, bias, eps, act
         outputs = implementation.group_norm_act_forward(*inputs)
         _setup_context(ctx, inputs, outputs)
@@ -180,13 +236,21 @@ class GroupNormAct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         dtotal, dy = (None, *grads) if len(grads) == 1 else grads
         backward = ctx.implementation.group_norm_act_backward
         return *_gradients(ctx, backward, dtotal, dy), None
 
 
-def _run(x, residual, num_groups, weight, bias, eps, act):
+def _run(
+    x: Tensor,
+    residual: Tensor | None,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: Activation,
+) -> tuple[Tensor, Tensor]:
     """-> (total, y); total only means something with a residual."""
     check(x, residual, num_groups, weight, bias, act)
     choice = choose("group_norm_act", x, weight, bias)
@@ -194,15 +258,25 @@ def _run(x, residual, num_groups, weight, bias, eps, act):
         total = x if residual is None else x + residual
         return total, reference.group_norm_act(total, num_groups, weight, bias, eps, act)
     if torch.compiler.is_compiling():
-        return torch.ops.bitkern.group_norm_act(x, residual, num_groups, weight, bias, eps, act)[:2]
+        arguments = x, residual, num_groups, weight, bias, eps, act
+        total, activation, _, _ = torch.ops.bitkern.group_norm_act(*arguments)
+        return total, activation
     x = dense(x)
     residual = dense_like(residual, x)
     implementation = launchers(choice.name, "group_norm_act")
-    y = GroupNormAct.apply(x, residual, num_groups, weight, bias, eps, act, implementation)
+    y = GroupNormActFunction.apply(x, residual, num_groups, weight, bias, eps, act, implementation)
     return (x, y) if residual is None else y
 
 
-def group_norm_act(x, num_groups, weight=None, bias=None, eps=1e-5, act="relu"):
+@operator("group_norm_act")
+def group_norm_act(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    act: Activation = "relu",
+) -> Tensor:
     """Group normalization (Wu & He, arXiv 1803.08494) followed by an activation.
 
     ``act(weight * (x - mean) / sqrt(var + eps) + bias)``, mean and biased variance over each
@@ -225,7 +299,16 @@ def group_norm_act(x, num_groups, weight=None, bias=None, eps=1e-5, act="relu"):
     return _run(x, None, num_groups, weight, bias, eps, act)[1]
 
 
-def add_group_norm_act(x, residual, num_groups, weight=None, bias=None, eps=1e-5, act="relu"):
+@operator("group_norm_act")
+def add_group_norm_act(
+    x: Tensor,
+    residual: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    act: Activation = "relu",
+) -> tuple[Tensor, Tensor]:
     """``s = x + residual`` and :func:`group_norm_act` of s, in one pass; returns (s, y).
 
     ``residual`` has the shape, dtype and device of ``x``; s has those and the memory format of

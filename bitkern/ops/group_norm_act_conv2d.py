@@ -7,14 +7,17 @@ keeping it, which halves what a pre-activation block holds. Several convolutions
 are what a block with a projection has.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bitkern.backend import choose, launchers
+from bitkern.backends import choose, launchers
 from bitkern.layout import dense, dense_like
 from bitkern.ops.group_norm_act import check
+from bitkern.reference import Activation, group_norm_act_recompute
 
 
 class Conv(NamedTuple):
@@ -26,11 +29,21 @@ class Conv(NamedTuple):
     groups: int
 
 
-class GroupNormActConv2d(torch.autograd.Function):
+class GroupNormActConv2dFunction(torch.autograd.Function):
     """Takes (convs, num_groups, eps, act, implementation, x, residual, weight, bias, *weights)."""
 
     @staticmethod
-    def forward(ctx, convs, num_groups, eps, act, implementation, x, residual, *parameters):
+    def forward(
+        ctx: Any,
+        convs: Sequence[Conv],
+        num_groups: int,
+        eps: float,
+        act: Activation,
+        implementation: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        *parameters: Any,
+    ) -> Any:
         weight, bias, *weights = parameters
         total, a, mean, rstd = implementation.group_norm_act_forward(
             x, residual, num_groups, weight, bias, eps, act
@@ -43,7 +56,7 @@ class GroupNormActConv2d(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         convs, num_groups, act, implementation = ctx.constants
         total, weight, bias, mean, rstd, *weights = ctx.saved_tensors
         need_x, need_residual, need_weight, need_bias, *need_weights = ctx.needs_input_grad[5:]
@@ -52,9 +65,9 @@ class GroupNormActConv2d(torch.autograd.Function):
 
         a = total  # only its shape matters to a convolution whose weight needs no gradient
         if any(need_weights):
-            a = implementation.group_norm_act_recompute(
-                total, num_groups, weight, bias, mean, rstd, act
-            )
+            # A backend need not have it.
+            of = getattr(implementation, "group_norm_act_recompute", group_norm_act_recompute)
+            a = of(total, num_groups, weight, bias, mean, rstd, act)
         da, dweights = None, [None] * len(convs)
         for i, (conv, dout) in enumerate(zip(convs, douts, strict=True)):
             if dout is None:
@@ -92,7 +105,17 @@ class GroupNormActConv2d(torch.autograd.Function):
         )
 
 
-def group_norm_act_conv2d(x, residual, num_groups, weight, bias, eps, act, weights, convs):
+def group_norm_act_conv2d(
+    x: Tensor,
+    residual: Tensor | None,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: Activation,
+    weights: Sequence[Tensor],
+    convs: Sequence[Conv],
+) -> tuple[Tensor, list[Tensor]]:
     """:func:`group_norm_act`, or :func:`add_group_norm_act`, and convolutions of its result.
 
     Args:
@@ -123,7 +146,7 @@ def group_norm_act_conv2d(x, residual, num_groups, weight, bias, eps, act, weigh
     implementation = launchers(choose("group_norm_act", x, weight, bias).name, "group_norm_act")
     x = dense(x)
     residual = dense_like(residual, x)
-    outs = GroupNormActConv2d.apply(
+    outs = GroupNormActConv2dFunction.apply(
         convs, num_groups, eps, act, implementation, x, residual, weight, bias, *weights
     )
     return (x, list(outs)) if residual is None else (outs[0], list(outs[1:]))

@@ -6,15 +6,26 @@ mean and var per output filter. Backward keeps the weight and the statistics. De
 docs/math.md.
 """
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bitkern import reference
-from bitkern.backend import choose, launchers
+from bitkern.backends import choose, launchers, operator
 from bitkern.layout import dense
+from bitkern.variant import Variant
 
 
-def _check(weights, gains, dtype, channels_last, unbiased):
+def _check(
+    weights: Sequence[Tensor],
+    gains: Sequence[Tensor] | None,
+    dtype: torch.dtype | None,
+    channels_last: bool,
+    unbiased: bool,
+) -> None:
     for i, w in enumerate(weights):
         if w.ndim < 2:
             raise ValueError(f"weight: expected shape (O, I, *kernel), got {tuple(w.shape)}")
@@ -54,13 +65,12 @@ def _check(weights, gains, dtype, channels_last, unbiased):
         raise TypeError(f"dtype: float64 needs a float64 weight, got {weights[0].dtype}")
 
 
-def _implementation(weight):
+def _implementation(weight: Tensor) -> Any:
     return launchers(choose("weight_standardize", weight).name, "weight_standardize")
 
 
-def _out_like(weight, dtype, channels_last):
-    format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty_like(weight, dtype=dtype, memory_format=format)
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 # The registered operators, for torch.compile and torch.export. An empty list of gains is none.
@@ -72,15 +82,37 @@ def _out_like(weight, dtype, channels_last):
     schema="(Tensor[] weights, Tensor[] gains, float[] scales, float eps, bool eps_outside,"
     " bool unbiased, ScalarType dtype, bool channels_last) -> (Tensor[] outs, Tensor stats)",
 )
-def _weight_standardize(weights, gains, *options):
+def _weight_standardize(
+    weights: list[Tensor],
+    gains: list[Tensor],
+    scales: list[float],
+    eps: float,
+    eps_outside: bool,
+    unbiased: bool,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[list[Tensor], Tensor]:
     weights = [dense(w) for w in weights]
-    implementation = _implementation(weights[0])
-    return implementation.weight_standardize_forward(weights, gains or None, *options)
+    variant = Variant(eps, eps_outside, unbiased)
+    outs: tuple[list[Tensor], Tensor] = _implementation(weights[0]).weight_standardize_forward(
+        weights, gains or None, scales, variant, dtype, channels_last
+    )
+    return outs
 
 
 @_weight_standardize.register_fake
-def _(weights, gains, scales, eps, eps_outside, unbiased, dtype, channels_last):
-    outs = [_out_like(w, dtype, channels_last) for w in weights]
+def _(
+    weights: list[Tensor],
+    gains: list[Tensor],
+    scales: list[float],
+    eps: float,
+    eps_outside: bool,
+    unbiased: bool,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[list[Tensor], Tensor]:
+    format = _format(channels_last)
+    outs = [torch.empty_like(w, dtype=dtype, memory_format=format) for w in weights]
     filters = sum(w.shape[0] for w in weights)
     stats_dtype = reference.compute_dtype(weights[0].dtype)
     return outs, weights[0].new_empty((2, filters), dtype=stats_dtype)
@@ -92,36 +124,53 @@ def _(weights, gains, scales, eps, eps_outside, unbiased, dtype, channels_last):
     schema="(Tensor[] douts, Tensor[] weights, Tensor[] gains, float[] scales, Tensor stats,"
     " float eps, bool eps_outside, bool unbiased) -> (Tensor[] dweights, Tensor[] dgains)",
 )
-def _weight_standardize_backward(douts, weights, gains, *options):
+def _weight_standardize_backward(
+    douts: list[Tensor],
+    weights: list[Tensor],
+    gains: list[Tensor],
+    scales: list[float],
+    stats: Tensor,
+    eps: float,
+    eps_outside: bool,
+    unbiased: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
     douts, weights = [dense(d) for d in douts], [dense(w) for w in weights]
     dweights, dgains = _implementation(weights[0]).weight_standardize_backward(
-        douts, weights, gains or None, *options
+        douts, weights, gains or None, scales, stats, Variant(eps, eps_outside, unbiased)
     )
     return dweights, dgains or []
 
 
 @_weight_standardize_backward.register_fake
-def _(douts, weights, gains, scales, stats, eps, eps_outside, unbiased):
+def _(
+    douts: list[Tensor],
+    weights: list[Tensor],
+    gains: list[Tensor],
+    scales: list[float],
+    stats: Tensor,
+    eps: float,
+    eps_outside: bool,
+    unbiased: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
     return [torch.empty_like(dense(w)) for w in weights], [torch.empty_like(g) for g in gains]
 
 
 # Autograd, the same for the registered operator and for eager mode.
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     weights, gains, ctx.scales, *ctx.variant = inputs[:6]
-    outs, stats = output
-    ctx.count, ctx.dtype = len(weights), inputs[6]
-    ctx.save_for_backward(*weights, *gains, stats)
+    ctx.count = len(weights)
+    ctx.save_for_backward(*weights, *gains, output[1])
 
 
-def _gradients(ctx, backward, douts):
+def _gradients(ctx: Any, backward: Callable[..., Any], douts: Sequence[Tensor]) -> Any:
     *parameters, stats = ctx.saved_tensors
     weights, gains = parameters[: ctx.count], parameters[ctx.count :]
     return backward(douts, weights, gains, ctx.scales, stats, *ctx.variant)
 
 
-def _op_backward(ctx, douts, _):
+def _op_backward(ctx: Any, douts: Sequence[Tensor], _: Tensor) -> Any:
     dweights, dgains = _gradients(ctx, torch.ops.bitkern.weight_standardize_backward, douts)
     return dweights, dgains, *[None] * 6
 
@@ -129,77 +178,150 @@ def _op_backward(ctx, douts, _):
 _weight_standardize.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-class WeightStandardize(torch.autograd.Function):
+class WeightStandardizeFunction(torch.autograd.Function):
     """Takes (implementation, options, count, *weights, *gains), returns the weights' outs."""
 
     @staticmethod
-    def forward(ctx, implementation, options, count, *parameters):
+    def forward(
+        ctx: Any, implementation: Any, options: tuple[Any, ...], count: int, *parameters: Tensor
+    ) -> Any:
         weights, gains = parameters[:count], parameters[count:]
         outs, stats = implementation.weight_standardize_forward(weights, gains or None, *options)
-        _setup_context(ctx, (weights, gains, *options), (outs, stats))
+        scales, variant, *_ = options
+        _setup_context(ctx, (weights, gains, scales, *variant), (outs, stats))
         ctx.implementation = implementation
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *douts):
-        def backward(douts, weights, gains, *rest):
+    def backward(ctx: Any, *douts: Tensor) -> Any:
+        def backward(
+            douts: Any, weights: Any, gains: Any, scales: Any, stats: Any, *variant: Any
+        ) -> Any:
             launch = ctx.implementation.weight_standardize_backward
-            return launch(douts, weights, gains or None, *rest)
+            return launch(douts, weights, gains or None, scales, stats, Variant(*variant))
 
         dweights, dgains = _gradients(ctx, backward, [dense(d) for d in douts])
         return None, None, None, *dweights, *(dgains or ())
 
 
 def weight_standardize_all(
-    weights,
-    eps=1e-10,
+    weights: Iterable[Tensor],
+    variant: Variant = Variant(),  # noqa: B008 - immutable
     *,
-    gains=None,
-    scales=None,
-    eps_outside=False,
-    unbiased=False,
-    dtype=None,
-    channels_last=False,
-):
+    gains: Sequence[Tensor] | None = None,
+    scales: Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> list[Tensor]:
     """:func:`weight_standardize` of many layers in one launch; returns a list.
 
-    ``gains`` is a list as long as ``weights`` or None, ``scales`` a list of floats or None for 1.
-    All weights have one dtype and device. With ``channels_last`` the results are stored as
-    (O, kh, kw, I), the layout in which convolutions on channels_last maps want them.
+    ``variant`` is that of all layers, ``gains`` a list as long as ``weights`` or None, ``scales`` a
+    list of floats or None for 1. All weights have one dtype and device. With ``channels_last`` the
+    results are stored as (O, kh, kw, I), the layout in which convolutions on channels_last maps
+    want them.
     """
+    if not isinstance(variant, Variant):
+        raise TypeError(f"variant: expected a Variant, got {type(variant).__name__}")
     weights = list(weights)
-    gains = None if gains is None else list(gains)
+    if not weights:
+        return []
+    scales = _checked_scales(weights, gains, scales)
+    _check(weights, gains, dtype, channels_last, variant.unbiased)
+    dtype = dtype or weights[0].dtype
+    choice = choose("weight_standardize", weights[0])
+    if choice.name == "reference":
+        format, (eps, eps_outside, unbiased) = _format(channels_last), variant
+        options = {"eps_outside": eps_outside, "unbiased": unbiased}
+        none = [None] * len(weights)
+        return [
+            reference.weight_standardize(
+                w, eps, gain=gain, scale=scale, dtype=dtype, **options
+            ).contiguous(memory_format=format)
+            for w, gain, scale in zip(weights, gains or none, scales, strict=True)
+        ]
+    if torch.compiler.is_compiling():
+        arguments = weights, list(gains or []), scales, *variant, dtype, channels_last
+        outs: list[Tensor] = torch.ops.bitkern.weight_standardize(*arguments)[0]
+        return outs
+    implementation = launchers(choice.name, "weight_standardize")
+    parameters = [dense(w) for w in weights] + [g.contiguous() for g in gains or ()]
+    constants = scales, variant, dtype, channels_last
+    return list(
+        WeightStandardizeFunction.apply(implementation, constants, len(weights), *parameters)
+    )
+
+
+def _checked_scales(
+    weights: Sequence[Tensor], gains: Sequence[Tensor] | None, scales: Sequence[float] | None
+) -> list[float]:
     scales = [1.0] * len(weights) if scales is None else list(scales)
     for name, values in (("gains", gains), ("scales", scales)):
         if values is not None and len(values) != len(weights):
             raise ValueError(f"{name}: expected {len(weights)}, one per weight, got {len(values)}")
-    if not weights:
-        return []
-    _check(weights, gains, dtype, channels_last, unbiased)
-    dtype = dtype or weights[0].dtype
-    choice = choose("weight_standardize", weights[0])
-    if choice.name == "reference":
-        format = torch.channels_last if channels_last else torch.contiguous_format
-        variant = dict(eps_outside=eps_outside, unbiased=unbiased, dtype=dtype)
-        return [
-            reference.weight_standardize(
-                w, eps, gain=gains and gains[i], scale=scales[i], **variant
-            ).contiguous(memory_format=format)
-            for i, w in enumerate(weights)
-        ]
-    options = scales, eps, eps_outside, unbiased, dtype, channels_last
-    if torch.compiler.is_compiling():
-        return torch.ops.bitkern.weight_standardize(weights, gains or [], *options)[0]
-    weights = [dense(w) for w in weights]
-    gains = [] if gains is None else [g.contiguous() for g in gains]
-    implementation = launchers(choice.name, "weight_standardize")
-    return list(WeightStandardize.apply(implementation, options, len(weights), *weights, *gains))
+    return scales
 
 
+class DetachedWeights(NamedTuple):
+    """Standardized weights outside of autograd, and what their backward needs."""
+
+    outs: list[Tensor]
+    stats: Tensor
+    weights: list[Tensor]
+    gains: list[Tensor] | None
+    scales: list[float]
+    variant: Variant
+    implementation: Any
+
+    def backward(self, douts: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Gradients of weights and of gains by layer, of the layers that ``douts`` has."""
+        stats = torch.split(self.stats, [w.shape[0] for w in self.weights], 1)
+        dweights, dgains = self.implementation.weight_standardize_backward(
+            [dense(dout) for dout in douts.values()],
+            [self.weights[i] for i in douts],
+            self.gains and [self.gains[i] for i in douts],
+            [self.scales[i] for i in douts],
+            torch.cat([stats[i] for i in douts], 1),
+            self.variant,
+        )
+        of_gains = {} if dgains is None else dict(zip(douts, dgains, strict=True))
+        return dict(zip(douts, dweights, strict=True)), of_gains
+
+
+def weight_standardize_detached(
+    weights: Sequence[Tensor],
+    variant: Variant,
+    *,
+    gains: Sequence[Tensor] | None,
+    scales: Sequence[float],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> DetachedWeights:
+    """:func:`weight_standardize_all` outside of autograd; its backward is called by hand."""
+    _check(weights, gains, dtype, channels_last, variant.unbiased)
+    implementation = _implementation(weights[0])
+    parameters = (
+        [dense(w.detach()) for w in weights],
+        None if gains is None else [g.detach().contiguous() for g in gains],
+        _checked_scales(weights, gains, scales),
+    )
+    outs, stats = implementation.weight_standardize_forward(
+        *parameters, variant, dtype, channels_last
+    )
+    return DetachedWeights(outs, stats, *parameters, variant, implementation)
+
+
+@operator("weight_standardize")
 def weight_standardize(
-    weight, eps=1e-10, *, gain=None, scale=1.0, eps_outside=False, unbiased=False, dtype=None
-):
+    weight: Tensor,
+    eps: float = 1e-10,
+    *,
+    gain: Tensor | None = None,
+    scale: float = 1.0,
+    eps_outside: bool = False,
+    unbiased: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Weight standardization (Qiao et al., arXiv 1903.10520) of a convolution's weight.
 
     ``gain * scale * (w - mean) / sqrt(var + eps)`` with the mean and variance of each output
@@ -233,11 +355,9 @@ def weight_standardize(
     channels_last = weight.ndim == 4 and not dense(weight).is_contiguous()
     (out,) = weight_standardize_all(
         [weight],
-        eps,
+        Variant(eps, eps_outside, unbiased),
         gains=None if gain is None else [gain],
         scales=[scale],
-        eps_outside=eps_outside,
-        unbiased=unbiased,
         dtype=dtype,
         channels_last=channels_last,
     )

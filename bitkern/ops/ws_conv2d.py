@@ -6,12 +6,15 @@ itself stays PyTorch's (cuDNN, oneDNN), which is compute-bound and fast.
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from bitkern.backends import operator
 from bitkern.layout import memory_format
 from bitkern.ops.weight_standardize import weight_standardize_all
+from bitkern.variant import Variant
 
 
-def compute_dtype(x, weight):
+def conv_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype a convolution of x runs in: autocast's where that is on, else that of x."""
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)  # which meta has not
@@ -25,38 +28,42 @@ def compute_dtype(x, weight):
     )
 
 
-def standardize_for(x, weight, eps=1e-10, *, gain, scale, eps_outside, unbiased):
+def conv_channels_last(x: Tensor, weight: Tensor) -> bool:
+    """Whether conv2d itself settles on channels_last, so that it has nothing left to convert."""
+    return torch.channels_last in (memory_format(x), memory_format(weight))
+
+
+def standardize_for(
+    x: Tensor, weight: Tensor, variant: Variant, *, gain: Tensor | None, scale: float
+) -> Tensor:
     """The weight standardized, cast and laid out for a convolution of x."""
-    # The layout that conv2d itself settles on, so that it has nothing left to convert.
-    channels_last = torch.channels_last in (memory_format(x), memory_format(weight))
     (weight,) = weight_standardize_all(
         [weight],
-        eps,
+        variant,
         gains=None if gain is None else [gain],
         scales=[scale],
-        eps_outside=eps_outside,
-        unbiased=unbiased,
-        dtype=compute_dtype(x, weight),
-        channels_last=channels_last,
+        dtype=conv_dtype(x, weight),
+        channels_last=conv_channels_last(x, weight),
     )
     return weight
 
 
+@operator("weight_standardize", tensors=slice(1, 2))
 def ws_conv2d(
-    x,
-    weight,
-    bias=None,
-    stride=1,
-    padding=0,
-    dilation=1,
-    groups=1,
-    eps=1e-10,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    eps: float = 1e-10,
     *,
-    gain=None,
-    scale=1.0,
-    eps_outside=False,
-    unbiased=False,
-):
+    gain: Tensor | None = None,
+    scale: float = 1.0,
+    eps_outside: bool = False,
+    unbiased: bool = False,
+) -> Tensor:
     """:func:`torch.nn.functional.conv2d` with ``weight`` standardized per output filter.
 
     Under autocast the weight is standardized in float32 and emitted once in the region's dtype.
@@ -85,7 +92,7 @@ def ws_conv2d(
             f"x: expected {weight.shape[1] * groups} channels for a weight of shape "
             f"{tuple(weight.shape)} in {groups} groups, got {x.shape[-3]}"
         )
-    variant = dict(gain=gain, scale=scale, eps_outside=eps_outside, unbiased=unbiased)
-    weight = standardize_for(x, weight, eps, **variant)
+    variant = Variant(eps, eps_outside, unbiased)
+    weight = standardize_for(x, weight, variant, gain=gain, scale=scale)
     bias = None if bias is None else bias.to(weight.dtype)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)

@@ -1,6 +1,35 @@
 """The BiT transfer recipe: the HyperRule and MixUp as pure functions, data, and one loop."""
 
-from bitkern.transfer.hyperrule import HyperRule, hyperrule
-from bitkern.transfer.mixup import mixup, mixup_loss
+from bitkern.transfer.compute import default_precision
+from bitkern.transfer.data import DataError, ImageSet, digits, few_shot, hold_out, image_folder
+from bitkern.transfer.data.loader import train_batches
+from bitkern.transfer.inference import evaluate, predict
+from bitkern.transfer.loop import TrainingError, TrainResult, train
+from bitkern.transfer.ranks import RankError
+from bitkern.transfer.recipes import Recipe
+from bitkern.transfer.recipes.hyperrule import HyperRule, hyperrule
+from bitkern.transfer.recipes.mixup import mixup, mixup_loss
+from bitkern.transfer.run import RunError
 
-__all__ = ["HyperRule", "hyperrule", "mixup", "mixup_loss"]
+__all__ = [
+    "DataError",
+    "HyperRule",
+    "ImageSet",
+    "RankError",
+    "Recipe",
+    "RunError",
+    "TrainResult",
+    "TrainingError",
+    "default_precision",
+    "digits",
+    "evaluate",
+    "few_shot",
+    "hold_out",
+    "hyperrule",
+    "image_folder",
+    "mixup",
+    "mixup_loss",
+    "predict",
+    "train",
+    "train_batches",
+]

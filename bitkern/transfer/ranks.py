@@ -7,9 +7,17 @@ others waiting.
 import contextlib
 import datetime
 import importlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+BUCKET_BYTES = 32 << 20  # that an all-reduce takes at a time: few calls, little memory
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class RankError(RuntimeError):
@@ -25,7 +33,7 @@ def rank() -> int:
 
 
 @contextlib.contextmanager
-def launched():
+def launched() -> Iterator[None]:
     """Join the other processes for the block, if torchrun started them and it is not done yet."""
     if not dist.is_available() or dist.is_initialized() or not dist.is_torchelastic_launched():
         yield
@@ -44,7 +52,7 @@ def launched():
 
 
 @contextlib.contextmanager
-def _meeting():
+def _meeting() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # of any backend, when a process is gone
@@ -52,25 +60,42 @@ def _meeting():
         raise RankError(f"the processes cannot meet: {reason}") from None
 
 
-def total(*values: float) -> list[float]:
+def sums_of(*values: float) -> list[float]:
     """The sums of ``values`` over all processes."""
     if world_size() == 1:
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64)
     with _meeting():
         dist.all_reduce(sums)
-    return sums.tolist()
+    return [float(value) for value in sums]
 
 
-def add_up(tensors) -> None:
-    """Replace each tensor by its sum over all processes."""
-    if world_size() > 1:
+def add_up(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes, in few large all-reduces."""
+    if world_size() == 1:
+        return
+    for bucket in _buckets(tensors):
+        with together():  # which memory may not suffice for
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         with _meeting():
-            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-                work.wait()
+            dist.all_reduce(flat)
+        parts = torch.split(flat, [tensor.numel() for tensor in bucket])
+        for tensor, part in zip(bucket, parts, strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
 
-def copy_from_first(tensors) -> None:
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in lists of one dtype and device, of about BUCKET_BYTES each."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        bucket = kinds[tensor.dtype, tensor.device]
+        bucket.append(tensor)
+        if sum(t.nbytes for t in bucket) >= BUCKET_BYTES:
+            yield kinds.pop((tensor.dtype, tensor.device))
+    yield from kinds.values()
+
+
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by that of the first process."""
     if world_size() > 1:
         with _meeting():
@@ -79,7 +104,7 @@ def copy_from_first(tensors) -> None:
 
 
 @contextlib.contextmanager
-def together():
+def together() -> Iterator[None]:
     """Run the block, in which processes do not meet; one that fails in it stops them all.
 
     It raises its own error, the others :class:`RankError` with the message of the first failed.
@@ -101,17 +126,18 @@ def _tell_failures(mine: str | None) -> None:
         dist.all_reduce(first, dist.ReduceOp.MIN)
         if first == world_size():
             return
-        message = [mine]
+        message: list[str | None] = [mine]
         dist.broadcast_object_list(message, int(first))
     if mine is None:
         raise RankError(message[0])
 
 
-def from_first(function, *arguments, **options):
+def from_first(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
     """What ``function`` returns on the first process, the only one to call it."""
     with together():
+        result: list[T | None]
         result = [function(*arguments, **options) if rank() == 0 else None]
     if world_size() > 1:
         with _meeting():
             dist.broadcast_object_list(result)
-    return result[0]
+    return result[0]  # type: ignore[return-value]

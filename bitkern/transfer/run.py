@@ -1,16 +1,19 @@
 """The files of a run: metrics.jsonl and last.pt while it trains, the results when it is done.
 
-All but the appended metrics.jsonl are written under a temporary name and then renamed.
+All but the appended metrics.jsonl are written under a temporary name, synced, and renamed.
 """
 
 import contextlib
 import json
 import os
-import pickle
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
+from bitkern import files
 from bitkern.models.checkpoints import save_safetensors
 
 METRICS, CHECKPOINT, SUMMARY, CURVES, WEIGHTS = (
@@ -20,21 +23,19 @@ METRICS, CHECKPOINT, SUMMARY, CURVES, WEIGHTS = (
     "curves.png",
     "model.safetensors",
 )
+Record = dict[str, Any]
 
 
 class RunError(ValueError):
     """The output folder cannot be used; the message names it and says what to do."""
 
 
-@contextlib.contextmanager
-def atomic(path: Path):
-    """A temporary path in ``path``'s folder, renamed to ``path`` when the block succeeds."""
-    part = path.with_name(f".part-{path.name}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+class Progress(NamedTuple):
+    """How far a run is: finished steps, seconds of wall time, bytes of metrics.jsonl."""
+
+    step: int = 0
+    seconds: float = 0.0
+    journal: int = 0
 
 
 def check_out(out: Path, resume: bool) -> None:
@@ -49,16 +50,16 @@ def check_out(out: Path, resume: bool) -> None:
         raise RunError(f"{out}: nothing to resume, {finished}")
     held = [f for f in (METRICS, CHECKPOINT, SUMMARY, CURVES, WEIGHTS) if (out / f).exists()]
     if held:
-        advice = "continue it with --resume or" if unfinished else "delete it or"
-        raise RunError(f"{out}: holds a run ({', '.join(held)}); {advice} use another --out")
+        advice = "continue it with resume=True or" if unfinished else "delete it or"
+        raise RunError(f"{out}: holds a run ({', '.join(held)}); {advice} use another folder")
 
 
 class Journal:
     """The records of a run, each also a line of metrics.jsonl when there is an output folder."""
 
-    def __init__(self, out: Path | None, size: int = 0):
+    def __init__(self, out: Path | None, size: int = 0) -> None:
         """``size``: the bytes of metrics.jsonl to keep; what a stopped run wrote later is cut."""
-        self.records = []
+        self.records: list[Record] = []
         self.file = None
         if out is not None:
             # Binary, so that tell() counts bytes and the file can be cut at any checkpoint.
@@ -69,68 +70,145 @@ class Journal:
             self.file.truncate(size)
             self.records = [json.loads(line) for line in kept.splitlines()]
 
-    def add(self, **record) -> None:
+    def add(self, **record: Any) -> None:
+        """Append a record."""
         self.records.append(record)
         if self.file:
             self.file.write(json.dumps(record).encode() + b"\n")
             self.file.flush()
 
-    def size(self) -> int:
+    def synced_size(self) -> int:
+        """The bytes of metrics.jsonl, all of which outlive a power cut."""
+        if self.file is None:
+            return 0
+        os.fsync(self.file.fileno())
         return self.file.tell()
 
     def close(self) -> None:
+        """Close the file; the records stay."""
         if self.file:
             self.file.close()
 
 
-@contextlib.contextmanager
-def open_journal(out: Path | None, size: int):
-    """The :class:`Journal` of a run; one that ends without a checkpoint leaves nothing behind."""
-    if out is None:
-        yield Journal(None)
-        return
-    created = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    journal = Journal(out, size)
-    try:
-        yield journal
-    finally:
-        journal.close()
-        if not (out / CHECKPOINT).exists():
-            (out / METRICS).unlink()
-            if created:
-                out.rmdir()
+class Run:
+    """A training and its folder; without one, and in all processes but the first, nothing is kept.
 
-
-def save_checkpoint(out: Path, model, optimizer, settings: dict, progress: dict) -> None:
-    """Write last.pt: what :func:`load_checkpoint` needs to continue with ``progress``."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    with atomic(out / CHECKPOINT) as part:
-        torch.save({**state, "settings": settings, "progress": progress}, part)
-
-
-def load_checkpoint(out: Path, model, optimizer, settings: dict) -> dict:
-    """Restore ``model`` and ``optimizer`` from last.pt; returns its progress.
-
-    Raises :class:`RunError` if the file is broken or the run had other settings.
+    ``state`` holds the ``model`` and the ``optimizer``, ``settings`` what may not change on
+    resuming.
     """
+
+    def __init__(
+        self, out: Path | None, state: Mapping[str, Any], settings: dict[str, Any], done: Progress
+    ) -> None:
+        self.out, self.state, self.settings = out, state, settings
+        self.done = done
+        self.journal = Journal(None)
+
+    @contextlib.contextmanager
+    def recording(self, resume: bool) -> Iterator[Journal]:
+        """Keep the journal during the block, the training.
+
+        A run can be resumed from its start on, however it is killed. One that fails before a step
+        is saved, and was not resumed, leaves nothing behind.
+        """
+        if self.out is None:
+            yield self.journal
+            return
+        created = not self.out.exists()
+        self.out.mkdir(parents=True, exist_ok=True)
+        files.remove_parts(self.out)
+        try:
+            if not resume:
+                self.save(self.done)
+            self.journal = Journal(self.out, self.done.journal)
+            yield self.journal
+        finally:
+            self.journal.close()
+            if self.done.step == 0 and not resume:
+                for name in (CHECKPOINT, METRICS):
+                    (self.out / name).unlink(missing_ok=True)
+                if created:
+                    self.out.rmdir()
+
+    def save(self, done: Progress) -> None:
+        """Write last.pt: what :func:`load_checkpoint` needs to go on from there."""
+        if self.out is None:
+            return
+        done = done._replace(journal=self.journal.synced_size())
+        state = {name: part.state_dict() for name, part in self.state.items()}
+        with files.replacing(self.out / CHECKPOINT) as part:
+            torch.save({**state, "settings": self.settings, "progress": done._asdict()}, part)
+        self.done = done
+
+    def finish(self, summary: Mapping[str, Any], **metadata: Any) -> None:
+        """Write curves.png, model.safetensors (with ``metadata``) and summary.json.
+
+        summary.json comes last and marks the run as finished; last.pt is then removed.
+        """
+        if self.out is None:
+            return
+        draw_curves(self.out / CURVES, self.journal.records)
+        save_safetensors(self.state["model"], self.out / WEIGHTS, **metadata)
+        write_summary(self.out, summary)
+        (self.out / CHECKPOINT).unlink(missing_ok=True)
+
+
+def read_checkpoint(out: Path) -> dict[str, Any]:
+    """The content of last.pt. Raises :class:`RunError` if it is broken."""
     path = out / CHECKPOINT
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise RunError(f"{path}: not a readable checkpoint ({error})") from None
-    for name, value in settings.items():
-        if state["settings"].get(name) != value:
+        with files.reading(path, "a checkpoint of a run"):
+            state: dict[str, Any] = torch.load(path, "cpu", weights_only=True, mmap=True)
+            Progress(**state["progress"])
+            dict(state["settings"]["rule"], **state["model"], **state["optimizer"])
+            str(state["settings"]["precision"])
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    return state
+
+
+def load_checkpoint(
+    out: Path,
+    checkpoint: Mapping[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: Mapping[str, Any],
+) -> Progress:
+    """Restore ``model`` and ``optimizer`` from last.pt; returns its progress.
+
+    Raises :class:`RunError` if the run had other settings, precision apart.
+    """
+    path, before = out / CHECKPOINT, checkpoint["settings"]
+    before, now = _flat(before), _flat(settings)
+    for name, value in now.items():
+        had = before.get(name)
+        if had != value and name != "precision":
+            name = name.removeprefix("rule.")
             raise RunError(
-                f"{path}: the run has {name} {state['settings'].get(name)!r}, got {value!r}: "
-                f"resume with the options it was started with"
+                f"{path}: the run has {name} {had!r}, got {value!r}: resume with the options it "
+                "was started with"
             )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["progress"]
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise RunError(f"{path}: is of another model: {files.in_a_line(error)}") from None
+    return Progress(**checkpoint["progress"])
 
 
-def draw_curves(path: Path, records: list[dict]) -> None:
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which those of the rule have names of their own."""
+    rule = {f"rule.{name}": value for name, value in settings["rule"].items()}
+    return {**{name: value for name, value in settings.items() if name != "rule"}, **rule}
+
+
+def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
+    """Write summary.json."""
+    with files.replacing(out / SUMMARY) as part:
+        part.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def draw_curves(path: Path, records: list[Record]) -> None:
     """Draw the training loss and, where there are evaluations, top-1 against the step."""
     from matplotlib.figure import Figure
 
@@ -144,17 +222,5 @@ def draw_curves(path: Path, records: list[dict]) -> None:
     loss_axes.legend(["train", "evaluation"])
     top1_axes.plot([r["step"] for r in evaluations], [r["top1"] for r in evaluations], "o-")
     top1_axes.set(xlabel="step", ylabel="top-1 accuracy", ylim=(0, 1))
-    with atomic(path) as part:
+    with files.replacing(path) as part:
         figure.savefig(part, format="png")
-
-
-def write_results(out: Path, model, records: list[dict], summary: dict, **metadata) -> None:
-    """Write curves.png, model.safetensors (with ``metadata``) and summary.json.
-
-    summary.json comes last and marks the run as finished; last.pt is then removed.
-    """
-    draw_curves(out / CURVES, records)
-    save_safetensors(model, out / WEIGHTS, **metadata)
-    with atomic(out / SUMMARY) as part:
-        part.write_text(json.dumps(summary, indent=2) + "\n")
-    (out / CHECKPOINT).unlink(missing_ok=True)

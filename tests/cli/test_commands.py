@@ -1,6 +1,5 @@
-"""The command line end to end, and every user's error as one line with exit code 2."""
+"""The command line end to end."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -14,41 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from bitkern.cli import main
-from bitkern.models import create_model, read_checkpoint, save_npz, save_safetensors
-from bitkern.transfer import trainer
+import bitkern
+from bitkern.models import read_checkpoint
+from bitkern.transfer import loop
+from tests.cli.commands import RESULTS, SMALL, call, error_of
 from tests.transfer.images import CLASSES, write_folder
-
-SMALL = ["--model", "R26x0.5", "--resize", "40", "--crop", "32", "--batch-size", "7"]
-SMALL += ["--workers", "0", "--steps", "3"]
-RESULTS = ["curves.png", "metrics.jsonl", "model.safetensors", "summary.json"]
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "BiT-M-R26x0.5.npz"
-    torch.manual_seed(0)
-    save_npz(create_model("R26x0.5", num_classes=5, zero_head=False), path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory, weights):
-    """A finished run and its data; not to be changed."""
-    root = tmp_path_factory.mktemp("run")
-    folder = write_folder(root / "data")
-    arguments = ["--data", folder, "--weights", weights, "--out", root / "out"]
-    options = ["--batch-split", "2", "--mixup-alpha", "0.1", "--base-lr", "0.01"]
-    assert call("finetune", *arguments, *options, *SMALL) == 0
-    return root
-
-
-def call(*arguments):
-    return main([str(argument) for argument in arguments])
-
-
-def digest(folder):
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def test_finetune_evaluate_predict(run, capsys):
@@ -142,13 +111,13 @@ def test_interrupted_run_resumes_to_the_same_bits(run, tmp_path, monkeypatch, ca
     assert call("finetune", *arguments, "--out", tmp_path / "straight") == 0
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        mixup = trainer.mixup
+        mixup = loop.mixup
 
         def interrupted(*batch):
             signal.raise_signal(signal.SIGINT)
             return mixup(*batch)
 
-        patch.setattr(trainer, "mixup", interrupted)
+        patch.setattr(loop, "mixup", interrupted)
         capsys.readouterr()
         assert call("finetune", *arguments, "--out", out) == 130
     assert capsys.readouterr().err == "bitkern: interrupted; finetune continues with --resume\n"
@@ -193,213 +162,16 @@ def test_info_and_demo_are_handed_on(capsys, monkeypatch):
     assert call("info", "--json") == 0
     assert "operators" in json.loads(capsys.readouterr().out)
     seen = []
-    stand_in = types.SimpleNamespace(run=seen.append)
+    stand_in = types.SimpleNamespace(run=lambda *arguments: seen.append(arguments))
     monkeypatch.setitem(sys.modules, "bitkern.demo", stand_in)
+    monkeypatch.setattr(bitkern, "demo", stand_in, raising=False)
     assert call("demo", "--out", "there", "--seed", 3, "--letters", 100) == 0
-    assert (seen[0].out, seen[0].seed, seen[0].letters) == ("there", 3, 100)
-
-
-def error_of(capsys, *arguments):
-    """The message of a call that must fail with exit code 2 and one line on stderr."""
-    capsys.readouterr()
-    try:
-        code = call(*arguments)
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    message = capsys.readouterr().err
-    assert code == 2, message
-    assert message.startswith("bitkern: error: ") and message.count("\n") == 1, message
-    return message.strip().removeprefix("bitkern: error: ")
-
-
-def finetune_error(capsys, folder, out, *options):
-    """As :func:`error_of`, of ``finetune``, which must leave no file behind."""
-    before = sorted(out.parent.iterdir())
-    message = error_of(capsys, "finetune", "--data", folder, "--out", out, *SMALL, *options)
-    assert sorted(out.parent.iterdir()) == before
-    return message
-
-
-def remove(path):
-    path.rename(path.with_name("elsewhere"))
-
-
-def empty(path):
-    for file in path.iterdir():
-        file.unlink()
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-@pytest.mark.parametrize(
-    ("damage", "part", "message"),
-    [
-        (remove, "", "data/train: no such folder"),
-        (remove, "train", "data/train: no such folder"),
-        (remove, "test", "data/test: no such folder"),
-        (remove, "test/bee", "data/train, found 1 missing, such as 'bee' and 1 more"),
-        (empty, "train/bee", "data/train/bee: no images; add some or remove the folder"),
-        (truncate, "train/bee/0.jpg", "data/train/bee/0.jpg: not a readable image"),
-        (truncate, "test/cat/1.png", "data/test/cat/1.png: not a readable image"),
-    ],
-)
-def test_bad_folders(tmp_path, capsys, damage, part, message):
-    folder = write_folder(tmp_path / "data")
-    damage(folder / part)
-    assert message in finetune_error(capsys, folder, tmp_path / "out")
-
-
-def test_skip_corrupt_goes_on_with_a_count(run, tmp_path, capsys):
-    folder = write_folder(tmp_path / "data")
-    truncate(folder / "train" / "bee" / "0.jpg")
-    truncate(folder / "test" / "cat" / "1.png")
-    out = tmp_path / "out"
-    assert call("finetune", "--data", folder, "--out", out, "--skip-corrupt", *SMALL) == 0
-    assert capsys.readouterr().err == "skipped 2 corrupt images\n"
-    assert json.loads((out / "summary.json").read_text())["training_images"] == 11
-    assert call("evaluate", out, "--data", folder, "--skip-corrupt", "--workers", 0) == 0
-    shown = capsys.readouterr()
-    assert "on 5 images" in shown.out and shown.err == "skipped 1 corrupt image\n"
-    assert call("predict", out, folder / "test", "--skip-corrupt", "--json", "--workers", 0) == 0
-    shown = capsys.readouterr()
-    assert len(json.loads(shown.out)) == 5 and shown.err == "skipped 1 corrupt image\n"
-    assert "1.png: not a readable image" in error_of(capsys, "predict", out, folder)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--resize", "31"], "resize: expected at least the crop, 32"),
-        (["--crop", "41"], "resize: expected at least the crop, 41"),
-        (["--steps", "0"], "argument --steps: expected a positive whole number, got '0'"),
-        (["--workers", "-1"], "argument --workers: expected 0 or a positive whole number"),
-        (["--seed", "one"], "argument --seed: expected 0 or a positive whole number, got 'one'"),
-        (["--base-lr", "-1"], "base_lr: expected a positive finite number, got -1.0"),
-        (["--base-lr", "fast"], "argument --base-lr: invalid float value: 'fast'"),
-        (["--mixup-alpha", "-1"], "mixup_alpha: expected"),
-        (["--decay-steps", "3", "2"], "decay_steps: expected ascending steps, got (3, 2)"),
-        (["--batch-split", "8"], "batch_split: expected 1 to 7, the batch size, got 8"),
-        (["--shots", "5"], "shots: expected at most 4, all of 'ant', got 5"),
-        (["--holdout", "1"], "holdout: expected a fraction between 0 and 1, got 1.0"),
-        (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
-        (["--device", "abacus"], "--device abacus: cannot be used here"),
-        (["--model", "R51x1"], "unknown model 'R51x1', nearest"),
-        (["--weights", "none.npz"], "none.npz: no such file"),
-        (["--resume"], "nothing to resume, no last.pt"),
-        (["--base-lr", "1e38", "--warmup-steps", "0"], "loss is nan at step"),
-        (["--colour"], "unrecognized arguments: --colour"),
-    ],
-)
-def test_bad_options(run, tmp_path, capsys, options, message):
-    assert message in finetune_error(capsys, run / "data", tmp_path / "out", *options)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_absent_gpu(run, tmp_path, capsys):
-    error = finetune_error(capsys, run / "data", tmp_path / "out", "--device", "cuda")
-    assert error.startswith("--device cuda: cannot be used here (")
-
-
-def test_bad_weights(run, weights, tmp_path, capsys):
-    other = finetune_error(
-        capsys, run / "data", tmp_path / "out", "--weights", weights, "--model", "R50x1"
-    )
-    assert str(weights) in other and "stem.conv.weight" in other and "(32, 3, 7, 7)" in other
-    broken = tmp_path / "broken.npz"
-    broken.write_bytes(weights.read_bytes()[:-1000])
-    error = finetune_error(capsys, run / "data", tmp_path / "out", "--weights", broken)
-    assert error.startswith(f"{broken}: truncated or not a .npz")
-
-
-def test_does_not_overwrite_a_run(run, capsys):
-    before = digest(run / "out")
-    error = error_of(capsys, "finetune", "--data", "digits", "--out", run / "out", *SMALL)
-    assert "out: holds a run (" in error and "use another --out" in error
-    resumed = ["--out", run / "out", "--resume"]
-    error = error_of(capsys, "finetune", "--data", "digits", *resumed, *SMALL)
-    assert error.endswith("nothing to resume, the run is finished")
-    assert digest(run / "out") == before
-
-
-def test_resume_with_other_options(run, tmp_path, monkeypatch, capsys):
-    arguments = ["finetune", "--data", run / "data", "--out", tmp_path, *SMALL]
-    with monkeypatch.context() as patch:
-        patch.setattr("bitkern.transfer.runs.draw_curves", fail)
-        assert "no space left" in error_of(capsys, *arguments)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "metrics.jsonl"]
-    error = error_of(capsys, *arguments, "--resume", "--base-lr", 0.5)
-    assert "the run has base_lr 0.003, got 0.5" in error
-    assert call(*arguments, "--resume") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == RESULTS
-
-
-def fail(*arguments):
-    raise OSError("no space left on device")
-
-
-def test_bad_runs(run, weights, tmp_path, capsys):
-    data = run / "data"
-    assert "no such file" in error_of(capsys, "predict", tmp_path, data)
-    assert "expected the folder of a run" in error_of(capsys, "predict", weights, data)
-    bare = tmp_path / "bare.safetensors"
-    save_safetensors(create_model("R26x0.5", num_classes=3), bare)
-    assert "holds no class names" in error_of(capsys, "evaluate", bare, "--data", data)
-    save_safetensors(create_model("R26x0.5", num_classes=3), bare, classes=["a", "b"], crop=32)
-    assert "names 2 classes, its head has 3" in error_of(capsys, "predict", bare, data)
-    truncate(bare)
-    assert f"{bare}: truncated" in error_of(capsys, "predict", bare, data)
-    error = error_of(capsys, "evaluate", run / "out", "--data", "digits")
-    assert "digits: expected the 3 classes of" in error
-
-
-def test_bad_images(run, tmp_path, capsys):
-    out = run / "out"
-    missing = tmp_path / "none.jpg"
-    assert f"{missing}: no such file or folder" in error_of(capsys, "predict", out, missing)
-    assert f"{tmp_path}: holds no images" in error_of(capsys, "predict", out, tmp_path)
-    text = tmp_path / "text.txt"
-    text.write_text("not an image")
-    assert f"{text}: not a readable image" in error_of(capsys, "predict", out, text)
-    error = error_of(capsys, "predict", out, text, "--skip-corrupt")
-    assert error == "images: expected at least one, got none"
-
-
-def test_missing_arguments_and_packages(run, tmp_path, capsys, monkeypatch):
-    assert "required: command" in error_of(capsys)
-    assert "invalid choice: 'fintune'" in error_of(capsys, "fintune")
-    assert "required: --data, --model, --out" in error_of(capsys, "finetune")
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
-    )
-    error = finetune_error(capsys, run / "data", tmp_path / "out")
-    assert error == "matplotlib is not installed: pip install 'bitkern[train]'"
-
-
-def test_out_of_gpu_memory_says_what_to_do(run, tmp_path, capsys, monkeypatch):
-    def exhausted(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB")
-
-    monkeypatch.setattr(trainer, "_accumulate", exhausted)
-    error = finetune_error(capsys, run / "data", tmp_path / "out")
-    assert error == "out of GPU memory: raise --batch-split or lower --batch-size"
-
-
-def test_traceback_free_as_a_process(tmp_path):
-    command = [sys.executable, "-m", "bitkern", "finetune", "--data", str(tmp_path / "none")]
-    command += ["--out", str(tmp_path / "out"), *SMALL]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"bitkern: error: {tmp_path}/none/train: no such folder")
-    assert done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert seen == [("there", 3, 100)]
 
 
 def test_imports_nothing_heavy_before_it_is_needed():
     script = "import sys, bitkern, bitkern.cli; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     loaded = set(done.stdout.split())
-    assert "bitkern.transfer.trainer" in loaded
+    assert "bitkern.transfer.loop" in loaded
     assert not loaded & {"torchvision", "PIL", "matplotlib", "sklearn", "triton", "bitkern._C"}

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from bitkern.cli import main
-from bitkern.transfer import HyperRule, ranks, trainer
+from bitkern.transfer import HyperRule, inference, loop, ranks
 from tests.transfer.images import image_set, write_folder
-from tests.transfer.test_trainer import Net
+from tests.transfer.net import Net
 
 # 4 processes share micro-batches of 6 and 5, and an evaluation of 21 images.
 RULE = HyperRule(12, 8, 12, (4, 8), 2, mixup_alpha=0.2, base_lr=0.1, batch_size=11)
@@ -39,27 +39,55 @@ def save(path, model, result):
 def trainer_equals_one_process(folder):
     for name, rule in (("mixup", RULE), ("plain", PLAIN)):
         model = net()
-        result = trainer.train(model, image_set(), rule, out=folder / name, **OPTIONS)
+        result = loop.train(model, image_set(), rule, out=folder / name, **OPTIONS)
         save(folder / name / "result", model, result)
 
 
 def interrupted_run_resumes_with_the_same_bits(folder):
     """One process alone is interrupted: all stop after the same step."""
     straight, stopped, resumed = net(), net(), net()
-    expected = trainer.train(straight, image_set(), RULE, **OPTIONS)
+    expected = loop.train(straight, image_set(), RULE, **OPTIONS)
     if dist.get_rank() == 2:
         stopped.on_call = lambda call: call == 2 * 7 and signal.raise_signal(signal.SIGINT)
     try:
-        trainer.train(stopped, image_set(), RULE, out=folder, **OPTIONS)
+        loop.train(stopped, image_set(), RULE, out=folder, **OPTIONS)
     except KeyboardInterrupt:
         assert stopped.calls == 2 * 7
     else:
         raise AssertionError("expected an interrupt")
-    result = trainer.train(resumed, image_set(), RULE, out=folder, resume=True, **OPTIONS)
+    result = loop.train(resumed, image_set(), RULE, out=folder, resume=True, **OPTIONS)
     assert resumed.calls == 2 * (RULE.steps - 7)
     assert result.history == expected.history and result.metrics == expected.metrics
     for name, tensor in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def gradients_are_summed_in_few_all_reduces(folder):
+    """Of several dtypes and layouts, by buckets; a tensor beyond a bucket is one by itself."""
+    reduce, sizes = dist.all_reduce, []
+    dist.all_reduce = lambda t, *a, **k: sizes.append(t.nbytes) or reduce(t, *a, **k)
+    before = ranks.BUCKET_BYTES
+    try:
+        for bucket_bytes, most in ((1 << 20, 2), (4096, 8)):
+            ranks.BUCKET_BYTES = bucket_bytes
+            torch.manual_seed(dist.get_rank())
+            tensors = [torch.randn(8, 4, 3, 3, dtype=torch.float64) for _ in range(5)]
+            tensors += [torch.randn(16, 8, 2, 2).to(memory_format=torch.channels_last)]
+            tensors += [torch.randn(7).expand(3, 7).clone().t(), torch.randn(()), torch.randn(5000)]
+            expected = [t.clone() for t in tensors]
+            for tensor in expected:
+                reduce(dense := tensor.contiguous())
+                tensor.copy_(dense)
+            layouts = [t.stride() for t in tensors]
+            sizes.clear()
+            ranks.add_up(tensors)
+            large = [size for size in sizes if size > 8]  # the others tell of failures
+            assert len(large) <= most and sum(large) == sum(t.nbytes for t in tensors)
+            assert [t.stride() for t in tensors] == layouts
+            for tensor, wanted in zip(tensors, expected, strict=True):
+                torch.testing.assert_close(tensor, wanted)
+    finally:
+        dist.all_reduce, ranks.BUCKET_BYTES = reduce, before
 
 
 def failure_of_one_process_stops_all(folder):
@@ -72,7 +100,7 @@ def failure_of_one_process_stops_all(folder):
     if dist.get_rank() == 3:
         model.on_call = fail
     try:
-        trainer.train(model, image_set(), RULE, out=folder, checkpoint_every=12, **OPTIONS)
+        loop.train(model, image_set(), RULE, out=folder, checkpoint_every=12, **OPTIONS)
     except (OSError, ranks.RankError) as error:
         assert model.calls == 5 + (dist.get_rank() != 3)
         own = f"{folder}: the disk is gone"
@@ -85,9 +113,9 @@ def failure_of_one_process_stops_all(folder):
 
 def evaluation_of_fewer_images_than_processes(folder):
     model, data = Net(torch.float64), image_set(1)
-    metrics = trainer.evaluate(model, data, 8)
+    metrics = inference.evaluate(model, data, 8)
     with torch.no_grad():
-        logits = trainer.predict(model, data, 8)
+        logits = inference.predict(model, data, 8)
     labels = torch.from_numpy(data.labels)
     assert metrics["top1"] == (logits.argmax(1) == labels).double().mean().item()
     loss = torch.nn.functional.cross_entropy(logits.double(), labels).item()
@@ -101,7 +129,7 @@ def bad_arguments_are_told_by_all(folder):
     ):
         rule = dataclasses.replace(RULE, batch_size=batch_size)
         try:
-            trainer.train(net(), image_set(), rule, batch_split=batch_split)
+            loop.train(net(), image_set(), rule, batch_split=batch_split)
         except ValueError as error:
             assert str(error) == message
         else:
@@ -168,6 +196,7 @@ def command_line_evaluates_together(folder):
 CHECKS = (
     trainer_equals_one_process,
     interrupted_run_resumes_with_the_same_bits,
+    gradients_are_summed_in_few_all_reduces,
     failure_of_one_process_stops_all,
     evaluation_of_fewer_images_than_processes,
     bad_arguments_are_told_by_all,

@@ -14,7 +14,11 @@ import pytest
 import torch
 
 INTERPRETED = not torch.cuda.is_available()
-_MODULES = ("triton", "bitkern.kernels.group_norm_act", "bitkern.kernels.weight_standardize")
+_MODULES = (
+    "triton",
+    "bitkern.backends.triton.group_norm_act",
+    "bitkern.backends.triton.weight_standardize",
+)
 
 
 def _interpret():
@@ -76,8 +80,8 @@ def device():
 @pytest.fixture
 def launches(monkeypatch):
     """Every launch: (name of the kernel, programs, constants)."""
-    from bitkern.kernels import group_norm_act, weight_standardize
-    from bitkern.kernels.launch import launch
+    from bitkern.backends.triton import group_norm_act, weight_standardize
+    from bitkern.backends.triton.launch import launch
 
     seen = []
 

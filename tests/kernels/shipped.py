@@ -1,11 +1,10 @@
 """Compiles the launches that BiT's networks lead to, for several GPUs, and says what they use.
 
-A program of its own (``python -m tests.kernels.shipped SHARD SHARDS``), because
+A program of its own (``python -m tests.kernels.shipped EXTENT SHARD SHARDS``), because
 kernels imported for Triton's interpreter cannot be compiled. Prints a line of JSON for each.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,7 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bitkern.kernels import group_norm_act, launch, weight_standardize
+from bitkern.backends.triton import group_norm_act, launch, weight_standardize
+from bitkern.variant import Variant
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,8 +35,10 @@ TYPES = {
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 KERNELS = {
-    "_forward", "_backward", "_sum_samples", "_forward_one", "_backward_one", "_forward_all",
-    "_backward_all", "_store_pointers",
+    "group_norm_act_forward", "group_norm_act_backward", "group_norm_act_sum_samples",
+    "weight_standardize_forward_one", "weight_standardize_backward_one",
+    "weight_standardize_forward_all", "weight_standardize_backward_all",
+    "weight_standardize_store_pointers",
 }  # fmt: skip
 FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
 
@@ -110,10 +112,10 @@ def standardizations(dtype, out_dtype, channels_last, shapes, gain=False, varian
         gains = [p[:, :1, :1, :1] for p in parameters] if gain else None
         scales = [1.0] * len(shapes)
         outs, stats = weight_standardize.weight_standardize_forward(
-            parameters, gains, scales, 1e-10, *variant, out_dtype, channels_last[1]
+            parameters, gains, scales, Variant(1e-10, *variant), out_dtype, channels_last[1]
         )
         weight_standardize.weight_standardize_backward(
-            outs, parameters, gains, scales, stats, 1e-10, *variant
+            outs, parameters, gains, scales, stats, Variant(1e-10, *variant)
         )
 
     both(shapes)
@@ -192,20 +194,24 @@ def resources(binary):
     return found | {"registers": number["vgpr_count"], "spills": spills}
 
 
-def selected(everything):
-    """(launch, target): all launches for sm_90; for the others every third of each kernel."""
+def selected(extent):
+    """(launch, target): "few", every sixth of each kernel for sm_90; "many", all of a selection of
+    sizes for sm_90 and every third for the others; "all" of every width and size for every target.
+    """
     seen = Counter()
-    for entry in shipped(everything):
-        first = seen[entry[0]] % 3 == 0
+    for entry in shipped(extent == "all"):
+        number = seen[entry[0]]
         seen[entry[0]] += 1
         for target in TARGETS:
-            if everything or first or target == "sm_90":
+            every = 1 if extent == "all" or target == "sm_90" else 3
+            if extent == "few":
+                every = 6 if target == "sm_90" else 0
+            if every and number % every == 0:
                 yield entry, target
 
 
-def main(shard, shards):
-    everything = os.environ.get("BITKERN_COMPILE_ALL") == "1"
-    for entry, target in list(selected(everything))[int(shard) :: int(shards)]:
+def main(extent, shard, shards):
+    for entry, target in list(selected(extent))[int(shard) :: int(shards)]:
         kernel, types, constants, warps = entry
         what = {"target": target, "kernel": kernel.__name__, "types": types}
         what |= {"constants": constants, "warps": warps}

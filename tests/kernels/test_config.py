@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bitkern.kernels import config, launch
+from bitkern.backends.triton import config, launch
 
 SIZES = [7, 8, 14, 15, 28, 30, 56, 60, 112, 120]
 CHANNELS = [64, 128, 192, 256, 768, 1024, 2048, 6144, 8192]

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from bitkern.kernels import group_norm_act, launch
+from bitkern.backends.triton import group_norm_act, launch
 from tests.kernels import shipped
 from tests.kernels.test_group_norm_act import DTYPES, EPS, FORMATS, problem
 from tests.kernels.test_weight_standardize import Problem as Weights

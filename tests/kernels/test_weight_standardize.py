@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bitkern import reference
-from bitkern.kernels import config
-from bitkern.kernels import weight_standardize as kernels
+from bitkern.backends.triton import config
+from bitkern.backends.triton import weight_standardize as kernels
+from bitkern.variant import Variant
 from tests.helpers import assert_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,18 +53,18 @@ class Problem:
             for s in shapes
         ]
         self.scales = [scale * (1 + i) for i in range(len(shapes))]
-        self.variant = eps, eps_outside, unbiased
+        self.variant = Variant(eps, eps_outside, unbiased)
 
     def ours(self):
         """(out, dweight, dgain or None) of each layer."""
         outs, stats = kernels.weight_standardize_forward(
-            self.weights, self.gains, self.scales, *self.variant, self.out_dtype,
+            self.weights, self.gains, self.scales, self.variant, self.out_dtype,
             self.out_format == "channels_last",
         )  # fmt: skip
         assert stats.dtype == torch.float32
         assert stats.shape == (2, sum(w.shape[0] for w in self.weights))
         dweights, dgains = kernels.weight_standardize_backward(
-            self.douts, self.weights, self.gains, self.scales, stats, *self.variant
+            self.douts, self.weights, self.gains, self.scales, stats, self.variant
         )
         for out, dweight, weight in zip(outs, dweights, self.weights, strict=True):
             if weight.ndim == 4:
@@ -139,8 +140,8 @@ def test_many_layers_are_one_launch(device, variant, launches):
     if variant == "original":  # the unbiased variance of one element is not a number
         many.weights, many.douts, many.scales = many.weights[:4], many.douts[:4], many.scales[:4]
     many.check()
-    names = [name for name, _, _ in launches if name != "_store_pointers"]
-    assert names == ["_forward_all", "_backward_all"]
+    names = [name for name, _, _ in launches if name != "weight_standardize_store_pointers"]
+    assert names == ["weight_standardize_forward_all", "weight_standardize_backward_all"]
 
 
 def test_many_layers_with_other_gradients(device):

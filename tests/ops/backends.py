@@ -2,16 +2,16 @@
 
 import pytest
 
-from bitkern import backend
+from bitkern import backends
 
 
 def implementations(kernel):
     params = [pytest.param("reference", "cpu", id="reference")]
     for name, device in (("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")):
-        if kernel not in backend._KERNELS[name]:
+        if kernel not in backends.BACKENDS[name].dtypes:
             continue
         marks = [pytest.mark.gpu] if device == "cuda" else []
-        if device == "cpu" and backend.unavailable(name):
-            marks = [pytest.mark.skip(reason=backend.unavailable(name))]
+        if device == "cpu" and backends.unavailable(name):
+            marks = [pytest.mark.skip(reason=backends.unavailable(name))]
         params.append(pytest.param(name, device, id=name, marks=marks))
     return pytest.mark.parametrize("name, device", params)

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import bitkern
-from bitkern import backend, native
+from bitkern import backends
+from bitkern.backends import cpu
 from tests.helpers import affine, maps
 
 pytestmark = pytest.mark.skipif(
-    backend.unavailable("cpu") is not None, reason=str(backend.unavailable("cpu"))
+    backends.unavailable("cpu") is not None, reason=str(backends.unavailable("cpu"))
 )
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 # Enough work for several threads; 3 and 5 samples do not divide over them.
@@ -92,9 +93,9 @@ def test_after_fork():
     weight, bias = affine(x.shape[1])
 
     def run():
-        _, y, mean, rstd = native.group_norm_act_forward(x, None, 8, weight, bias, 1e-5, "relu")
+        _, y, mean, rstd = cpu.group_norm_act_forward(x, None, 8, weight, bias, 1e-5, "relu")
         of = 8, weight, bias, mean, rstd, "relu"
-        return y, *native.group_norm_act_backward(dy, None, x, *of, True, True)
+        return y, *cpu.group_norm_act_backward(dy, None, x, *of, True, True)
 
     expected = run()
     context = multiprocessing.get_context("fork")

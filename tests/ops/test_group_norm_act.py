@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import bitkern
 from bitkern import ops, reference
-from bitkern.backend import launchers
+from bitkern.backends import launchers
 from tests.helpers import affine, assert_accurate, maps, strided
 from tests.ops.backends import implementations
 

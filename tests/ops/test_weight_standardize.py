@@ -5,6 +5,7 @@ import torch
 
 import bitkern
 from bitkern import ops, reference
+from bitkern.variant import Variant
 from tests.helpers import assert_accurate, strided
 from tests.ops.backends import implementations
 from tests.test_reference import VARIANTS
@@ -111,7 +112,7 @@ def test_many_layers_equal_one_by_one(name, device):
     scales = [0.5, 1.0, 2.0, 0.1]
     douts = [torch.randn(s, device=device) for s in shapes]
     with bitkern.use_backend(name):
-        outs = ops.weight_standardize_all(weights, 1e-5, gains=gains, scales=scales)
+        outs = ops.weight_standardize_all(weights, Variant(1e-5), gains=gains, scales=scales)
         grads = torch.autograd.grad(outs, weights + gains, douts)
         for i, w in enumerate(weights):
             out = ops.weight_standardize(w, 1e-5, gain=gains[i], scale=scales[i])

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from bitkern.transfer.data import ImageSet
+from bitkern.transfer import ImageSet
 
 CLASSES = ("ant", "bee", "cat")
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from bitkern.transfer import data
+from bitkern.transfer.data.images import read_image
 from tests.transfer.images import CLASSES, image_set, picture, write_folder
 
 
@@ -39,14 +40,14 @@ def test_median_image_size(tmp_path):
 def test_reads_any_8_bit_mode_as_rgb(tmp_path, mode):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.fromarray(picture(0, 0)).convert(mode).save(path)
-    image = data.read_image(path)
+    image = read_image(path)
     assert image.mode == "RGB" and image.size == (17, 13)
 
 
 def test_does_not_clip_16_bit_images(tmp_path):
     Image.fromarray(np.full((8, 8), 5000, np.uint16)).save(tmp_path / "a.png")
     with pytest.raises(data.DataError, match="8 bits"):
-        data.read_image(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
 
 
 def remove_test(folder):
@@ -90,7 +91,7 @@ def test_corrupt_image(tmp_path, name):
     folder = write_folder(tmp_path)
     broken = folder / "train" / "bee" / name
     truncate(broken)
-    with pytest.raises(data.DataError, match=f"{broken}: not a readable image .*--skip-corrupt"):
+    with pytest.raises(data.DataError, match=f"{broken}: not a readable image .*skip_corrupt=True"):
         data.image_folder(folder, "train")
     found, skipped = data.image_folder(folder, "train", skip_corrupt=True)
     assert skipped == 1
@@ -182,4 +183,4 @@ def test_digits():
     pixels = np.stack(train_set.images)
     assert pixels.dtype == np.uint8 and pixels.shape[1:] == (8, 8)
     assert (pixels.min(), pixels.max()) == (0, 255)
-    assert data.read_image(train_set.images[0]).mode == "RGB"
+    assert read_image(train_set.images[0]).mode == "RGB"

@@ -8,12 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from bitkern.transfer import HyperRule
-from bitkern.transfer.data import ImageSet
-from bitkern.transfer.loader import MicroBatches, eval_batches, to_input, train_batches
+from bitkern.transfer import HyperRule, ImageSet, train_batches
+from bitkern.transfer.compute import Compute
+from bitkern.transfer.data.loader import eval_batches
+from bitkern.transfer.schedule import Schedule
 from tests.transfer.images import image_set, picture
 
 RULE = HyperRule(12, 8, steps=5, decay_steps=(), warmup_steps=0, mixup_alpha=0.0, batch_size=10)
+
+CPU = Compute.of("cpu", "fp32", 0)
 
 
 def images_of(**arguments):
@@ -61,7 +64,8 @@ def test_leaves_the_global_generators_alone():
 @pytest.mark.parametrize("num_examples", [1, 3, 10, 15, 50])
 def test_epochs_are_permutations_without_gaps(num_examples):
     rule = dataclasses.replace(RULE, steps=15)
-    pairs = [pair for batch in MicroBatches(num_examples, rule, 0, 3, 0) for pair in batch]
+    batches = Schedule(num_examples, rule, seed=0, batch_split=3).micro_batches()
+    pairs = [pair for batch in batches for pair in batch]
     assert [position for _, position in pairs] == list(range(150))
     epochs = collections.defaultdict(list)
     for index, position in pairs:
@@ -95,7 +99,7 @@ def test_train_transform_crops_and_flips_the_resized_image():
 
 def test_eval_transform_resizes_straight_to_the_crop():
     data = image_set(per_class=3)
-    x = torch.cat([x for x, _ in eval_batches(data, 8, batch_size=4)])
+    x = torch.cat([x for x, _ in eval_batches(data, 8, CPU, batch_size=4)])
     for image, ours in zip(data.images, x, strict=True):
         expected = np.asarray(Image.fromarray(image).resize((8, 8), Image.Resampling.BILINEAR))
         assert np.array_equal(ours.permute(1, 2, 0).numpy(), expected)
@@ -103,6 +107,7 @@ def test_eval_transform_resizes_straight_to_the_crop():
 
 def test_input_is_in_minus_one_to_one():
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
-    x = to_input(images, "cpu")
+    x = CPU.to_input(images)
+    assert x.is_contiguous(memory_format=torch.channels_last)
     assert x.dtype == torch.float32 and (x.min(), x.max()) == (-1, 1)
     torch.testing.assert_close(x[0, 0].flatten(), torch.linspace(-1, 1, 256))

@@ -7,3 +7,22 @@ class names work on. :func:`bitkern.convert` assigns it to ``module.__class__``.
 ``LAYERS`` and ``BLOCKS`` of each module map the library's classes to these; a value may also be a
 function of the module. A block has a ``fits(module)``: what is wanted of the converted inside.
 """
+
+import importlib
+import sys
+from typing import Any
+
+# A module of this package -> the module of the library without which it is of no use.
+LIBRARIES = {
+    "timm": "timm.layers",
+    "transformers": "transformers.models.bit.modeling_bit",
+}
+
+
+def replacements(kind: str) -> dict[type, Any]:
+    """``LAYERS`` or ``BLOCKS`` of the libraries in use: their classes -> the ones taken instead."""
+    classes: dict[type, Any] = {}
+    for name, marker in LIBRARIES.items():
+        if marker in sys.modules:
+            classes |= getattr(importlib.import_module(f"{__name__}.{name}"), kind)
+    return classes

@@ -7,10 +7,10 @@ from timm import layers
 from timm.models import resnetv2
 from torch import nn
 
-from bitkern import nn as ours
-from bitkern.models.resnetv2 import total
-from bitkern.peers.preact import ACTS, Bottleneck, Stage, StandardizedConv, fusion, through
-from bitkern.standardized import per_forward
+from bitkern.convert.libraries import common
+from bitkern.convert.libraries.common import ACT_OR_NONE_OF, Norm, StandardizedConv, fusion
+from bitkern.nn.preact import summed, through
+from bitkern.nn.standardized import per_forward
 
 
 class StdConv2d(StandardizedConv, layers.StdConv2d):
@@ -44,11 +44,6 @@ class ScaledStdConv2dSame(SamePadding, StandardizedConv, layers.ScaledStdConv2dS
     pass
 
 
-class Norm:
-    forward = ours.GroupNormAct.forward
-    __prepare_scriptable__ = ours.GroupNormAct.__prepare_scriptable__
-
-
 class PlainNorm(Norm):
     def fusion(self):
         return "none", ()
@@ -56,7 +51,7 @@ class PlainNorm(Norm):
 
 class NormAct(Norm):
     def fusion(self):
-        return fusion(ACTS, self.drop, self.act)
+        return fusion(ACT_OR_NONE_OF, self.drop, self.act)
 
 
 class GroupNorm(PlainNorm, layers.GroupNorm):
@@ -75,18 +70,18 @@ class GroupNorm1Act(NormAct, layers.GroupNorm1Act):
     pass
 
 
-class PreActBottleneck(Bottleneck, resnetv2.PreActBottleneck):
+class PreActBottleneck(common.Bottleneck, resnetv2.PreActBottleneck):
     shortcuts = resnetv2.DownsampleConv, resnetv2.DownsampleAvg
 
 
-class ResNetStage(Stage, resnetv2.ResNetStage):
+class ResNetStage(common.Stage, resnetv2.ResNetStage):
     pass
 
 
 class ResNetV2(resnetv2.ResNetV2):
     @staticmethod
     def fits(module):
-        return all(isinstance(stage, Stage) for stage in module.stages)
+        return all(isinstance(stage, common.Stage) for stage in module.stages)
 
     def forward_features(self, x):
         if isinstance(x, torch.fx.Proxy):
@@ -94,7 +89,7 @@ class ResNetV2(resnetv2.ResNetV2):
         # A checkpointed stage standardizes its weights when it runs, and again in backward.
         checkpointed = any(getattr(stage, "grad_checkpointing", False) for stage in self.stages)
         with contextlib.nullcontext() if checkpointed else per_forward(self):
-            return self.norm(total(*through(self.stages, self.stem(x), None)))
+            return self.norm(summed(*through(self.stages, self.stem(x), None)))
 
 
 LAYERS = {

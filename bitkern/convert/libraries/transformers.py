@@ -6,9 +6,9 @@ from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.models.bit import modeling_bit as bit
 
-from bitkern import nn as ours
-from bitkern.peers.preact import ACTS, Bottleneck, Stage, StandardizedConv, fusion
-from bitkern.standardized import per_forward
+from bitkern.convert.libraries import common
+from bitkern.convert.libraries.common import ACT_OR_NONE_OF, Norm, StandardizedConv, fusion
+from bitkern.nn.standardized import per_forward
 
 
 class WeightStandardizedConv2d(StandardizedConv, bit.WeightStandardizedConv2d):
@@ -30,19 +30,16 @@ class PaddedWeightStandardizedConv2d(WeightStandardizedConv2d):
         return super().forward(self.pad(x))
 
 
-class BitGroupNormActivation(bit.BitGroupNormActivation):
-    forward = ours.GroupNormAct.forward
-    __prepare_scriptable__ = ours.GroupNormAct.__prepare_scriptable__
-
+class BitGroupNormActivation(Norm, bit.BitGroupNormActivation):
     def fusion(self):
-        return fusion({**ACTS, SiLUActivation: "silu"}, self.activation)
+        return fusion({**ACT_OR_NONE_OF, SiLUActivation: "silu"}, self.activation)
 
 
-class BitPreActivationBottleneckLayer(Bottleneck, bit.BitPreActivationBottleneckLayer):
+class BitPreActivationBottleneckLayer(common.Bottleneck, bit.BitPreActivationBottleneckLayer):
     shortcuts = (bit.BitDownsampleConv,)
 
 
-class BitStage(Stage, bit.BitStage):
+class BitStage(common.Stage, bit.BitStage):
     def parts(self):
         return list(self.layers)  # taken one by one: the container is not called
 
@@ -50,7 +47,7 @@ class BitStage(Stage, bit.BitStage):
 class BitModel(bit.BitModel):
     @staticmethod
     def fits(module):
-        return all(isinstance(stage, Stage) for stage in module.encoder.stages)
+        return all(isinstance(stage, common.Stage) for stage in module.encoder.stages)
 
     @functools.wraps(bit.BitModel.forward)
     def forward(self, *args, **kwargs):

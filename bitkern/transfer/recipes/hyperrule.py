@@ -7,9 +7,20 @@ google-research/big_transfer.
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from bitkern.transfer.recipes.mixup import cross_entropy
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from bitkern.transfer.data.images import Pixels
 
 
-def _check(valid: bool, name: str, expected: str, got) -> None:
+def _check(valid: bool, name: str, expected: str, got: object) -> None:
     if not valid:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
@@ -33,7 +44,7 @@ class HyperRule:
     base_lr: float = 0.003
     batch_size: int = 512
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self.crop >= 1, "crop", "a positive number of pixels", self.crop)
         _check(
             self.resize >= self.crop,
@@ -59,7 +70,8 @@ class HyperRule:
         _check(step >= 0, "step", "0 or more", step)
         if step < self.warmup_steps:
             return self.base_lr * step / self.warmup_steps
-        return self.base_lr / 10 ** sum(decay < step for decay in self.decay_steps)
+        decays = sum(decay < step for decay in self.decay_steps)
+        return self.base_lr / float(10**decays)
 
     def with_steps(self, steps: int) -> "HyperRule":
         """The same schedule stretched or shrunk to ``steps``, warm-up and decays in proportion."""
@@ -71,6 +83,21 @@ class HyperRule:
             decay_steps=tuple(round(decay * ratio) for decay in self.decay_steps),
             warmup_steps=round(self.warmup_steps * ratio),
         )
+
+    def prepare(self, image: "Image.Image") -> "Pixels":
+        """The image resized to (resize, resize), without keeping its aspect ratio."""
+        from PIL.Image import Resampling
+
+        return np.asarray(image.resize((self.resize, self.resize), Resampling.BILINEAR))
+
+    def augment(self, pixels: "Pixels", random: np.random.Generator) -> "Pixels":
+        """A random crop."""
+        top, left = random.integers(self.resize - self.crop, size=2, endpoint=True)
+        return pixels[top : top + self.crop, left : left + self.crop]
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy."""
+        return cross_entropy(logits, labels)
 
 
 def hyperrule(num_examples: int, image_size: tuple[int, int]) -> HyperRule:

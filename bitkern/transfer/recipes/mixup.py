@@ -1,7 +1,10 @@
 """MixUp (arXiv 1710.09412) as BiT uses it: one lambda for the batch, labels mixed in the loss."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 def _check_lam(lam: float) -> None:
@@ -9,14 +12,14 @@ def _check_lam(lam: float) -> None:
         raise ValueError(f"lam: expected a number in [0, 1], got {lam!r}")
 
 
-def cross_entropy(logits, y):
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Mean cross-entropy of ``logits`` (N, classes) and labels ``y`` (N,), in fp32 at least."""
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     return F.cross_entropy(logits, y)
 
 
-def mixup(x, y, lam, permutation):
+def mixup(x: Tensor, y: Tensor, lam: float, permutation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mix each image with another of the batch: ``lam * x + (1 - lam) * x[permutation]``.
 
     ``x`` floating point (N, ...); ``y`` labels (N, ...); ``lam`` in [0, 1]; ``permutation`` int64
@@ -40,12 +43,19 @@ def mixup(x, y, lam, permutation):
     return x_mixed, y, y[permutation]
 
 
-def mixup_loss(logits, y, y_perm, lam):
-    """``lam * CE(logits, y) + (1 - lam) * CE(logits, y_perm)``, the mean over the batch.
+def mixup_loss(
+    logits: Tensor,
+    y: Tensor,
+    y_perm: Tensor,
+    lam: float,
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+) -> Tensor:
+    """``lam * loss(logits, y) + (1 - lam) * loss(logits, y_perm)``, the mean over the batch.
 
     ``logits`` (N, classes), computed in fp32 at least; ``y`` and ``y_perm`` int64 (N,); ``lam`` in
-    [0, 1]. Equals cross-entropy against the soft label ``lam * onehot(y) + (1 - lam) *
-    onehot(y_perm)``. Raises ``ValueError``.
+    [0, 1]; ``loss`` of logits and labels, by default cross-entropy, with which it equals
+    cross-entropy against the soft label ``lam * onehot(y) + (1 - lam) * onehot(y_perm)``. Raises
+    ``ValueError``.
     """
     _check_lam(lam)
     if logits.ndim != 2:
@@ -56,4 +66,4 @@ def mixup_loss(logits, y, y_perm, lam):
                 f"{name}: expected int64 of shape ({logits.shape[0]},), "
                 f"got {labels.dtype} of shape {tuple(labels.shape)}"
             )
-    return lam * cross_entropy(logits, y) + (1 - lam) * cross_entropy(logits, y_perm)
+    return lam * loss(logits, y) + (1 - lam) * loss(logits, y_perm)

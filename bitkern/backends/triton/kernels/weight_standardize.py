@@ -11,19 +11,8 @@ mean and std, std = sqrt(var + eps), or sqrt(var) with eps outside. sizes (int64
 programs (int32) [programs, 2]: layer and first filter; pointers (int64) [layers, tensors].
 """
 
-import functools
-import struct
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-
-from bitkern.kernels import config
-from bitkern.kernels.launch import launch
-
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_POINTERS_AT_A_TIME = 64
 
 
 @triton.jit
@@ -176,7 +165,7 @@ def _backward_tile(
 
 
 @triton.jit(do_not_specialize=["filters", "K", "minor"])
-def _forward_one(
+def weight_standardize_forward_one(
     weight, out, gain, stats, filters, K, minor, scale, eps,
     EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, FILTERS: tl.constexpr, BLOCK: tl.constexpr,
     WHOLE: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr,
@@ -188,7 +177,7 @@ def _forward_one(
 
 
 @triton.jit(do_not_specialize=["filters", "K", "minor"])
-def _backward_one(
+def weight_standardize_backward_one(
     dout, weight, dweight, gain, dgain, stats, filters, K, minor, scale, eps,
     EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, FILTERS: tl.constexpr, BLOCK: tl.constexpr,
     WHOLE: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr,
@@ -200,7 +189,7 @@ def _backward_one(
 
 
 @triton.jit
-def _store_pointers(table, first, pointers):
+def weight_standardize_store_pointers(table, first, pointers):
     for i in tl.static_range(len(pointers)):
         tl.store(table + first + i, pointers[i])
 
@@ -217,7 +206,7 @@ def _tensor(pointers, layer, INDEX: tl.constexpr, TENSORS: tl.constexpr, DTYPE: 
 
 
 @triton.jit(do_not_specialize=["all_filters"])
-def _forward_all(
+def weight_standardize_forward_all(
     sizes, programs, pointers, stats, all_filters, eps, WEIGHT: tl.constexpr, OUT: tl.constexpr,
     HAS_GAIN: tl.constexpr, EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr,
     PERMUTED: tl.constexpr, TILES: tl.constexpr,
@@ -242,7 +231,7 @@ def _forward_all(
 
 
 @triton.jit(do_not_specialize=["all_filters"])
-def _backward_all(
+def weight_standardize_backward_all(
     sizes, programs, pointers, stats, all_filters, eps, WEIGHT: tl.constexpr, OUT: tl.constexpr,
     HAS_GAIN: tl.constexpr, EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr,
     PERMUTED: tl.constexpr, TILES: tl.constexpr,
@@ -267,111 +256,3 @@ def _backward_all(
                 all_filters, scale, eps, EPS_OUTSIDE, UNBIASED, TILES[i][0], TILES[i][1],
                 TILES[i][2], TILES[i][3], PERMUTED,
             )  # fmt: skip
-
-
-class _Layer(NamedTuple):
-    """Sizes of one layer, for a kernel that goes through a filter in the order of ``own``."""
-
-    filters: int
-    length: int
-    minor: int  # the dimension exchanged with the other tensor's; length where none is
-    aligned: bool
-    scale: float
-
-
-def _layer(own, other, tensors, scale):
-    length = own.shape[1:].numel()
-    minor = length
-    if length and own.is_contiguous() != other.is_contiguous():
-        minor = length // own.shape[1] if own.is_contiguous() else own.shape[1]
-    addresses = 0
-    for tensor in tensors:
-        if tensor is not None:
-            addresses |= tensor.data_ptr()
-    return _Layer(own.shape[0], length, minor, length % 8 == 0 and addresses % 16 == 0, scale)
-
-
-@functools.lru_cache(maxsize=64)
-def _tables(layers, device):
-    """sizes and programs on the device, long filters first."""
-    sizes, programs, first_stat = [], [], 0
-    for layer in layers:
-        kind = config.filter_kind(layer.length, layer.aligned)
-        (scale,) = struct.unpack("i", struct.pack("f", layer.scale))
-        sizes.append((layer.filters, layer.length, layer.minor, first_stat, scale, kind))
-        first_stat += layer.filters
-    for i in sorted(range(len(layers)), key=lambda i: -layers[i].length):
-        step = config.FILTER_TILES[sizes[i][-1]].filters
-        programs += [(i, first) for first in range(0, layers[i].filters, step)]
-    return (
-        torch.tensor(sizes, dtype=torch.int64, device=device),
-        torch.tensor(programs, dtype=torch.int32, device=device),
-    )
-
-
-def _pointers(tensors):
-    """Addresses of the layers' tensors, on the device."""
-    addresses = [t.data_ptr() for layer in tensors for t in layer if t is not None]
-    addresses += addresses[-1:] * (-len(addresses) % _POINTERS_AT_A_TIME)
-    table = tensors[0][0].new_empty(len(addresses), dtype=torch.int64)
-    for first in range(0, len(addresses), _POINTERS_AT_A_TIME):
-        chunk = tuple(addresses[first : first + _POINTERS_AT_A_TIME])
-        launch(_store_pointers, 1, (table,), (first, chunk), (), 1)
-    return table
-
-
-def _launch(one, many, tensors, layers, gains, stats, eps, variant, dtypes):
-    """The kernel for one layer, or that for many; tensors: a tuple per layer, some of them None."""
-    permuted = any(layer.minor != layer.length for layer in layers)
-    with torch.cuda.device_of(stats):
-        if len(layers) > 1:
-            sizes, programs = _tables(tuple(layers), stats.device)
-            pointers = (sizes, programs, _pointers(tensors), stats)
-            dtypes = [_DTYPES[dtype] for dtype in dtypes]
-            options = (*dtypes, int(gains is not None), *variant, permuted, config.FILTER_TILES)
-            numbers = (stats.shape[1], eps)
-            launch(many, len(programs), pointers, numbers, options, config.FILTER_WARPS)
-            return
-        ((filters, length, minor, aligned, scale),) = layers
-        tile, warps = config.filter_tile(filters, length, aligned)
-        options = (*variant, *tile, permuted)
-        numbers = (filters, length, minor, scale, eps)
-        programs = -(-filters // tile.filters)
-        launch(one, programs, (*tensors[0], stats), numbers, options, warps)
-
-
-def weight_standardize_forward(
-    weights, gains, scales, eps, eps_outside, unbiased, dtype, channels_last
-):
-    """``(outs, stats)`` of many layers; stats (2, filters of all layers) fp32.
-
-    weights (O, I, *kernel), dense, each in either memory format; outs in the one asked for.
-    """
-    format = torch.channels_last if channels_last else torch.contiguous_format
-    outs = [torch.empty_like(w, dtype=dtype, memory_format=format) for w in weights]
-    filters = sum(w.shape[0] for w in weights)
-    stats = weights[0].new_empty((2, filters), dtype=torch.float32)
-    if filters == 0:
-        return outs, stats
-    tensors = list(zip(weights, outs, gains or [None] * len(weights), strict=True))
-    layers = [_layer(t[1], t[0], t, scale) for t, scale in zip(tensors, scales, strict=True)]
-    variant, dtypes = (eps_outside, unbiased), (weights[0].dtype, dtype)
-    _launch(_forward_one, _forward_all, tensors, layers, gains, stats, eps, variant, dtypes)
-    return outs, stats
-
-
-def weight_standardize_backward(douts, weights, gains, scales, stats, eps, eps_outside, unbiased):
-    """``(dweights, dgains or None)`` of many layers, like weights and gains.
-
-    douts of one dtype, dense, each in either memory format.
-    """
-    dweights = [torch.empty_like(w) for w in weights]
-    dgains = None if gains is None else [torch.empty_like(gain) for gain in gains]
-    if stats.numel() == 0:
-        return dweights, dgains
-    none = [None] * len(weights)
-    tensors = list(zip(douts, weights, dweights, gains or none, dgains or none, strict=True))
-    layers = [_layer(t[1], t[0], t, scale) for t, scale in zip(tensors, scales, strict=True)]
-    variant, dtypes = (eps_outside, unbiased), (weights[0].dtype, douts[0].dtype)
-    _launch(_backward_one, _backward_all, tensors, layers, gains, stats, eps, variant, dtypes)
-    return dweights, dgains

@@ -1,0 +1,80 @@
+"""Every call of a private name of PyTorch, in one place. Tried on PyTorch 2.11.0 and 2.14.1."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def transformed() -> str | None:
+    """What transforms or records PyTorch's operators right now, and sees no kernel; else None."""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func"
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return "torch.jit.trace"
+    for name in ("FAKE", "PROXY"):
+        mode = torch._C._get_dispatch_mode(getattr(torch._C._TorchDispatchModeKey, name))
+        if mode is not None:
+            return type(mode).__name__
+    return None
+
+
+def saved_tensors_hooks() -> Any:
+    """The innermost hooks on tensors saved for backward; None where there are none."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def active_ddp() -> DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward pass is running."""
+    ddp: DistributedDataParallel | None
+    ddp = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    return ddp
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether hooks see a module being called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def forward_pre_hooked(module: nn.Module) -> bool:
+    """Whether hooks run before a module, and may change its weight."""
+    return bool(module._forward_pre_hooks)
+
+
+def compiled(module: nn.Module) -> bool:
+    """Whether torch.compile made a module, or its ``compile()`` was called."""
+    dynamo = sys.modules.get("torch._dynamo")  # which is slow to import
+    wrapped = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+    return wrapped or module._compiled_call_impl is not None
+
+
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """A parameter that a module itself holds; None if it has none or computes it."""
+    return module._parameters.get(name)
+
+
+def drop_parameter(module: nn.Module, name: str) -> None:
+    """Take a parameter out of a module, also one that is None."""
+    module._parameters.pop(name, None)
+
+
+def drop_buffers(module: nn.Module) -> None:
+    """Take all buffers out of a module."""
+    module._buffers.clear()
+
+
+# What a subclass of nn.Conv2d overrides to convolve with another weight.
+conv_forward = nn.Conv2d._conv_forward
+
+
+def plain_conv(conv: nn.Conv2d) -> bool:
+    """Whether a convolution computes what nn.Conv2d does, and no more."""
+    cls = type(conv)
+    return cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward

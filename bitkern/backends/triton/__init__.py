@@ -1,0 +1,32 @@
+"""Triton on GPUs: device code in ``kernels``, launchers beside it, one file per operator."""
+
+import functools
+import importlib
+import os
+import types
+
+from bitkern.backends.backend import FLOATS, Backend
+
+
+@functools.cache
+def load() -> tuple[types.ModuleType | None, str]:
+    """Triton, and why it is missing: None and a reason, or the module and an empty one."""
+    try:
+        return importlib.import_module("triton"), ""
+    except ImportError as error:
+        return None, f"triton did not load ({error})"
+
+
+class Triton(Backend):
+    name = "triton"
+    devices = auto = ("cuda",)
+    dtypes = {"group_norm_act": FLOATS, "weight_standardize": FLOATS}
+
+    def runs_on(self, device: str) -> bool:
+        return device in self.devices or os.environ.get("TRITON_INTERPRET") == "1"
+
+    def unavailable(self) -> str | None:
+        return load()[1] or None
+
+    def launchers(self, kernel: str) -> types.ModuleType:
+        return importlib.import_module(f"bitkern.backends.triton.{kernel}")

@@ -1,0 +1,1 @@
+"""Device code, one file per operator: what profilers show by these names."""

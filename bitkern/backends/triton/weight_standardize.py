@@ -1,0 +1,122 @@
+"""Launchers of weight standardization: one layer, or all layers of a model in one launch."""
+
+import functools
+import struct
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+
+from bitkern.backends.triton import config
+from bitkern.backends.triton.kernels import weight_standardize as kernels
+from bitkern.backends.triton.launch import launch
+
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_POINTERS_AT_A_TIME = 64
+
+
+class _Layer(NamedTuple):
+    """Sizes of one layer, for a kernel that goes through a filter in the order of ``own``."""
+
+    filters: int
+    length: int
+    minor: int  # the dimension exchanged with the other tensor's; length where none is
+    aligned: bool
+    scale: float
+
+
+def _layer(own, other, tensors, scale):
+    length = own.shape[1:].numel()
+    minor = length
+    if length and own.is_contiguous() != other.is_contiguous():
+        minor = length // own.shape[1] if own.is_contiguous() else own.shape[1]
+    addresses = 0
+    for tensor in tensors:
+        if tensor is not None:
+            addresses |= tensor.data_ptr()
+    return _Layer(own.shape[0], length, minor, length % 8 == 0 and addresses % 16 == 0, scale)
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(layers, device):
+    """sizes and programs on the device, long filters first."""
+    sizes, programs, first_stat = [], [], 0
+    for layer in layers:
+        kind = config.filter_kind(layer.length, layer.aligned)
+        (scale,) = struct.unpack("i", struct.pack("f", layer.scale))
+        sizes.append((layer.filters, layer.length, layer.minor, first_stat, scale, kind))
+        first_stat += layer.filters
+    for i in sorted(range(len(layers)), key=lambda i: -layers[i].length):
+        step = config.FILTER_TILES[sizes[i][-1]].filters
+        programs += [(i, first) for first in range(0, layers[i].filters, step)]
+    return (
+        torch.tensor(sizes, dtype=torch.int64, device=device),
+        torch.tensor(programs, dtype=torch.int32, device=device),
+    )
+
+
+def _pointers(tensors):
+    """Addresses of the layers' tensors, on the device."""
+    addresses = [t.data_ptr() for layer in tensors for t in layer if t is not None]
+    addresses += addresses[-1:] * (-len(addresses) % _POINTERS_AT_A_TIME)
+    table = tensors[0][0].new_empty(len(addresses), dtype=torch.int64)
+    for first in range(0, len(addresses), _POINTERS_AT_A_TIME):
+        chunk = tuple(addresses[first : first + _POINTERS_AT_A_TIME])
+        launch(kernels.weight_standardize_store_pointers, 1, (table,), (first, chunk), (), 1)
+    return table
+
+
+def _launch(one, many, tensors, layers, gains, stats, variant, dtypes):
+    """The kernel for one layer, or that for many; tensors: a tuple per layer, some of them None."""
+    permuted = any(layer.minor != layer.length for layer in layers)
+    eps, *variant = variant
+    with torch.cuda.device_of(stats):
+        if len(layers) > 1:
+            sizes, programs = _tables(tuple(layers), stats.device)
+            pointers = (sizes, programs, _pointers(tensors), stats)
+            dtypes = [_DTYPES[dtype] for dtype in dtypes]
+            options = (*dtypes, int(gains is not None), *variant, permuted, config.FILTER_TILES)
+            numbers = (stats.shape[1], eps)
+            launch(many, len(programs), pointers, numbers, options, config.FILTER_WARPS)
+            return
+        ((filters, length, minor, aligned, scale),) = layers
+        tile, warps = config.filter_tile(filters, length, aligned)
+        options = (*variant, *tile, permuted)
+        numbers = (filters, length, minor, scale, eps)
+        programs = -(-filters // tile.filters)
+        launch(one, programs, (*tensors[0], stats), numbers, options, warps)
+
+
+def weight_standardize_forward(weights, gains, scales, variant, dtype, channels_last):
+    """``(outs, stats)`` of many layers; stats (2, filters of all layers) fp32.
+
+    weights (O, I, *kernel), dense, each in either memory format; outs in the one asked for.
+    """
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    outs = [torch.empty_like(w, dtype=dtype, memory_format=format) for w in weights]
+    filters = sum(w.shape[0] for w in weights)
+    stats = weights[0].new_empty((2, filters), dtype=torch.float32)
+    if filters == 0:
+        return outs, stats
+    tensors = list(zip(weights, outs, gains or [None] * len(weights), strict=True))
+    layers = [_layer(t[1], t[0], t, scale) for t, scale in zip(tensors, scales, strict=True)]
+    one, many = kernels.weight_standardize_forward_one, kernels.weight_standardize_forward_all
+    _launch(one, many, tensors, layers, gains, stats, variant, (weights[0].dtype, dtype))
+    return outs, stats
+
+
+def weight_standardize_backward(douts, weights, gains, scales, stats, variant):
+    """``(dweights, dgains or None)`` of many layers, like weights and gains.
+
+    douts of one dtype, dense, each in either memory format.
+    """
+    dweights = [torch.empty_like(w) for w in weights]
+    dgains = None if gains is None else [torch.empty_like(gain) for gain in gains]
+    if stats.numel() == 0:
+        return dweights, dgains
+    none = [None] * len(weights)
+    tensors = list(zip(douts, weights, dweights, gains or none, dgains or none, strict=True))
+    layers = [_layer(t[1], t[0], t, scale) for t, scale in zip(tensors, scales, strict=True)]
+    one, many = kernels.weight_standardize_backward_one, kernels.weight_standardize_backward_all
+    _launch(one, many, tensors, layers, gains, stats, variant, (weights[0].dtype, douts[0].dtype))
+    return dweights, dgains

@@ -1,0 +1,47 @@
+"""``bitkern evaluate``: the accuracy of a run's model."""
+
+import argparse
+import json
+
+from bitkern.cli import options
+from bitkern.transfer import inference, ranks
+from bitkern.transfer.compute import require
+from bitkern.transfer.data import check_same_classes, load_split
+
+DISTRIBUTED = True
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("evaluate", help="accuracy of a run's model on DIR/test")
+    parser.add_argument("run", help="the folder of a run, or its model.safetensors")
+    options.add_data(parser, "DIR/test/CLASS/*.jpg")
+    parser.add_argument("--batch-size", type=options.positive, default=64)
+    parser.add_argument("--json", action="store_true")
+    options.add_running(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    require("PIL", "tqdm")
+    with ranks.together():
+        device = options.usable_device(args.device)
+        model, classes, crop = options.load_run(args.run)
+    loading = {"skip_corrupt": args.skip_corrupt}
+    test_set, skipped = ranks.from_first(load_split, args.data, "test", **loading)
+    check_same_classes(test_set.classes, classes, args.data, args.run)
+    metrics = inference.evaluate(
+        model,
+        test_set,
+        crop,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        device=device,
+        precision=args.precision,
+    )
+    options.report_skipped(skipped)
+    if args.json:
+        print(json.dumps({**metrics, "images": len(test_set.images)}))
+        return
+    print(
+        f"top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f}, "
+        f"loss {metrics['eval_loss']:.4f} on {len(test_set.images)} images"
+    )

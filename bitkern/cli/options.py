@@ -1,0 +1,100 @@
+"""What several commands have in common: types of options, devices, data, and runs."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bitkern.models import ARCHITECTURES, ResNetV2, create_model
+from bitkern.models.checkpoints import read_metadata
+from bitkern.transfer import ranks, run
+from bitkern.transfer.compute import PRECISIONS
+from bitkern.transfer.data import SOURCES
+
+
+def positive(text: str) -> int:
+    """The type of an option: 1, 2, …"""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """The type of an option: 0, 1, …"""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected 0 or a positive whole number, got {text!r}")
+    return int(text)
+
+
+def add_data(parser: argparse.ArgumentParser, help: str) -> None:
+    """The option that names a source of images."""
+    names = "|".join(("DIR", *SOURCES))
+    parser.add_argument("--data", required=True, metavar=names, help=help)
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that runs a model."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    parser.add_argument(
+        "--precision",
+        choices=["auto", *PRECISIONS],
+        default="auto",
+        help="auto: bf16 on a device that multiplies it natively, else fp32",
+    )
+    parser.add_argument(
+        "--workers",
+        type=not_negative,
+        default=min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+        help="processes that load images; results do not depend on it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--skip-corrupt", action="store_true", help="leave out images that cannot be read"
+    )
+
+
+def usable_device(name: str | None) -> str:
+    """The device asked for, or a GPU if there is one; ValueError if it cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if ranks.world_size() > 1:
+        if name not in ("cpu", "cuda"):
+            raise ValueError(f"--device: expected cpu or cuda in several processes, got {name}")
+        if name == "cuda":  # torchrun gives each process a GPU of its own
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the second from a torch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name}: cannot be used here ({reason})") from None
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)
+    return name
+
+
+def report_skipped(skipped: int) -> None:
+    """Say how many images were left out, if any."""
+    if skipped and ranks.rank() == 0:
+        print(f"skipped {skipped} corrupt image{'s' * (skipped > 1)}", file=sys.stderr)
+
+
+def load_run(path: str | Path) -> tuple[ResNetV2, Sequence[str], int]:
+    """The model of a run's folder or of its model.safetensors, its class names and crop."""
+    path = Path(path)
+    if path.is_dir():
+        if not (path / run.WEIGHTS).exists() and (path / run.CHECKPOINT).exists():
+            raise ValueError(f"{path}: the run is not finished; continue it with --resume")
+        path = path / run.WEIGHTS
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: expected the folder of a run, or its {run.WEIGHTS}")
+    metadata = read_metadata(path)
+    if not {"model", "classes", "crop"} <= metadata.keys():
+        raise ValueError(f"{path}: holds no class names; expected a file of bitkern finetune")
+    if metadata["model"] not in ARCHITECTURES:
+        raise ValueError(f"{path}: holds a model of one's own ({metadata['model']})")
+    classes = tuple(metadata["classes"])
+    model = create_model(metadata["model"], weights=path)
+    if model.num_classes != len(classes):
+        raise ValueError(f"{path}: names {len(classes)} classes, its head has {model.num_classes}")
+    return model, classes, metadata["crop"]

@@ -1,0 +1,110 @@
+"""What of a module was converted, what was left, and why; and which backend serves an operator."""
+
+from collections.abc import Mapping
+from itertools import groupby
+from operator import attrgetter
+from typing import Any, NamedTuple, overload
+
+from torch import Tensor, nn
+
+from bitkern import backends
+from bitkern.backends import Choice
+from bitkern.convert.convert import Sequential, fused_pairs, is_bitkern
+from bitkern.convert.libraries import __name__ as LIBRARIES
+from bitkern.convert.libraries import replacements
+from bitkern.nn import WSConv2d
+
+
+class Row(NamedTuple):
+    """One module: its name, the library and class it comes from, whether it runs on the kernels."""
+
+    name: str
+    layer: str
+    converted: bool
+    reason: str
+
+
+class Table(tuple[Row, ...]):
+    """:class:`Row` by :class:`Row`; printed, rows that tell the same are one."""
+
+    def __str__(self) -> str:
+        tell = attrgetter("layer", "converted", "reason")
+        lines = []
+        for (layer, converted, reason), rows in groupby(sorted(self, key=tell), key=tell):
+            names = [row.name or "(the module)" for row in rows]
+            more = ", …" if len(names) > 1 else ""
+            state = "converted" if converted else "left"
+            lines.append(f"{len(names):4} {layer:42} {state:9}  {reason} [{names[0]}{more}]")
+        return "\n".join(lines)
+
+
+@overload
+def explain(op_name: str, /, *tensors: Tensor | None) -> Choice: ...
+@overload
+def explain(module: nn.Module, /) -> Table: ...
+def explain(subject: str | nn.Module, /, *tensors: Tensor | None) -> Choice | Table:
+    """Which implementation a public operator would use on these tensors, and why: a ``Choice``.
+
+    ``tensors`` are the operator's tensor arguments in their order, the big one first, e.g.
+    ``explain("group_norm_act", x, weight, bias)``. Of ``ws_conv2d`` it tells how the weight is
+    standardized; the convolution itself is PyTorch's (cuDNN, oneDNN).
+
+    ``explain(module)`` of an ``nn.Module`` returns a :class:`Table`, to be printed, of what in it
+    runs on the kernels, what does not, and why: see :func:`bitkern.convert`.
+
+    Raises ValueError for an unknown operator, or without tensors.
+    """
+    if not isinstance(subject, nn.Module):
+        return backends.explain(subject, *tensors)
+    layers, blocks = replacements("LAYERS"), replacements("BLOCKS")
+    known = *layers, *blocks, *_PLAIN
+    fused = {a for m in subject.modules() if type(m) is Sequential for a, _ in fused_pairs(m)}
+    rows = []
+    for name, part in subject.named_modules():
+        if isinstance(part, known) or type(part) in (nn.Conv2d, nn.BatchNorm2d):
+            reason = _why_left(part, layers | blocks)
+            layer = f"{_library(type(part))} {type(part).__name__}"
+            rows.append(Row(name, layer, reason is None, reason or _how(part, part in fused)))
+    return Table(rows)
+
+
+def _library(cls: type) -> str:
+    """The library that a class is of, or is the replacement for one of."""
+    return cls.__module__.removeprefix(f"{LIBRARIES}.").split(".")[0]
+
+
+_PLAIN = nn.GroupNorm, WSConv2d, Sequential
+
+
+def _how(module: nn.Module, fused: bool) -> str:
+    if isinstance(module, WSConv2d):
+        return "weights standardized by a kernel"
+    if isinstance(module, nn.GroupNorm):
+        act, after = module.fusion()  # type: ignore[operator]
+        then = ", then ".join(type(m).__name__ for m in after if type(m) is not nn.Identity)
+        if then:
+            return f"norm by a kernel, then {then}, which it cannot apply"
+        if act == "none" and not fused:
+            return "norm by a kernel; no activation is known to follow"
+        return "norm and activation in one kernel"
+    return "norms, activations and convolutions inside as one"
+
+
+def _why_left(module: nn.Module, classes: Mapping[type, Any]) -> str | None:
+    """Why a module does not run on the kernels; None if it does."""
+    cls = type(module)
+    if is_bitkern(module):
+        return None
+    if "forward" in vars(module):
+        return "a forward of its own has been put over that of its class"
+    if cls in classes or cls is nn.GroupNorm:
+        fits = getattr(classes.get(cls), "fits", None)
+        if fits is None or fits(module):
+            return "bitkern.convert has not seen it"
+        return "nothing converted inside that could be fused"
+    if cls is nn.Conv2d:
+        return "no weight standardization"
+    if cls is nn.BatchNorm2d:
+        return "no GroupNorm"
+    base = next(base for base in cls.__mro__[1:] if base in classes or base in _PLAIN)
+    return f"a subclass of {base.__name__}, which may compute something else"

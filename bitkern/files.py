@@ -1,0 +1,76 @@
+"""Files that are whole or not there: written under another name, synced, and renamed."""
+
+import contextlib
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Have what was written to a file, or the names in a folder, outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside ``path``, which takes its place when the block succeeds."""
+    path = Path(path)
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    try:
+        yield part
+        sync(part)
+        os.replace(part, path)
+        sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def part_folder(part: Path) -> Iterator[Path]:
+    """A folder beside a temporary path, for whoever makes temporary files of its own."""
+    folder = part.with_name(f"{part.name}.d")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what a killed process left of :func:`replacing` in a folder."""
+    for part in folder.glob(".part-*"):
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def in_a_line(text: object, limit: int = 160) -> str:
+    """What an error says, in one short printable line."""
+    line = " ".join(str(text).split())
+    line = "".join(c if c.isprintable() else "?" for c in line)
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+@contextlib.contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Turn the many ways in which a file can be damaged into one ValueError that names it.
+
+    Raises FileNotFoundError if there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: damaged, or holds more than tensors (nothing else is unpickled; save the "
+            "state dict alone)"
+        ) from error
+    # Readers of damaged files raise whatever they come upon: IndexError, KeyError, MemoryError, …
+    except Exception as error:
+        reason = in_a_line(error) or type(error).__name__
+        raise ValueError(f"{path}: truncated or not {kind}: {reason}") from error

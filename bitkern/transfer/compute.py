@@ -1,0 +1,71 @@
+"""How to run: the device, the precision, the processes that load images."""
+
+import importlib.util
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Instructions that multiply bfloat16: on x86, on Arm. Without them it is slower than float32.
+_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+def default_precision(device: str | torch.device) -> tuple[str, str]:
+    """The precision for a device, ``"bf16"`` where it multiplies bfloat16 natively; and why."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "which the GPU has") if native else ("fp32", "the GPU has no bf16")
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        has = [name for name in _BF16 if capabilities.get(name)]
+        return ("bf16", f"the CPU has {has[0]}") if has else ("fp32", "the CPU has no bf16")
+    return "fp32", f"not known of {device.type}"
+
+
+def require(*modules: str) -> None:
+    """Raise ValueError, saying how to install them, unless all modules can be imported."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"{module} is not installed: pip install 'bitkern[train]'")
+
+
+class Compute(NamedTuple):
+    """Where a model runs, in which of :data:`PRECISIONS`, and how many processes load images."""
+
+    device: torch.device
+    precision: str
+    workers: int
+
+    @classmethod
+    def of(cls, device: str | torch.device, precision: str, workers: int) -> "Compute":
+        """Of a user's arguments; precision ``"auto"`` is that of :func:`default_precision`.
+
+        Raises ValueError for another precision.
+        """
+        device = torch.device(device)
+        if precision == "auto":
+            precision, _ = default_precision(device)
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"precision: expected auto, {' or '.join(PRECISIONS)}, got {precision!r}"
+            )
+        return cls(device, precision, workers)
+
+    def place(self, model: nn.Module) -> None:
+        """Move a model to the device, in channels_last, in which convolutions and kernels lead."""
+        model.to(self.device)
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.ndim == 4:
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+    def to_input(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) as fp32 in [-1, 1] on the device, channels_last."""
+        images = images.to(self.device, non_blocking=True)
+        return images.contiguous(memory_format=torch.channels_last).float() / 127.5 - 1
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the model runs."""
+        dtype = PRECISIONS[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")

@@ -1,0 +1,80 @@
+"""Labelled images, and reading one."""
+
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Pixels = npt.NDArray[np.uint8]
+Source = str | Path | Pixels
+
+
+class DataError(ValueError):
+    """The data set cannot be used; the message names the file or folder and what to do."""
+
+
+class ImageSet(NamedTuple):
+    """Labelled images: file paths or uint8 arrays (H, W) or (H, W, 3), of any sizes.
+
+    ``labels`` int64 (N,), indices into ``classes``.
+    """
+
+    images: Sequence[Source]
+    labels: npt.NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    def subset(self, indices: Any) -> "ImageSet":
+        """The images at these indices."""
+        return ImageSet([self.images[i] for i in indices], self.labels[indices], self.classes)
+
+
+def read_image(source: Source) -> "Image.Image":
+    """The image of a path or uint8 array (H, W) or (H, W, 3) as an RGB ``PIL.Image``.
+
+    Raises :class:`DataError`, naming the file, if it cannot be decoded.
+    """
+    from PIL import Image
+
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source).convert("RGB")
+    try:
+        with Image.open(source) as image:
+            if image.mode.startswith(("I", "F")):
+                # Pillow would clip these to 255 instead of scaling them.
+                raise ValueError(f"mode {image.mode}, expected 8 bits per channel")
+            return image.convert("RGB")
+    # What Pillow's decoders raise for broken files.
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        raise DataError(f"{source}: not a readable image ({error})") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{source}: image too large ({error})") from None
+
+
+def image_size(data: ImageSet) -> tuple[int, int]:
+    """(height, width) of the median image by area, among at most 101 spread over the set."""
+    some = np.unique(np.linspace(0, len(data.images) - 1, 101).astype(int))
+    sizes = [read_image(data.images[i]).size for i in some]
+    width, height = sorted(sizes, key=lambda size: size[0] * size[1])[len(sizes) // 2]
+    return height, width
+
+
+def check_same_classes(
+    classes: Sequence[str], expected: Sequence[str], name: str, expected_name: str
+) -> None:
+    """Raise :class:`DataError` unless both have the same classes in the same order."""
+    if tuple(classes) == tuple(expected):
+        return
+    extra = [c for c in classes if c not in expected]
+    missing = [c for c in expected if c not in classes]
+    differences = [f"{len(missing)} missing, such as {missing[0]!r}"] if missing else []
+    differences += [f"{len(extra)} more, such as {extra[0]!r}"] if extra else []
+    raise DataError(
+        f"{name}: expected the {len(expected)} classes of {expected_name}, found "
+        f"{' and '.join(differences) or 'another order'}"
+    )

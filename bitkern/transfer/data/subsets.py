@@ -1,0 +1,53 @@
+"""Parts of a set of images: few-shot subsets and held-out splits, drawn by a seed."""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from bitkern.transfer.data.images import DataError, ImageSet
+from bitkern.transfer.streams import FEW_SHOT, HOLDOUT, random_stream
+
+
+def _choose(
+    data: ImageSet, use: int, seed: int, count: Callable[[int, str], int]
+) -> npt.NDArray[np.intp]:
+    """Sorted indices: ``count(available, class name)`` examples of each class, drawn by seed."""
+    chosen = []
+    for label, name in enumerate(data.classes):
+        indices = np.flatnonzero(data.labels == label)
+        order = random_stream(use, label, seed).permutation(indices)
+        chosen.append(order[: count(len(indices), name)])
+    return np.sort(np.concatenate(chosen))
+
+
+def few_shot(data: ImageSet, shots: int, seed: int) -> ImageSet:
+    """``shots`` examples of each class, drawn by ``seed``. Raises :class:`DataError`."""
+    if shots < 1:
+        raise DataError(f"shots: expected a positive number, got {shots}")
+
+    def count(available: int, name: str) -> int:
+        if available < shots:
+            raise DataError(f"shots: expected at most {available}, all of {name!r}, got {shots}")
+        return shots
+
+    return data.subset(_choose(data, FEW_SHOT, seed, count))
+
+
+def hold_out(data: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """(training part, held-out part): ``fraction`` of each class, drawn by ``seed``, is held out.
+
+    At least one example of a class is held out and at least one kept; a class with a single
+    example keeps it. Raises :class:`DataError`.
+    """
+    if not 0 < fraction < 1:
+        raise DataError(f"holdout: expected a fraction between 0 and 1, got {fraction}")
+
+    def count(available: int, name: str) -> int:
+        return min(max(round(fraction * available), 1), available - 1)
+
+    held = _choose(data, HOLDOUT, seed, count)
+    if not len(held):
+        raise DataError("holdout: expected a class with more than one training image")
+    kept = np.setdiff1d(np.arange(len(data.labels)), held)
+    return data.subset(kept), data.subset(held)

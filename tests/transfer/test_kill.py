@@ -1,0 +1,141 @@
+"""A run killed with SIGKILL, wherever, is resumed to the files of one that never was."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+
+from bitkern import files
+from bitkern.transfer import run
+from tests.transfer.images import image_set
+from tests.transfer.net import FILES, Net, train
+
+OPERATIONS = ("replace", "fsync", "open", "unlink", "mkdir")  # of os and pathlib
+
+
+def kill_at(monkeypatch, moment):
+    """Have the process killed right before or after that file operation, counted from 0."""
+    count = 0
+
+    def counted(operation):
+        def run(*arguments, **options):
+            nonlocal count
+            if count == moment and moment % 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+            try:
+                return operation(*arguments, **options)
+            finally:
+                if count == moment and not moment % 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return run
+
+    for name in OPERATIONS:
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    monkeypatch.setattr(torch, "save", counted(torch.save))
+    monkeypatch.setattr(safetensors.torch, "save_file", counted(torn(safetensors.torch.save_file)))
+    monkeypatch.setattr(run.Journal, "add", counted(run.Journal.add))
+
+
+def torn(save_file):
+    """Of every other call, half of the file is written first, so that a kill leaves it."""
+
+    def save(state, path, *rest):
+        path.write_bytes(b"half")
+        save_file(state, path, *rest)
+
+    return save
+
+
+def content(folder):
+    """What equal runs have in common: all but durations."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    summary = json.loads(found.pop("summary.json"))
+    del summary["seconds"]
+    return found, summary
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # no more can be had in a forked process
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_killed_at_any_file_operation(tmp_path, monkeypatch):
+    options = dict(eval_set=image_set(2), checkpoint_every=2, eval_every=5)
+    train(Net(), out=tmp_path / "straight", **options)
+    moments = random.Random(0)
+    kills = killed_early = 0
+    for attempt in range(12):
+        out = tmp_path / f"{attempt}"
+        for life in range(40):
+            moment = moments.randrange(60 if life else 8) if life < 5 else -1
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    kill_at(monkeypatch, moment)
+                    train(Net(), out=out, resume=(out / "last.pt").exists(), **options)
+                    status = 0
+                finally:
+                    os._exit(status)
+            _, status = os.waitpid(child, 0)
+            if status == 0:
+                break
+            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+            kills += 1
+            killed_early += not (out / "last.pt").exists()
+            if (out / "summary.json").exists() and not (out / "last.pt").exists():
+                break  # killed after all was done
+        files.remove_parts(out)
+        assert sorted(path.name for path in out.iterdir()) == FILES
+        assert content(out) == content(tmp_path / "straight")
+    assert kills > 30 and killed_early > 0
+
+
+def lines(out):
+    """Of metrics.jsonl, so far."""
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.sweep
+def test_finetune_killed_twenty_times_at_random(tmp_path):
+    command = [sys.executable, "-m", "bitkern", "finetune", "--data", "digits", "--shots", "3"]
+    command += ["--model", "R26x0.5", "--resize", "40", "--crop", "32", "--batch-size", "16"]
+    command += ["--steps", "150", "--holdout", "0.1", "--mixup-alpha", "0.1", "--base-lr", "0.01"]
+    command += ["--checkpoint-every", "3", "--eval-every", "20", "--workers", "1", "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(tmp_path / "straight")], env=environment)
+    assert done.returncode == 0
+    out = tmp_path / "killed"
+    moments, kills = random.Random(0), 0
+    while True:
+        resume = ["--resume"] if (out / "last.pt").exists() else []
+        process = subprocess.Popen([*command, str(out), *resume], env=environment)
+        if kills < 20:
+            # At any moment of the imports, or within the steps up to the second checkpoint or so.
+            wanted = lines(out) + moments.randrange(8)
+            early = time.monotonic() + (moments.uniform(0, 4) if moments.random() < 0.2 else 60)
+            while process.poll() is None and time.monotonic() < early and lines(out) < wanted:
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0, 0.1))
+            process.kill()
+        kills += process.wait() == -signal.SIGKILL
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+    assert kills == 20
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert content(out) == content(tmp_path / "straight")

@@ -1,0 +1,205 @@
+"""The files of a run: exact resumption, and what is left behind when it fails."""
+
+import dataclasses
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from bitkern.models import read_metadata
+from bitkern.transfer import RunError, compute, loop, run
+from tests.transfer.images import CLASSES, image_set
+from tests.transfer.net import (
+    FILES,
+    PLAIN,
+    RULE,
+    Crash,
+    Net,
+    assert_same_bits,
+    crash_always,
+    state_of,
+    stopped,
+    train,
+)
+
+
+def interrupt(call):
+    if call == 3 * 10 - 1:  # within the tenth step of three micro-batches
+        signal.raise_signal(signal.SIGINT)
+
+
+def crash(call):
+    if call == 3 * 13 - 1:
+        raise Crash
+
+
+@pytest.mark.parametrize(
+    ("stop", "error", "resumed_at"), [(interrupt, KeyboardInterrupt, 10), (crash, Crash, 10)]
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_continues_with_the_same_bits(tmp_path, stop, error, resumed_at, workers):
+    options = dict(eval_set=image_set(2), batch_split=3, seed=5, eval_every=4, checkpoint_every=5)
+    straight = Net()
+    expected = train(straight, out=tmp_path / "straight", **options)
+
+    out = tmp_path / "stopped"
+    stopped = Net()
+    stopped.on_call = stop
+    with pytest.raises(error):
+        train(stopped, out=out, workers=workers, **options)
+    assert torch.load(out / "last.pt", weights_only=True)["progress"]["step"] == resumed_at
+
+    with open(out / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 11}\n' * 1000 + b'{"step')  # steps after the checkpoint, one cut off
+
+    resumed = Net()
+    nn.init.zeros_(resumed.head.weight)  # whatever it was, the checkpoint decides
+    result = train(resumed, out=out, resume=True, workers=workers, **options)
+    assert resumed.calls == 3 * (RULE.steps - resumed_at)
+    assert_same_bits(resumed, straight.state_dict())
+    assert result.history == expected.history and result.metrics == expected.metrics
+    written = (out / "metrics.jsonl").read_bytes()
+    assert written == (tmp_path / "straight" / "metrics.jsonl").read_bytes()
+    assert [json.loads(line) for line in written.splitlines()] == expected.history
+
+
+def test_resuming_a_complete_run_trains_no_further(tmp_path, monkeypatch):
+    options = dict(eval_set=image_set(2), out=tmp_path)
+    model = Net()
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(run, "draw_curves", crash_always)
+        train(model, **options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "metrics.jsonl"]
+    again = Net()
+    result = train(again, **options, resume=True)
+    assert again.calls == 0
+    assert_same_bits(again, model.state_dict())
+    assert {"step": 20, **result.metrics} == result.history[-1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == FILES
+    with pytest.raises(RunError, match="nothing to resume, the run is finished"):
+        train(Net(), **options, resume=True)
+
+
+def test_finished_run_from_python(tmp_path):
+    """The files of the command line, equal byte for byte for equal runs, durations aside."""
+    about = {"model": "a net", "data": "three classes"}
+    options = dict(eval_set=image_set(2), batch_split=2, about=about)
+    contents = []
+    for name in ("one", "two"):
+        model = Net()
+        result = train(model, out=tmp_path / name, **options)
+        files_of = {p.name: p for p in (tmp_path / name).iterdir()}
+        assert sorted(files_of) == FILES
+        summary = json.loads(files_of.pop("summary.json").read_text())
+        assert summary.pop("seconds") == round(result.seconds, 1)
+        contents.append((summary, {name: path.read_bytes() for name, path in files_of.items()}))
+    assert contents[0] == contents[1]
+    assert list(summary)[:5] == ["model", "data", "top1", "top5", "eval_loss"]
+    assert summary["top1"] == result.metrics["top1"] and summary["precision"] == "fp32"
+    saved = load_file(tmp_path / "two" / "model.safetensors")
+    assert_same_bits(model, saved)
+    assert read_metadata(tmp_path / "two" / "model.safetensors")["classes"] == list(CLASSES)
+    modes = {(p.stat().st_mode & 0o777) for p in (tmp_path / "two").iterdir()}
+    (tmp_path / "usual").touch()
+    assert modes == {(tmp_path / "usual").stat().st_mode & 0o777}
+
+
+def test_precision_of_the_run_is_kept(tmp_path, monkeypatch):
+    """Whatever the machine it is resumed on would choose."""
+    monkeypatch.setattr(compute, "default_precision", lambda device: ("bf16", "it is said to"))
+    model = Net()
+    model.on_call = crash
+    with pytest.raises(Crash):
+        train(model, out=tmp_path, batch_split=3, checkpoint_every=5, precision="auto")
+    monkeypatch.setattr(compute, "default_precision", lambda device: ("fp32", "it is said to"))
+    shutil.copytree(tmp_path, tmp_path / "other")
+    train(Net(), out=tmp_path, batch_split=3, resume=True, precision="auto")
+    assert json.loads((tmp_path / "summary.json").read_text())["precision"] == "bf16"
+    train(Net(), out=tmp_path / "other", batch_split=3, resume=True, precision="fp32")  # asked for
+    assert json.loads((tmp_path / "other" / "summary.json").read_text())["precision"] == "fp32"
+
+
+class Counted(nn.Linear):
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"about": {"data": Path("here")}}, "about: expected what JSON can hold, got data: .*Path"),
+        ({"model": nn.Sequential(nn.Flatten(), Counted(192, 3))}, "model: expected tensors in its"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_the_training(tmp_path, change, message):
+    arguments = {"model": Net(), **change}
+    with pytest.raises(TypeError, match=f"^{message}"):
+        train(**arguments, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"rule": dataclasses.replace(RULE, base_lr=0.2)},
+            "the run has base_lr 0.1, got 0.2",
+        ),
+        ({"seed": 1}, "the run has seed 0, got 1"),
+        ({"batch_split": 2}, "the run has batch_split 1, got 2"),
+        ({"weight_decay": 0.1}, "the run has weight_decay 0.0, got 0.1"),
+        ({"flip": False}, "the run has flip True, got False"),
+        ({"train_set": image_set(4)}, "the run has training images 15, got 12"),
+        ({"train_set": image_set()._replace(classes=("x", "y", "z"))}, "the run has classes"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 3))}, "the run has parameters"),
+    ],
+)
+def test_resume_needs_the_settings_of_the_run(tmp_path, change, message):
+    arguments = {"model": Net(), "train_set": image_set(), "rule": RULE, "progress": False}
+    stopped(tmp_path)
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    changed = {**arguments, "model": Net(), **change}
+    before = state_of(changed["model"])
+    with pytest.raises(RunError, match=message):
+        loop.train(**changed, out=tmp_path, resume=True)
+    assert_same_bits(changed["model"], before)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_damaged_run_folders(tmp_path):
+    stopped(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(RunError, match=r"metrics.jsonl: shorter than when last.pt"):
+        train(Net(), out=tmp_path, resume=True)
+    whole = (tmp_path / "last.pt").read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"nothing"):
+        (tmp_path / "last.pt").write_bytes(broken)
+        with pytest.raises(RunError, match=r"last.pt: (truncated|damaged)"):
+            train(Net(), out=tmp_path, resume=True)
+
+
+def test_does_not_overwrite_a_run(tmp_path):
+    stopped(tmp_path)
+    with pytest.raises(RunError, match="holds a run .*continue it with resume=True or use another"):
+        train(Net(), PLAIN, out=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="expected a folder, found a file"):
+        train(Net(), PLAIN, out=tmp_path / "file")
+    with pytest.raises(RunError, match="nothing to resume, no last.pt"):
+        train(Net(), PLAIN, out=tmp_path / "new", resume=True)
+
+
+def test_failure_after_a_checkpoint_leaves_it(tmp_path):
+    model = Net()
+    model.on_call = crash
+    with pytest.raises(Crash):
+        train(model, out=tmp_path, batch_split=3, checkpoint_every=5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "metrics.jsonl"]

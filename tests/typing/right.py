@@ -1,0 +1,58 @@
+"""A user's script, of which a strict type checker has nothing to say."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import bitkern
+from bitkern import transfer
+from bitkern.nn import GroupNormAct, WSConv2d
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = WSConv2d(3, 32, 3, padding=1, bias=False, eps=1e-5, gain=True)
+        self.norm = GroupNormAct(8, 32, act="silu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bitkern.ops.group_norm_act(self.norm(self.conv(x)), 8, act="none")
+
+
+def layers(x: Tensor) -> tuple[Tensor, str]:
+    net: Net = bitkern.fold(bitkern.convert(Net()))
+    total, y = bitkern.ops.add_group_norm_act(x, x, 3)
+    weight = bitkern.reference.weight_standardize(torch.ones(4, 3, 1, 1), scale=2.0)
+    y = bitkern.ops.ws_conv2d(y, weight, stride=(1, 2), padding="same")
+    choice: bitkern.Choice = bitkern.explain("group_norm_act", x)
+    print(bitkern.explain(net)[0].reason)
+    with bitkern.use_backend("reference"):
+        return net.conv.standardize(x) + total + y, choice.reason
+
+
+def models(path: Path) -> list[Tensor]:
+    model = bitkern.create_model("BiT-M-R50x1", num_classes=10, weights=path)
+    model.freeze_backbone()
+    bitkern.models.save_npz(model, "out.npz")
+    with bitkern.standardized(model):
+        logits: Tensor = model.forward_head(model.forward_features(torch.ones(1, 3, 32, 32)))
+    backbone = bitkern.create_model("R50x1", features_only=True, out_indices=(1, 2))
+    maps: list[Tensor] = backbone(logits)
+    return [*maps, torch.tensor(backbone.channels)]
+
+
+def finetune(data: Path) -> float:
+    train_set, _ = transfer.image_folder(data, "train")
+    test_set, skipped = transfer.image_folder(data, "test", skip_corrupt=True)
+    rule = transfer.hyperrule(len(train_set.images), (480, 480)).with_steps(100)
+    model = bitkern.create_model("BiT-M-R50x1", num_classes=len(train_set.classes))
+    result = transfer.train(
+        model, train_set, rule, eval_set=test_set, out="runs/mine", precision="auto"
+    )
+    for images, labels in transfer.train_batches(train_set, rule, seed=0):
+        x, y, y_perm = transfer.mixup(images.float(), labels, 0.3, torch.randperm(len(labels)))
+        transfer.mixup_loss(model(x), y, y_perm, 0.3)
+    metrics = transfer.evaluate(model, test_set, rule.crop, device="cuda")
+    best = transfer.predict(model, test_set, rule.crop).argmax(1)
+    return metrics["top1"] + rule.lr(3) + result.seconds + float(best[0]) + skipped
