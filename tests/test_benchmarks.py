@@ -36,6 +36,7 @@ def pytest_benchmarks(*arguments):
     return subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True)
 
 
+@pytest.mark.sweep
 def test_dry_run(tmp_path):
     out = tmp_path / "rows.json"
     done = pytest_benchmarks("benchmarks/", "--tiny", "--out", str(out))
@@ -68,12 +69,44 @@ def test_budget_ends_a_session(tmp_path):
     assert "budget was used up before op group_norm_act" in written["stopped"]
 
 
+LATE = """import time
+import types
+
+from benchmarks import measure, operators
+
+gate = operators.Problem.gate
+
+
+def late(self):
+    gate(self)
+    clock = {"monotonic": lambda: float("inf"), "perf_counter": time.perf_counter}
+    measure.time = types.SimpleNamespace(**clock)
+
+
+operators.Problem.gate = late
+"""
+
+
+@pytest.mark.sweep
+def test_budget_that_ends_within_a_row_leaves_its_peers_out(tmp_path, monkeypatch):
+    (tmp_path / "late.py").write_text(LATE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    out = tmp_path / "rows.json"
+    norm = "benchmarks/bench_ops.py", "--tiny", "-k", "nchw", "--out", str(out)
+    done = pytest_benchmarks("-p", "late", *norm, "--budget", "1000")
+    assert done.returncode == 0, done.stdout
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["peers_ms"] == {} and row["fraction_of_floor"] > 0
+    assert row["failures"]["eager"] == "not run: the time budget was used up"
+
+
 def collected(*options):
     done = pytest_benchmarks("benchmarks/", "--collect-only", *options)
     assert done.returncode == 0, done.stdout
     return re.findall(r"^benchmarks/\S+$", done.stdout, re.M)
 
 
+@pytest.mark.sweep
 def test_what_is_run_without_full_is_a_part_of_it_under_the_same_names():
     usual, full = collected(), collected("--full")
     assert len(set(full)) == len(full)
@@ -101,6 +134,7 @@ bitkern.ops.group_norm_act = slower
 """
 
 
+@pytest.mark.sweep
 def test_save_and_compare_show_a_slower_operator(tmp_path, monkeypatch):
     (tmp_path / "slower.py").write_text(SLOWER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)

@@ -124,6 +124,7 @@ def test_demo_keeps_another_run(tmp_path, held):
     assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [(held, "another run")]
 
 
+@pytest.mark.sweep
 def test_demo_leaves_nothing_half_written(tmp_path, short, monkeypatch):
     def full(figure, part, **options):
         part.write_bytes(b"half")

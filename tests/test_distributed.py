@@ -145,6 +145,7 @@ def test_no_thread_of_the_group_outlives_it():
     subprocess.run([sys.executable, "-c", THREADS], env=os.environ | launched, check=True)
 
 
+@pytest.mark.sweep
 def test_torchrun_finetune_interrupted_and_resumed(tmp_path):
     data = write_folder(tmp_path / "data")
     arguments = ["finetune", "--data", data, "--model", "R26x0.5", "--resize", 40, "--crop", 32]

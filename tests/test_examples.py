@@ -24,6 +24,7 @@ def numbers(output, before):
     return [float(number) for number in re.findall(rf"{before} ([\d.e+-]+)", output)]
 
 
+@pytest.mark.sweep
 def test_convert_timm():
     output = run("convert_timm.py")
     assert re.search(r"25 timm ScaledStdConv2d +converted", output), output
@@ -31,11 +32,13 @@ def test_convert_timm():
     assert len(numbers(output, "accuracy")) == 3 and numbers(output, "accuracy")[-1] > 0.85
 
 
+@pytest.mark.sweep
 def test_detection_features():
     first, last = numbers(run("detection_features.py"), "loss")
     assert last < 0.6 * first
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None,
     reason="the Hugging Face Trainer needs accelerate, which is not installed",

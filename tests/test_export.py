@@ -91,6 +91,7 @@ def test_onnx(make, tmp_path):
     assert (torch.from_numpy(y) - outputs(model, x)).abs().max() < 1e-4
 
 
+@pytest.mark.sweep
 def test_aot_inductor(tmp_path):
     model = bitkern.fold(copy.deepcopy(tiny())).eval()
     x = torch.randn(2, 3, 13, 11)

@@ -128,6 +128,7 @@ SUPPORTED = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("isa", SUPPORTED)
 def test_every_instruction_set(isa):
     if not SUPPORTED[isa]:
