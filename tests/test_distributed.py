@@ -1,4 +1,4 @@
-"""Several processes: gradients, the trainer and the command line against a single process."""
+"""Several processes: gradients, training and the command line against a single process."""
 
 import json
 import math
@@ -53,8 +53,8 @@ def test_in_four_processes(folder, check):
 
 
 @pytest.mark.parametrize("name, rule", [("mixup", training.RULE), ("plain", training.PLAIN)])
-def test_trainer_equals_one_process(folder, name, rule):
-    out = folder / "trainer_equals_one_process" / name
+def test_training_equals_one_process(folder, name, rule):
+    out = folder / "training_equals_one_process" / name
     model = Net(torch.float64)
     expected = loop.train(model, image_set(), rule, **training.OPTIONS)
     results = [torch.load(out / f"result-{rank}.pt") for rank in range(PROCESSES)]

@@ -75,13 +75,17 @@ def add_up(tensors: Iterable[Tensor]) -> None:
     if world_size() == 1:
         return
     for bucket in _buckets(tensors):
+        sizes = [tensor.numel() for tensor in bucket]
         with together():  # which memory may not suffice for
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            flat = bucket[0].new_empty(sum(sizes))
+        # One copy each way, whatever the memory format; reshape and cat would make two.
+        parts = [p.view(t.shape) for p, t in zip(torch.split(flat, sizes), bucket, strict=True)]
+        for tensor, part in zip(bucket, parts, strict=True):
+            part.copy_(tensor)
         with _meeting():
             dist.all_reduce(flat)
-        parts = torch.split(flat, [tensor.numel() for tensor in bucket])
         for tensor, part in zip(bucket, parts, strict=True):
-            tensor.copy_(part.view(tensor.shape))
+            tensor.copy_(part)
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -1,4 +1,4 @@
-"""The trainer and the command line in several processes. The tests compare the files they leave."""
+"""Training and the command line in several processes. The tests compare the files they leave."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ def save(path, model, result):
     torch.save(state, f"{path}-{dist.get_rank()}.pt")
 
 
-def trainer_equals_one_process(folder):
+def training_equals_one_process(folder):
     for name, rule in (("mixup", RULE), ("plain", PLAIN)):
         model = net()
         result = loop.train(model, image_set(), rule, out=folder / name, **OPTIONS)
@@ -194,7 +194,7 @@ def command_line_evaluates_together(folder):
 
 
 CHECKS = (
-    trainer_equals_one_process,
+    training_equals_one_process,
     interrupted_run_resumes_with_the_same_bits,
     gradients_are_summed_in_few_all_reduces,
     failure_of_one_process_stops_all,
