@@ -20,17 +20,20 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The operator tests on an extension built with address and undefined-behaviour sanitizers, then the
-# kernels alone under the thread sanitizer.
+# The operator tests on an extension built with address and undefined-behaviour sanitizers, the CUDA
+# kernels with the same on the CPU, then the CPU kernels alone under the thread sanitizer.
 SANITIZED := build/sanitize/lib
+SANITIZERS := address,undefined
+UNDER_SANITIZERS = ASAN_OPTIONS=detect_leaks=0 \
+  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider
 RACES := $(CXX) -std=c++20 -O2 -g -fsanitize=thread -Icsrc/include
 sanitize: .venv/installed
-	BITKERN_CUDA=0 BITKERN_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build \
+	BITKERN_CUDA=0 BITKERN_SANITIZE=$(SANITIZERS) $(BIN)/python setup.py --quiet build \
 	  --build-base build/sanitize --build-lib $(SANITIZED)
 	rm -rf $(SANITIZED)/tests && cp -r tests $(SANITIZED)
-	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
-	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider tests/ops -k "cpu and not compile"
+	cd $(SANITIZED) && $(UNDER_SANITIZERS) tests/ops -k "cpu and not compile"
+	BITKERN_SANITIZE=$(SANITIZERS) $(UNDER_SANITIZERS) tests/cuda_on_cpu
 	for kernel in group_norm_act weight_standardize; do \
 	  $(RACES) -fopenmp -DBITKERN_ISA=baseline -c csrc/cpu/$$kernel.cpp -o build/$$kernel.o || exit; \
 	done

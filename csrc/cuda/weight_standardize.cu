@@ -14,6 +14,7 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
+constexpr size_t PARAMETER_BYTES = 32764;  // of a kernel, from CUDA 12.1 and sm_70 on
 
 // The layers travel as a kernel argument: no table to copy to the device, safe in CUDA graphs.
 template <int CAPACITY>
@@ -84,15 +85,23 @@ __global__ void __launch_bounds__(THREADS)
   const int filter = filter_of(table, layer, blockIdx.x);
   const int64_t size = layer.inner * layer.taps, base = filter * size;
 
+  // Distances from the first element are small where the mean is large, and 0 if all are equal.
+  const float origin = size > 0 ? load<W>(layer.weight, base) : 0.0f;
   float sum = 0;
-  for (int64_t k = threadIdx.x; k < size; k += THREADS) sum += load<W>(layer.weight, base + k);
-  const float mean = block_sum(sum) / size;
-  float squares = 0;
   for (int64_t k = threadIdx.x; k < size; k += THREADS) {
-    const float c = load<W>(layer.weight, base + k) - mean;
-    squares += c * c;
+    sum += load<W>(layer.weight, base + k) - origin;
   }
-  const float var = block_sum(squares) / (size - problem.unbiased);
+  const float mean = origin + block_sum(sum) / size;
+  float distances = 0, squares = 0;
+  for (int64_t k = threadIdx.x; k < size; k += THREADS) {
+    const float distance = load<W>(layer.weight, base + k) - mean;
+    distances += distance;
+    squares += distance * distance;
+  }
+  // What the mean lost by rounding may be large against the standard deviation.
+  distances = block_sum(distances);
+  const float rest = distances / size;
+  const float var = (block_sum(squares) - rest * distances) / (size - problem.unbiased);
   const float std = sqrtf(problem.eps_outside ? var : var + problem.eps);
   if (threadIdx.x == 0) {
     layer.mean[filter] = mean;
@@ -103,7 +112,7 @@ __global__ void __launch_bounds__(THREADS)
   const float factor = gain * layer.scale / (problem.eps_outside ? std + problem.eps : std);
   const Transpose to_out = weight_to_out(layer);
   for (int64_t k = threadIdx.x; k < size; k += THREADS) {
-    const float c = load<W>(layer.weight, base + k) - mean;
+    const float c = load<W>(layer.weight, base + k) - mean - rest;
     store<O>(layer.out, base + to_out(k), c * factor);
   }
 }
@@ -119,14 +128,17 @@ __global__ void __launch_bounds__(THREADS)
   const float denominator = problem.eps_outside ? std + problem.eps : std;
   const Transpose to_out = weight_to_out(layer);
 
-  float sum = 0, dot = 0;  // of dout, and of dout * (w - mean)
+  float sum = 0, distances = 0, dot = 0;  // of dout, of w - mean, and of their products
   for (int64_t k = threadIdx.x; k < size; k += THREADS) {
     const float dout = load<O>(layer.dout, base + to_out(k));
+    const float distance = load<W>(layer.weight, base + k) - mean;
     sum += dout;
-    dot += dout * (load<W>(layer.weight, base + k) - mean);
+    distances += distance;
+    dot += dout * distance;
   }
   sum = block_sum(sum);
-  dot = block_sum(dot);
+  const float rest = block_sum(distances) / size;  // what the mean lost by rounding
+  dot = block_sum(dot) - rest * sum;
   if (threadIdx.x == 0 && layer.dgain) {
     store<W>(layer.dgain, filter, layer.scale * dot / denominator);
   }
@@ -138,7 +150,7 @@ __global__ void __launch_bounds__(THREADS)
       std == 0 ? 0.0f : dot / (denominator * std * float(size - problem.unbiased));
   for (int64_t k = threadIdx.x; k < size; k += THREADS) {
     const float dout = load<O>(layer.dout, base + to_out(k));
-    const float c = load<W>(layer.weight, base + k) - mean;
+    const float c = load<W>(layer.weight, base + k) - mean - rest;
     store<W>(layer.dweight, base + k, factor * (dout - sum / size - c * along));
   }
 }
@@ -146,6 +158,7 @@ __global__ void __launch_bounds__(THREADS)
 template <class W, class O, int CAPACITY>
 void launch_table(bool forward, const WeightStandardizeProblem& problem,
                   const WeightStandardizeLayer* layers, int64_t count, cudaStream_t stream) {
+  static_assert(sizeof(WeightStandardizeProblem) + sizeof(Table<CAPACITY>) <= PARAMETER_BYTES);
   Table<CAPACITY> table;
   int64_t filters = 0;
   table.count = static_cast<int>(count);
@@ -155,13 +168,14 @@ void launch_table(bool forward, const WeightStandardizeProblem& problem,
     filters += layers[i].filters;
   }
   if (filters == 0) return;
-  const dim3 grid(static_cast<unsigned>(filters));
-  if (forward) {
-    weight_standardize_forward<W, O, CAPACITY><<<grid, THREADS, 0, stream>>>(problem, table);
-  } else {
-    weight_standardize_backward<W, O, CAPACITY><<<grid, THREADS, 0, stream>>>(problem, table);
-  }
-  const cudaError_t error = cudaGetLastError();
+  const auto kernel = forward ? weight_standardize_forward<W, O, CAPACITY>
+                              : weight_standardize_backward<W, O, CAPACITY>;
+  // Not <<<...>>>, which C++ cannot parse: tests/cuda_on_cpu compiles this file for the CPU.
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(filters));
+  config.blockDim = dim3(THREADS);
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, problem, table);
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("weight_standardize: ") + cudaGetErrorString(error));
   }

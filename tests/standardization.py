@@ -1,0 +1,87 @@
+"""Weight standardization by a backend's launchers, against float64."""
+
+import torch
+
+from bitkern import reference
+from bitkern.variant import Variant
+from tests.helpers import assert_accurate
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = {"oihw": torch.contiguous_format, "channels_last": torch.channels_last}
+VARIANTS = {
+    "bit": dict(eps=1e-10),
+    "original": dict(eps=1e-5, eps_outside=True, unbiased=True),
+    "jax": dict(eps=1e-5, eps_outside=True),
+    "nfnet": dict(eps=1e-5, gain=True, scale=0.37),
+}
+# A long filter, an unaligned one, 1x1, one that a tile just holds, a single element.
+SHAPES = [(3, 1024, 3, 3), (5, 3, 7, 7), (40, 64, 1, 1), (2, 256, 2, 2), (4, 1, 1, 1)]
+
+
+class Problem:
+    def __init__(
+        self, launchers, device, shapes, dtype=torch.float32, out_dtype=None, format="oihw",
+        out_format="oihw", dout_format=None, dout_dtype=None, gain=False, scale=1.0, eps=1e-10,
+        eps_outside=False, unbiased=False,
+    ):  # fmt: skip
+        def tensor(shape, format, dtype, of):
+            t = of(shape).to(device, dtype)
+            return t.contiguous(memory_format=FORMATS[format]) if len(shape) == 4 else t
+
+        def weight(shape):  # means far from zero, scales that differ by filter
+            filters = shape[0]
+            column = (filters, *[1] * (len(shape) - 1))
+            spread = torch.tensor([1.0, 0.001, 0.03])[torch.arange(filters) % 3].view(column)
+            return torch.randn(shape) * spread + torch.randn(column)
+
+        self.launchers = launchers
+        self.weights = [tensor(s, format, dtype, weight) for s in shapes]
+        self.gains = [tensor((s[0], 1, 1, 1), format, dtype, torch.randn) for s in shapes]
+        self.gains = self.gains if gain else None
+        self.out_dtype, self.out_format = out_dtype or dtype, out_format
+        self.douts = [
+            tensor(s, dout_format or out_format, dout_dtype or self.out_dtype, torch.randn)
+            for s in shapes
+        ]
+        self.scales = [scale * (1 + i) for i in range(len(shapes))]
+        self.variant = Variant(eps, eps_outside, unbiased)
+
+    def ours(self):
+        """(out, dweight, dgain or None) of each layer."""
+        outs, stats = self.launchers.weight_standardize_forward(
+            self.weights, self.gains, self.scales, self.variant, self.out_dtype,
+            self.out_format == "channels_last",
+        )  # fmt: skip
+        assert stats.dtype == torch.float32
+        assert stats.shape == (2, sum(w.shape[0] for w in self.weights))
+        dweights, dgains = self.launchers.weight_standardize_backward(
+            self.douts, self.weights, self.gains, self.scales, stats, self.variant
+        )
+        for out, dweight, weight in zip(outs, dweights, self.weights, strict=True):
+            if weight.ndim == 4:
+                assert out.is_contiguous(memory_format=FORMATS[self.out_format])
+            assert dweight.stride() == weight.stride() and dweight.dtype == weight.dtype
+        return list(zip(outs, dweights, dgains or [None] * len(outs), strict=True))
+
+    def of(self, layer, dtype):
+        """The same in PyTorch's operations, computed in ``dtype``."""
+        inputs = [self.weights[layer]] + ([self.gains[layer]] if self.gains else [])
+        inputs = [t.to(dtype).detach().requires_grad_() for t in inputs]
+        eps, eps_outside, unbiased = self.variant
+        out = reference.weight_standardize(
+            inputs[0], eps, gain=inputs[1] if self.gains else None, scale=self.scales[layer],
+            eps_outside=eps_outside, unbiased=unbiased,
+        )  # fmt: skip
+        return out, *torch.autograd.grad(out, inputs, self.douts[layer].to(dtype))
+
+    def check(self):
+        ours = self.ours()
+        for layer, results in enumerate(ours):
+            # Weights and arithmetic of 32 bits, whatever the outputs are rounded to.
+            exact, near = self.of(layer, torch.float64), self.of(layer, torch.float32)
+            for name, mine, theirs, true in zip(
+                ("out", "dweight", "dgain"), results, near, exact, strict=False
+            ):
+                what = f"{name} of {tuple(self.weights[layer].shape)}"
+                assert_accurate(mine, theirs.to(mine.dtype), true, what)
+        return ours
