@@ -93,3 +93,19 @@ def test_source_archive_has_the_kernels(archive, tmp_path):
 
 def test_cuda_demanded_without_a_compiler_is_an_error(checkout, tmp_path):
     assert install(checkout, tmp_path / "site", BITKERN_CUDA="1").returncode != 0
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on this machine")
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler on this machine")
+def test_cuda_that_is_too_old_is_an_error(checkout, tmp_path):
+    """CMake asks a compiler for its version in a file of its own; this one answers CUDA 11."""
+    nvcc = tmp_path / "nvcc"
+    asked, version = "CMakeCUDACompilerId.cu", "s/DEC(__CUDACC_VER_MAJOR__)/DEC(11)/"
+    nvcc.write_text(
+        f"#!/bin/sh\n[ -f {asked} ] && sed -i '{version}' {asked}\n"
+        f'exec {shutil.which("nvcc")} "$@"\n'
+    )
+    nvcc.chmod(0o755)
+    result = install(checkout, tmp_path / "site", CXX="c++", BITKERN_CUDA="1", CUDACXX=str(nvcc))
+    assert result.returncode != 0
+    assert "expected CUDA 12.1 or newer, got 11." in result.stdout + result.stderr
