@@ -7,7 +7,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc python -type
 demo: .venv/installed
 	$(BIN)/bitkern demo --out runs/demo
 
-test: .venv/installed
+test: .venv/installed build/triton-3.6.0
 	$(BIN)/python -m pytest -m "not sweep"
 
 # The rest as well: what takes minutes, and the benchmarks on tiny shapes.
@@ -39,6 +39,12 @@ sanitize: .venv/installed
 	done
 	$(RACES) tests/races.cpp build/group_norm_act.o build/weight_standardize.o -o build/races
 	build/races
+
+# The Triton of PyTorch 2.11, beside the installed one: the kernels are compiled by both.
+build/triton-3.6.0: | .venv/installed
+	mkdir -p build
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==3.6.0
+	mv $@.part $@
 
 .venv/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -33,7 +33,10 @@ INSIDE = {
         ("config", "launch"),
         ("group_norm_act", "weight_standardize"),
     ),
-    "backends.triton.kernels": (("group_norm_act", "weight_standardize"),),
+    "backends.triton.kernels": (
+        ("tiles",),
+        ("group_norm_act_forward", "group_norm_act_backward", "weight_standardize"),
+    ),
     "ops": (("group_norm_act", "weight_standardize"), ("group_norm_act_conv2d", "ws_conv2d")),
     "nn": (("current",), ("layers",), ("fused", "standardized"), ("preact",)),
     "convert": (("activations", "batchnorm"), ("libraries",), ("convert",), ("explain", "fold")),
@@ -154,7 +157,7 @@ def test_arrows_point_down():
         ("nn/current.py", "from bitkern.nn import WSConv2d", "imports bitkern.nn"),
         ("transfer/streams.py", "from bitkern.transfer import train", "imports bitkern.transfer"),
         (
-            "backends/triton/kernels/group_norm_act.py",
+            "backends/triton/kernels/group_norm_act_forward.py",
             "from bitkern.backends.triton import group_norm_act",
             "imports bitkern.backends.triton.group_norm_act",
         ),

@@ -6,11 +6,8 @@ kernels imported for Triton's interpreter cannot be compiled. Prints a line of J
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from pathlib import Path
 
 import torch
 import triton
@@ -18,14 +15,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bitkern.backends.triton import group_norm_act, launch, weight_standardize
+from bitkern.backends.triton.kernels.tiles import STAGES
 from bitkern.variant import Variant
+from tests.kernels import machine_code
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+PROVEN = ("sm_80", "sm_90", "sm_100")  # by what their machine code does; others must not spill
+TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (75, 80, 86, 89, 90, 100, 120)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -33,9 +29,14 @@ TYPES = {
     torch.int64: "i64",
     torch.int32: "i32",
 }
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-KERNELS = {
-    "group_norm_act_forward", "group_norm_act_backward", "group_norm_act_sum_samples",
+GROUP_NORM_ACT = {
+    "group_norm_act_forward_on_chip", "group_norm_act_forward_whole",
+    "group_norm_act_forward_reduce", "group_norm_act_forward_apply", "group_norm_act_recompute",
+    "group_norm_act_backward_on_chip", "group_norm_act_backward_whole",
+    "group_norm_act_backward_reduce", "group_norm_act_backward_apply",
+}  # fmt: skip
+KERNELS = GROUP_NORM_ACT | {
+    "group_norm_act_sum_samples",
     "weight_standardize_forward_one", "weight_standardize_backward_one",
     "weight_standardize_forward_all", "weight_standardize_backward_all",
     "weight_standardize_store_pointers",
@@ -127,7 +128,6 @@ def shipped(everything):
     """What to compile: all that BiT leads to, or a selection that has each kernel in each way."""
     recorder = Recorder()
     group_norm_act.launch = weight_standardize.launch = recorder
-    group_norm_act.device_of = lambda index: launch.Device(132, 50 << 20)
     torch.Tensor.data_ptr = lambda self: 0  # meta tensors have none
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     widths, images = ((1, 2, 3, 4), (128, 224, 448, 480)) if everything else ((1, 4), (224,))
@@ -170,20 +170,21 @@ def compiled(kernel, types, constants, warps, target):
     return triton.compile(source, target=target, options=launch.options(warps))
 
 
-def resources(binary):
-    """Registers, bytes of spills (a stack frame is nothing else here), shared memory."""
-    found = {"shared": binary.metadata.shared, "vectors": 0}
+def resources(binary, warps):
+    """Registers, bytes of spills, shared memory; of CUDA, how much goes on on a multiprocessor."""
+    found = {"shared": binary.metadata.shared}
     if binary.metadata.target.backend == "cuda":
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(binary.asm["cubin"])
-            file.flush()
-            command = [CUOBJDUMP, "--dump-resource-usage", file.name]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
-        registers, stack, local = map(int, numbers.groups())
-        # Loads of 16 bytes.
-        found["vectors"] = len(re.findall(r"ld\.global\S*\.v4\.b32", binary.asm["ptx"]))
-        return found | {"registers": registers, "spills": stack + local}
+        cubin, capability = binary.asm["cubin"], binary.metadata.target.arch
+        registers, spills = machine_code.registers_and_spills(cubin)
+        programs = machine_code.programs_per_multiprocessor(
+            capability, registers, warps, binary.metadata.shared
+        )
+        loops = machine_code.loops(cubin)
+        least = min(max(loop.outstanding, loop.copies * (STAGES.value - 1)) for loop in loops)
+        found |= {"registers": registers, "spills": spills, "warps_there": programs * warps}
+        found |= {"bytes_under_way": least * 16 * 32 * warps * programs}
+        found |= {"wide": machine_code.wide_accesses(cubin)}
+        return found | {"loops": [loop._asdict() for loop in loops]}
     text = binary.asm["amdgcn"]
     number = {
         name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
@@ -194,18 +195,19 @@ def resources(binary):
     return found | {"registers": number["vgpr_count"], "spills": spills}
 
 
+# Of each kernel's launches every nth is compiled for a target: PROVEN's first to last, the others.
+EVERY = {"few": (0, 8, 0, 0), "many": (4, 2, 4, 16), "all": (1, 1, 1, 1)}
+
+
 def selected(extent):
-    """(launch, target): "few", every sixth of each kernel for sm_90; "many", all of a selection of
-    sizes for sm_90 and every third for the others; "all" of every width and size for every target.
-    """
+    """(launch, target): "few" of a selection of sizes, "many" of it, or "all" of every width and
+    image size of BiT for every target."""
     seen = Counter()
     for entry in shipped(extent == "all"):
         number = seen[entry[0]]
         seen[entry[0]] += 1
         for target in TARGETS:
-            every = 1 if extent == "all" or target == "sm_90" else 3
-            if extent == "few":
-                every = 6 if target == "sm_90" else 0
+            every = EVERY[extent][PROVEN.index(target) if target in PROVEN else -1]
             if every and number % every == 0:
                 yield entry, target
 
@@ -213,9 +215,9 @@ def selected(extent):
 def main(extent, shard, shards):
     for entry, target in list(selected(extent))[int(shard) :: int(shards)]:
         kernel, types, constants, warps = entry
-        what = {"target": target, "kernel": kernel.__name__, "types": types}
-        what |= {"constants": constants, "warps": warps}
-        what |= resources(compiled(*entry, TARGETS[target]))
+        what = {"triton": triton.__version__, "target": target, "kernel": kernel.__name__}
+        what |= {"types": types, "constants": constants, "warps": warps}
+        what |= resources(compiled(*entry, TARGETS[target]), warps)
         print(json.dumps(what, default=str), flush=True)
 
 

@@ -1,11 +1,12 @@
 """Launch configurations and the launch itself, which need no GPU."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bitkern.backends.triton import config, launch
+from bitkern.backends.triton import config, launch, weight_standardize
 
 SIZES = [7, 8, 14, 15, 28, 30, 56, 60, 112, 120]
 CHANNELS = [64, 128, 192, 256, 768, 1024, 2048, 6144, 8192]
@@ -52,21 +53,6 @@ def test_tiles_fit_in_registers():
         assert elements * tensors // (32 * plan.warps) <= 32
 
 
-@pytest.mark.parametrize("multiprocessors", [108, 132, 148])
-def test_fills_the_device(multiprocessors):
-    """At batch 1 too where there is enough to do: 32 kB for each multiprocessor."""
-    for channels, pixels, _, itemsize, channels_last, _, plan in plans():
-        blocks = math.ceil(channels / plan.block)
-        for samples in (1, 256):
-            whole = config.in_one_launch(plan, samples * blocks, multiprocessors)
-            programs = samples * blocks * (1 if whole else plan.splits)
-            enough = samples * channels * pixels * itemsize >= multiprocessors * 32768
-            # Where a program's work is short, a second launch would take longer.
-            short = plan.tiles * plan.splits <= 4
-            if enough and not short and channels_last:
-                assert programs >= 0.8 * multiprocessors, (channels, pixels, samples, plan)
-
-
 def test_plans_do_not_know_the_batch():
     """A sample's result may depend on its size only: the plan has no other argument."""
     names = config.group_norm_plan.__wrapped__.__annotations__
@@ -87,33 +73,33 @@ def test_any_group_size(size):
                 assert plan.block == size or plan.lanes <= 64  # sums over pairs of channels
 
 
-def test_chunks():
-    l2 = 50 << 20
-    assert config.samples_per_chunk(8, 1 << 20, l2) == 8  # all of it fits
-    assert config.samples_per_chunk(256, 1 << 20, l2) == 16  # a third of it
-    assert config.samples_per_chunk(256, 100 << 20, l2) == 1
-    assert config.samples_per_chunk(1, 100 << 20, l2) == 1
-
-
 class Kernel:
     """Stands in for a Triton kernel: remembers calls, returns what a compiled one looks like."""
+
+    __name__ = "kernel"
+    function = packed_metadata = None
 
     def __init__(self):
         self.compilations, self.calls = 0, []
 
     def __getitem__(self, grid):
-        def run(*args, **options):
-            if options:
-                self.compilations += 1
-            self.calls.append((tuple(grid), args))
+        def first(*args, **options):
+            self.compilations += 1
+            self.calls.append((grid[0], args))
             return self
 
-        return run
+        return first
+
+    def run(self, programs, y, z, stream, *rest):
+        assert (y, z, stream, *rest[:5]) == (1, 1, "stream", None, None, None, None, None)
+        self.calls.append((programs, rest[5:]))
 
 
 @pytest.fixture
 def kernel(monkeypatch):
     monkeypatch.setattr(launch, "_compiled", {})
+    driver = SimpleNamespace(get_current_stream=lambda device: "stream")
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=driver))
     return Kernel()
 
 
@@ -122,9 +108,8 @@ def test_first_launch_is_kept(kernel):
     for programs in (3, 5):
         launch.launch(kernel, programs, (x, None), (7, 1.5), (True, "relu"), 4)
     assert kernel.compilations == 1
-    args = (x, None, 7, 1.5, True, "relu")
-    assert [grid for grid, _ in kernel.calls] == [(3,), (5, 1, 1)]
-    assert all(given[:1] == (x,) and given[1:] == args[1:] for _, given in kernel.calls)
+    numbers = (None, 7, 1.5, True, "relu")
+    assert kernel.calls == [(3, (x, *numbers)), (5, (x.data_ptr(), *numbers))]
 
 
 def test_what_a_compilation_depends_on(kernel):
@@ -150,3 +135,52 @@ def test_unaligned_tensors_go_through_triton(kernel):
     for _ in range(2):
         launch.launch(kernel, 1, (x[1:],), (), (), 4)
     assert kernel.compilations == 3
+
+
+def test_large_storages_are_other_kernels_on_amd(kernel, monkeypatch):
+    """Triton gives what lies within 2 GB addresses of 32 bits there."""
+    monkeypatch.setattr(launch, "AMD", True)
+    small = torch.empty(8)
+    large = torch.empty((1 << 29) + 8)[:8]  # of fp32, never touched
+    for _ in range(2):
+        for x in (small, large):
+            launch.launch(kernel, 1, (x,), (), (), 4)
+    assert kernel.compilations == 2
+
+
+def capturing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+def test_first_launch_in_a_capture_is_refused(kernel, monkeypatch):
+    x = torch.empty(8)
+    launch.launch(kernel, 1, (x,), (), (), 4)
+    capturing(monkeypatch)
+    launch.launch(kernel, 1, (x,), (), (), 4)
+    message = "^kernel: the first call cannot be captured in a CUDA graph: run the step once before"
+    with pytest.raises(RuntimeError, match=message):
+        launch.launch(kernel, 1, (x,), (), (), 8)
+
+
+def test_tables_of_new_layers_in_a_capture_are_refused(monkeypatch):
+    layers = (weight_standardize._Layer(8, 27, 27, False, 1.0),) * 2
+    weight_standardize._tables(layers, torch.device("cpu"))
+    capturing(monkeypatch)
+    weight_standardize._tables(layers, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="^weight_standardize: the first call"):
+        weight_standardize._tables(layers[:1], torch.device("cpu"))
+
+
+def test_tables_are_never_dropped():
+    """A captured graph goes on reading them."""
+    kept = [
+        weight_standardize._tables(
+            (weight_standardize._Layer(8, length, length, False, 1.0),), torch.device("cpu")
+        )
+        for length in range(1, 200)
+    ]
+    again = weight_standardize._tables(
+        (weight_standardize._Layer(8, 1, 1, False, 1.0),), torch.device("cpu")
+    )
+    assert again is kept[0]

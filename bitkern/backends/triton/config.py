@@ -5,8 +5,8 @@ import math
 from typing import NamedTuple
 
 TILE_BYTES = 16 * 1024  # of all tensors together: what a program keeps in registers
-RESIDENT_BYTES = 128 * 1024  # a program's share of a tensor that its second pass finds in L2
-PROGRAMS = 256  # wanted per sample where its pixels are split
+RESIDENT_BYTES = 80 * 1024  # a program's share of all tensors that its second pass finds in L2
+TILES_PER_SPLIT = 4  # at least: the first loads of a program wait, those of its other tiles do not
 MAX_SPLITS = 32  # of a sample's pixels
 COMBINED = 2048  # splits times lanes: partial results that one program combines
 
@@ -25,13 +25,12 @@ class GroupNormPlan(NamedTuple):
 
     block: int  # channels of a program: whole groups
     lanes: int  # the next power of two
-    depth: int  # pixels of a tile that one thread sees, for the channels of one access
+    depth: int  # pixels of a tile that one thread sums
     rows: int
     tiles: int  # per split
     splits: int  # partial results per sample and group, combined in a fixed order
     unit: int  # divides the contiguous dimension and the block's part of it: width of an access
     warps: int
-    resident: bool  # a second pass by the same program finds the first one's data in L2
 
     @property
     def on_chip(self) -> bool:
@@ -60,55 +59,39 @@ def group_norm_plan(
         widest, narrowest, step = 64, 1, size
         unit = math.gcd(pixels, 8)
     # Narrow accesses take more registers, for addresses.
-    narrow = unit * itemsize < 16
-    tile = TILE_BYTES // itemsize // tensors // (1 + narrow)
+    narrow = 4 if unit * itemsize < 16 else 1
+    tile = TILE_BYTES // itemsize // tensors // narrow
     blocks = [step]
     while 2 * blocks[-1] <= min(widest, channels):
         blocks.append(2 * blocks[-1])
     blocks = [block for block in blocks if block >= narrowest] or blocks[-1:]
 
     on_chip = [b for b in blocks if power_of_two(pixels) * power_of_two(b) <= tile]
+    resident = [b for b in blocks if pixels * b * itemsize * tensors <= RESIDENT_BYTES]
     if on_chip:
         block, pixels_of_tile, tiles, splits = on_chip[-1], power_of_two(pixels), 1, 1
-        resident = True
     else:
-        resident = pixels * blocks[0] * itemsize <= RESIDENT_BYTES
-        filling = [b for b in blocks if MAX_SPLITS * math.ceil(channels / b) >= PROGRAMS]
-        block = blocks[0] if resident or not filling else filling[-1]
+        # Wide rows; where rows are of pixels, narrow blocks are many programs.
+        block = (resident or blocks)[-1 if channels_last else 0]
+        if resident and block != size:
+            tile //= tensors  # the sums over groups take registers
         pixels_of_tile = max(tile // power_of_two(block), 1)
-        all_tiles = math.ceil(pixels / pixels_of_tile)
-        splits = min(
-            max_splits(power_of_two(block)),
-            math.ceil(PROGRAMS / math.ceil(channels / block)),
-            # Several tiles share the cost of a reduction.
-            max(all_tiles // (2 if resident else 1), 1),
-        )
-        tiles = math.ceil(all_tiles / splits)
-        splits = math.ceil(all_tiles / tiles)
+        tiles = math.ceil(pixels / pixels_of_tile)
+        splits = 1
+        if not resident:
+            splits = min(max_splits(power_of_two(block)), max(tiles // TILES_PER_SPLIT, 1))
+            tiles = math.ceil(tiles / splits)
+            splits = math.ceil(pixels / (pixels_of_tile * tiles))
     lanes = power_of_two(block)
     elements = pixels_of_tile * lanes
     # Sums over several groups compare the lanes in pairs: 32 pairs per thread at most.
     least = 1 if block == size else max(lanes * lanes // 1024, 1)
-    warps = min(max(elements * itemsize * tensors * (1 + narrow) // 2048, least), 8)
+    warps = min(max(elements * itemsize * tensors * narrow // 1024, least), 8)
     depth = min(max(elements * itemsize // (16 * 32 * warps), 1), pixels_of_tile)
+    if not channels_last:  # those of one access
+        depth = min(unit, 16 // itemsize, pixels_of_tile)
     rows = pixels_of_tile // depth
-    return GroupNormPlan(block, lanes, depth, rows, tiles, splits, unit, warps, resident)
-
-
-def in_one_launch(plan: GroupNormPlan, programs: int, multiprocessors: int) -> bool:
-    """Whether ``programs`` that each do all splits of their groups fill the device.
-
-    They run the arithmetic of one program per split, so that the choice changes no bit.
-    """
-    few = plan.tiles * plan.splits <= 4  # ends before a second launch would begin
-    return plan.on_chip or plan.resident and (few or programs >= 2 * multiprocessors)
-
-
-def samples_per_chunk(samples: int, sample_bytes: int, l2_bytes: int) -> int:
-    """Samples that both passes take before the next: about a third of L2, all where they fit."""
-    if samples * sample_bytes <= l2_bytes:
-        return samples
-    return max(l2_bytes // 3 // sample_bytes, 1)
+    return GroupNormPlan(block, lanes, depth, rows, tiles, splits, unit, warps)
 
 
 class FilterTile(NamedTuple):
@@ -149,4 +132,5 @@ def filter_tile(filters: int, length: int, aligned: bool) -> tuple[FilterTile, i
         block = max(power_of_two(length), 32)
         each = min(tile.filters * tile.block // block, power_of_two(filters // 128))
         tile = tile._replace(filters=each, block=block)
-    return tile, min(max(tile.filters * tile.block // 1024, 1), FILTER_WARPS)
+    each = 512 if aligned else 256  # elements of a warp: narrow accesses take more registers
+    return tile, min(max(tile.filters * tile.block // each, 1), FILTER_WARPS)

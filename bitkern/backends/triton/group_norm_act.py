@@ -3,12 +3,14 @@
 import torch
 
 from bitkern.backends.triton import config
-from bitkern.backends.triton.kernels import group_norm_act as kernels
-from bitkern.backends.triton.launch import device_of, launch
+from bitkern.backends.triton.kernels import group_norm_act_backward as backward
+from bitkern.backends.triton.kernels import group_norm_act_forward as forward
+from bitkern.backends.triton.launch import launch
 
 
-def _problem(x, num_groups, act, tensors):
-    """The plan for x, the kernels' sizes and their constexpr arguments but the stage."""
+def _problem(x, num_groups, tensors):
+    """The plan for x, programs for each split, the kernels' sizes and first constexpr arguments;
+    whether a program has one group."""
     samples, channels = x.shape[:2]
     pixels = x.numel() // (samples * channels)
     channels_last = pixels == 1 or not x.is_contiguous()
@@ -18,28 +20,9 @@ def _problem(x, num_groups, act, tensors):
     size = channels // num_groups
     sizes = (channels, pixels, size, plan.block, plan.tiles, plan.splits)
     reach = plan.depth * plan.rows * channels if channels_last else plan.lanes * pixels
-    options = (
-        channels_last, plan.unit, plan.depth, plan.rows, plan.lanes, max(reach, pixels) >= 2**31,
-        plan.block == size, config.max_splits(plan.lanes), act,
-    )  # fmt: skip
-    return plan, sizes, options
-
-
-def _launch(kernel, x, plan, pointers, sizes, more_numbers, options, tensors):
-    """One launch, or two for each chunk of samples."""
-    samples, blocks = x.shape[0], -(-sizes[0] // plan.block)
-    device = device_of(x.get_device())
-    if config.in_one_launch(plan, samples * blocks, device.multiprocessors):
-        options = (*options, "on_chip" if plan.on_chip else "whole")
-        launch(kernel, samples * blocks, pointers, (*sizes, 0, *more_numbers), options, plan.warps)
-        return
-    sample_bytes = tensors * x.element_size() * x.numel() // samples
-    chunk = config.samples_per_chunk(samples, sample_bytes, device.l2_bytes)
-    for first in range(0, samples, chunk):
-        grid = min(chunk, samples - first) * blocks * plan.splits
-        numbers = (*sizes, first, *more_numbers)
-        launch(kernel, grid, pointers, numbers, (*options, "reduce"), plan.warps)
-        launch(kernel, grid, pointers, numbers, (*options, "apply"), plan.warps)
+    wide = max(reach, pixels) >= 2**31
+    options = (channels_last, plan.unit, plan.depth, plan.rows, plan.lanes, wide)
+    return plan, samples * -(-channels // plan.block), sizes, options, plan.block == size
 
 
 def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act):
@@ -47,23 +30,33 @@ def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act):
 
     x (N, C, *spatial), dense, NCHW or channels_last; residual alike; mean, rstd (N, G) fp32.
     """
-    total = None if residual is None else torch.empty_like(x)
+    out = None if residual is None else torch.empty_like(x)
     y = torch.empty_like(x)
     mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if x.numel() == 0:
-        return total, y, mean.zero_(), rstd.zero_()
+        return out, y, mean.zero_(), rstd.zero_()
+    total = x if out is None else out
     tensors = 1 if residual is None else 2
-    plan, sizes, options = _problem(x, num_groups, act, tensors)
-    partial = None
-    if not plan.on_chip:
-        partial = mean.new_empty((x.shape[0], plan.splits, num_groups, 2))
-    pointers = (
-        x, residual, x if total is None else total, y, weight, bias, mean, rstd, partial
-    )  # fmt: skip
-    with torch.cuda.device_of(x):
-        _launch(kernels.group_norm_act_forward, x, plan, pointers, sizes, (eps,), options, 1)
-    return total, y, mean, rstd
+    plan, programs, sizes, options, one_group = _problem(x, num_groups, tensors)
+    pointers = (x, residual, total, y, weight, bias, mean, rstd)
+    if plan.splits == 1:
+        kernel = forward.group_norm_act_forward_whole
+        if plan.on_chip:
+            kernel = forward.group_norm_act_forward_on_chip
+        numbers, constants = (*sizes[:4], eps), (*options, one_group, act)
+        launch(kernel, programs, pointers, numbers, constants, plan.warps)
+        return out, y, mean, rstd
+    partial = mean.new_empty((x.shape[0], plan.splits, num_groups, 2))
+    programs *= plan.splits
+    pointers, constants = (x, residual, total, partial), (*options, one_group)
+    kernel = forward.group_norm_act_forward_reduce
+    launch(kernel, programs, pointers, sizes, constants, plan.warps)
+    pointers = (total, y, weight, bias, mean, rstd, partial)
+    constants = (*options, act, config.max_splits(plan.lanes))
+    kernel = forward.group_norm_act_forward_apply
+    launch(kernel, programs, pointers, (*sizes, eps), constants, plan.warps)
+    return out, y, mean, rstd
 
 
 def group_norm_act_recompute(total, num_groups, weight, bias, mean, rstd, act):
@@ -71,12 +64,10 @@ def group_norm_act_recompute(total, num_groups, weight, bias, mean, rstd, act):
     y = torch.empty_like(total)
     if total.numel() == 0:
         return y
-    plan, sizes, options = _problem(total, num_groups, act, 1)
-    pointers = total, None, total, y, weight, bias, mean, rstd, None
-    programs = total.shape[0] * -(-sizes[0] // plan.block) * plan.splits
-    with torch.cuda.device_of(total):
-        numbers, options = (*sizes, 0, 0.0), (*options, "recompute")
-        launch(kernels.group_norm_act_forward, programs, pointers, numbers, options, plan.warps)
+    plan, programs, sizes, options, one_group = _problem(total, num_groups, 1)
+    pointers, constants = (total, y, weight, bias, mean, rstd), (*options, one_group, act)
+    kernel = forward.group_norm_act_recompute
+    launch(kernel, programs * plan.splits, pointers, sizes, constants, plan.warps)
     return y
 
 
@@ -95,20 +86,34 @@ def group_norm_act_backward(
             if gradient is not None:
                 gradient.zero_()
         return dx, dweight, dbias
-    plan, sizes, options = _problem(total, num_groups, act, 2)
     samples, channels = total.shape[:2]
-    partial = None
-    if not plan.on_chip:
-        partial = mean.new_empty((samples, plan.splits, channels, 2))
     parts = [dweight, dbias]
     if samples > 1:
         parts = [None if p is None else mean.new_empty((samples, channels)) for p in parts]
-    pointers = (dy, dtotal, total, dx, weight, bias, mean, rstd, *parts, partial)
-    with torch.cuda.device_of(total):
-        _launch(kernels.group_norm_act_backward, total, plan, pointers, sizes, (), options, 2)
-        if samples > 1 and (dweight is not None or dbias is not None):
-            launch(
-                kernels.group_norm_act_sum_samples, -(-channels // 32), (*parts, dweight, dbias),
-                (samples, channels), (64, 32), 4,
-            )  # fmt: skip
+    _backward(dy, dtotal, total, dx, num_groups, weight, bias, mean, rstd, parts, act)
+    if samples > 1 and (dweight is not None or dbias is not None):
+        launch(
+            backward.group_norm_act_sum_samples, -(-channels // 32), (*parts, dweight, dbias),
+            (samples, channels), (64, 32), 4,
+        )  # fmt: skip
     return dx, dweight, dbias
+
+
+def _backward(dy, dtotal, total, dx, num_groups, weight, bias, mean, rstd, parts, act):
+    plan, programs, sizes, options, one_group = _problem(total, num_groups, 2)
+    constants = (*options, one_group, act)
+    pointers = (dy, dtotal, total, dx, weight, bias, mean, rstd, *parts)
+    if plan.splits == 1:
+        kernel = backward.group_norm_act_backward_whole
+        if plan.on_chip:
+            kernel = backward.group_norm_act_backward_on_chip
+        launch(kernel, programs, pointers, sizes[:4], constants, plan.warps)
+        return
+    programs *= plan.splits
+    partial = mean.new_empty((total.shape[0], plan.splits, total.shape[1], 2))
+    needed = (dy, total, weight, bias, mean, rstd, partial)
+    kernel = backward.group_norm_act_backward_reduce
+    launch(kernel, programs, needed, sizes, constants, plan.warps)
+    kernel = backward.group_norm_act_backward_apply
+    constants = (*constants, config.max_splits(plan.lanes))
+    launch(kernel, programs, (*pointers, partial), sizes, constants, plan.warps)

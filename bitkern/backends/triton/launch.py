@@ -1,38 +1,33 @@
 """The host side of a launch: short, because a network makes hundreds per step."""
 
-import functools
-from typing import NamedTuple
-
 import torch
+from triton import knobs
+from triton.runtime import driver
 
-
-class Device(NamedTuple):
-    multiprocessors: int
-    l2_bytes: int
-
-
-@functools.cache
-def device_of(index: int) -> Device:
-    """What the launch configurations need to know; index -1 is Triton's interpreter."""
-    if index < 0:
-        return Device(multiprocessors=4, l2_bytes=1 << 20)
-    properties = torch.cuda.get_device_properties(index)
-    return Device(properties.multi_processor_count, properties.L2_cache_size)
+AMD = torch.version.hip is not None
 
 
 def options(warps: int) -> dict:
     """Triton's compiler options.
 
-    Without a limit, ptxas spills a register or two to fit one more program on a multiprocessor.
+    With 128 registers a multiprocessor holds 16 warps, which is what keeps enough loads under way.
     """
-    return {"num_warps": warps, "enable_fp_fusion": True, "maxnreg": 255}
+    return {"num_warps": warps, "enable_fp_fusion": True, "maxnreg": 128}
 
 
 _compiled = {}
 
 
+def refuse_capture(what):
+    """Raise where a CUDA graph is being captured, in which a first call cannot be."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what}: the first call cannot be captured in a CUDA graph: run the step once before"
+        )
+
+
 def launch(kernel, programs, pointers, numbers, constants, warps):
-    """Launch ``kernel`` on the current stream of the current device.
+    """Launch ``kernel`` on the current stream of the device of ``pointers``.
 
     pointers: tensors or None. numbers: ints and floats, of types that ``constants`` determines.
     constants: the constexpr arguments, in the order of the signature.
@@ -40,19 +35,34 @@ def launch(kernel, programs, pointers, numbers, constants, warps):
     Triton inspects the arguments of every call; here the first call's outcome is looked up by
     what it depends on. The kernels do not specialize on numbers.
     """
-    device, key, address = -1, [kernel, constants, warps], 0
+    device, key, addresses, bits = -1, [kernel, constants, warps], [], 0
     for pointer in pointers:
         if pointer is None:
             key.append(None)
+            addresses.append(None)
         else:
+            address = pointer.data_ptr()
+            bits |= address
             key.append(pointer.dtype)
-            address |= pointer.data_ptr()
+            addresses.append(address)
             device = pointer.get_device()
-    key = (device, address % 16, *key)
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[programs, 1, 1](*pointers, *numbers, *constants)
+            if AMD:  # Triton has shorter addresses there for what lies within 2 GB
+                key.append(pointer.untyped_storage().nbytes() < 2**31)
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, programs, pointers, numbers, constants, warps)
         return
-    compiled = kernel[programs,](*pointers, *numbers, *constants, **options(warps))
-    if address % 16 == 0 and compiled is not None:  # None: the interpreter
-        _compiled[key] = compiled
+    key = (device, bits % 16, *key)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        refuse_capture(kernel.__name__)
+        compiled = kernel[programs,](*pointers, *numbers, *constants, **options(warps))
+        if bits % 16 == 0 and compiled is not None:  # None: the interpreter
+            _compiled[key] = compiled
+    elif knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+        compiled[programs, 1, 1](*addresses, *numbers, *constants)  # a profiler wants to see it
+    else:
+        compiled.run(
+            programs, 1, 1, driver.active.get_current_stream(device), compiled.function,
+            compiled.packed_metadata, None, None, None, *addresses, *numbers, *constants,
+        )  # fmt: skip

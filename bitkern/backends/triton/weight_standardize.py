@@ -9,7 +9,7 @@ import triton.language as tl
 
 from bitkern.backends.triton import config
 from bitkern.backends.triton.kernels import weight_standardize as kernels
-from bitkern.backends.triton.launch import launch
+from bitkern.backends.triton.launch import launch, refuse_capture
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _POINTERS_AT_A_TIME = 64
@@ -37,9 +37,10 @@ def _layer(own, other, tensors, scale):
     return _Layer(own.shape[0], length, minor, length % 8 == 0 and addresses % 16 == 0, scale)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # unbounded: a captured CUDA graph goes on reading them
 def _tables(layers, device):
     """sizes and programs on the device, long filters first."""
+    refuse_capture("weight_standardize")
     sizes, programs, first_stat = [], [], 0
     for layer in layers:
         kind = config.filter_kind(layer.length, layer.aligned)
@@ -70,21 +71,20 @@ def _launch(one, many, tensors, layers, gains, stats, variant, dtypes):
     """The kernel for one layer, or that for many; tensors: a tuple per layer, some of them None."""
     permuted = any(layer.minor != layer.length for layer in layers)
     eps, *variant = variant
-    with torch.cuda.device_of(stats):
-        if len(layers) > 1:
-            sizes, programs = _tables(tuple(layers), stats.device)
-            pointers = (sizes, programs, _pointers(tensors), stats)
-            dtypes = [_DTYPES[dtype] for dtype in dtypes]
-            options = (*dtypes, int(gains is not None), *variant, permuted, config.FILTER_TILES)
-            numbers = (stats.shape[1], eps)
-            launch(many, len(programs), pointers, numbers, options, config.FILTER_WARPS)
-            return
-        ((filters, length, minor, aligned, scale),) = layers
-        tile, warps = config.filter_tile(filters, length, aligned)
-        options = (*variant, *tile, permuted)
-        numbers = (filters, length, minor, scale, eps)
-        programs = -(-filters // tile.filters)
-        launch(one, programs, (*tensors[0], stats), numbers, options, warps)
+    if len(layers) > 1:
+        sizes, programs = _tables(tuple(layers), stats.device)
+        pointers = (sizes, programs, _pointers(tensors), stats)
+        dtypes = [_DTYPES[dtype] for dtype in dtypes]
+        options = (*dtypes, int(gains is not None), *variant, permuted, config.FILTER_TILES)
+        numbers = (stats.shape[1], eps)
+        launch(many, len(programs), pointers, numbers, options, config.FILTER_WARPS)
+        return
+    ((filters, length, minor, aligned, scale),) = layers
+    tile, warps = config.filter_tile(filters, length, aligned)
+    options = (*variant, *tile, permuted)
+    numbers = (filters, length, minor, scale, eps)
+    programs = -(-filters // tile.filters)
+    launch(one, programs, (*tensors[0], stats), numbers, options, warps)
 
 
 def weight_standardize_forward(weights, gains, scales, variant, dtype, channels_last):

@@ -14,6 +14,8 @@ programs (int32) [programs, 2]: layer and first filter; pointers (int64) [layers
 import triton
 import triton.language as tl
 
+from bitkern.backends.triton.kernels.tiles import STAGES
+
 
 @triton.jit
 def _load(pointer, mask):
@@ -63,7 +65,7 @@ def _forward_tile(
         origin = _load(weight + other, valid[:, None] & (k < K)[None, :])
         sum_d = tl.zeros([FILTERS, BLOCK], tl.float32)
         sum_dd = tl.zeros([FILTERS, BLOCK], tl.float32)
-        for i in range(1, tl.cdiv(K, BLOCK)):
+        for i in tl.range(1, tl.cdiv(K, BLOCK), num_stages=STAGES if ALIGNED else 1):
             own, other = _addresses(filter, i * BLOCK + k, K, minor, PERMUTED)
             mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
             d = tl.where(mask, _load(weight + other, mask) - origin, 0.0)
@@ -90,7 +92,7 @@ def _forward_tile(
     if WHOLE:
         tl.store(out + own, centered * factor[:, None], mask=mask)
     else:
-        for i in range(tl.cdiv(K, BLOCK)):
+        for i in tl.range(tl.cdiv(K, BLOCK), num_stages=STAGES if ALIGNED else 1):
             own, other = _addresses(filter, i * BLOCK + k, K, minor, PERMUTED)
             mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
             value = _load(weight + other, mask)
@@ -128,7 +130,7 @@ def _backward_tile(
         sums_g = tl.zeros([FILTERS, BLOCK], tl.float32)
         sums_c = tl.zeros([FILTERS, BLOCK], tl.float32)
         sums_gc = tl.zeros([FILTERS, BLOCK], tl.float32)
-        for i in range(tl.cdiv(K, BLOCK)):
+        for i in tl.range(tl.cdiv(K, BLOCK), num_stages=STAGES if ALIGNED else 1):
             own, other = _addresses(filter, i * BLOCK + k, K, minor, PERMUTED)
             mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
             g = _load(dout + other, mask)
@@ -156,7 +158,7 @@ def _backward_tile(
     if WHOLE:
         tl.store(dweight + own, (g - constant - centered * slope) * factor, mask=mask)
     else:
-        for i in range(tl.cdiv(K, BLOCK)):
+        for i in tl.range(tl.cdiv(K, BLOCK), num_stages=STAGES if ALIGNED else 1):
             own, other = _addresses(filter, i * BLOCK + k, K, minor, PERMUTED)
             mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
             centered = _load(weight + own, mask) - mean - rest[:, None]
@@ -200,9 +202,14 @@ def _size(sizes, layer, INDEX: tl.constexpr):
 
 
 @triton.jit
-def _tensor(pointers, layer, INDEX: tl.constexpr, TENSORS: tl.constexpr, DTYPE: tl.constexpr):
+def _tensor(
+    pointers, layer, INDEX: tl.constexpr, TENSORS: tl.constexpr, DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
     pointer = tl.load(pointers + layer * TENSORS + INDEX).to(tl.pointer_type(DTYPE))
-    return tl.multiple_of(pointer, 16)
+    if ALIGNED:  # here: the compiler loses it on what a function is given
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit(do_not_specialize=["all_filters"])
@@ -216,16 +223,18 @@ def weight_standardize_forward_all(
     filters, K, minor = _size(sizes, layer, 0), _size(sizes, layer, 1), _size(sizes, layer, 2)
     first_stat, kind = _size(sizes, layer, 3), _size(sizes, layer, 5)
     scale = _size(sizes, layer, 4).to(tl.float32, bitcast=True)
-    weight = _tensor(pointers, layer, 0, 2 + HAS_GAIN, WEIGHT)
-    out = _tensor(pointers, layer, 1, 2 + HAS_GAIN, OUT)
-    gain = None
-    if HAS_GAIN:
-        gain = _tensor(pointers, layer, 2, 3, WEIGHT)
+    TENSORS: tl.constexpr = 2 + HAS_GAIN
     for i in tl.static_range(len(TILES)):
         if kind == i:
+            ALIGNED: tl.constexpr = TILES[i][3]
+            weight = _tensor(pointers, layer, 0, TENSORS, WEIGHT, ALIGNED)
+            out = _tensor(pointers, layer, 1, TENSORS, OUT, ALIGNED)
+            gain = None
+            if HAS_GAIN:
+                gain = _tensor(pointers, layer, 2, TENSORS, WEIGHT, ALIGNED)
             _forward_tile(
                 weight, out, gain, stats, first, filters, K, minor, first_stat, all_filters, scale,
-                eps, EPS_OUTSIDE, UNBIASED, TILES[i][0], TILES[i][1], TILES[i][2], TILES[i][3],
+                eps, EPS_OUTSIDE, UNBIASED, TILES[i][0], TILES[i][1], TILES[i][2], ALIGNED,
                 PERMUTED,
             )  # fmt: skip
 
@@ -241,18 +250,20 @@ def weight_standardize_backward_all(
     filters, K, minor = _size(sizes, layer, 0), _size(sizes, layer, 1), _size(sizes, layer, 2)
     first_stat, kind = _size(sizes, layer, 3), _size(sizes, layer, 5)
     scale = _size(sizes, layer, 4).to(tl.float32, bitcast=True)
-    dout = _tensor(pointers, layer, 0, 3 + 2 * HAS_GAIN, OUT)
-    weight = _tensor(pointers, layer, 1, 3 + 2 * HAS_GAIN, WEIGHT)
-    dweight = _tensor(pointers, layer, 2, 3 + 2 * HAS_GAIN, WEIGHT)
-    gain = None
-    dgain = None
-    if HAS_GAIN:
-        gain = _tensor(pointers, layer, 3, 5, WEIGHT)
-        dgain = _tensor(pointers, layer, 4, 5, WEIGHT)
+    TENSORS: tl.constexpr = 3 + 2 * HAS_GAIN
     for i in tl.static_range(len(TILES)):
         if kind == i:
+            ALIGNED: tl.constexpr = TILES[i][3]
+            dout = _tensor(pointers, layer, 0, TENSORS, OUT, ALIGNED)
+            weight = _tensor(pointers, layer, 1, TENSORS, WEIGHT, ALIGNED)
+            dweight = _tensor(pointers, layer, 2, TENSORS, WEIGHT, ALIGNED)
+            gain = None
+            dgain = None
+            if HAS_GAIN:
+                gain = _tensor(pointers, layer, 3, TENSORS, WEIGHT, ALIGNED)
+                dgain = _tensor(pointers, layer, 4, TENSORS, WEIGHT, ALIGNED)
             _backward_tile(
                 dout, weight, dweight, gain, dgain, stats, first, filters, K, minor, first_stat,
                 all_filters, scale, eps, EPS_OUTSIDE, UNBIASED, TILES[i][0], TILES[i][1],
-                TILES[i][2], TILES[i][3], PERMUTED,
+                TILES[i][2], ALIGNED, PERMUTED,
             )  # fmt: skip

@@ -1,0 +1,50 @@
+"""What Triton's real launcher gives the driver: a fake one, since no GPU is here."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.kernels import fake_driver
+
+# Launches of forward, recomputation and backward; one more in backward sums over the samples.
+COUNTS = {
+    "on chip": (1, 1, 2), "whole": (1, 1, 2), "split": (2, 1, 3), "split, one sample": (2, 1, 2),
+    "unaligned": (1, 1, 2), "fp32": (1, 1, 2), "one weight": (1, None, 1),
+    "weights": (2, None, 2),
+}  # fmt: skip
+
+pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc for the fake driver")
+
+
+@pytest.fixture(scope="module", params=["installed", "3.6.0"])
+def launches(request):
+    """{(repeat, case, call): ([kernel …], [module …])}; the arguments were checked as they came."""
+    other = request.param == "3.6.0"
+    if other and not fake_driver.OTHER_TRITON.exists():
+        pytest.skip("no build/triton-3.6.0, which make test installs")
+    printed = json.loads(fake_driver.run("launches", other_triton=other))
+    assert not other or printed["triton"] == "3.6.0"
+    return {
+        (line["repeat"], line["case"], line["call"]): (line["launches"], line["modules"])
+        for line in printed["result"]
+    }
+
+
+def test_number_of_launches(launches):
+    for (_, case, call), (names, _) in launches.items():
+        expected = COUNTS[case][["forward", "recompute", "backward"].index(call)]
+        assert len(names) == expected, (case, call, names)
+
+
+def test_our_launch_is_tritons(launches):
+    """The second call, which does not ask Triton, runs the kernels that the first one ran."""
+    for (repeat, case, call), launched in launches.items():
+        assert launched == launches[0, case, call], (repeat, case, call)
+
+
+def test_specializations(launches):
+    """A kernel compiled for aligned addresses, or another dtype, is not launched with others."""
+    for other in ("unaligned", "fp32"):
+        for call in ("forward", "recompute"):
+            assert launches[1, other, call][1] != launches[1, "on chip", call][1]
