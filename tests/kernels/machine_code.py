@@ -24,6 +24,7 @@ class Loop(NamedTuple):
     narrow: int  # loads and copies of less
     shuffles: int
     divisions: int  # of integers
+    instructions: int
 
     @property
     def waits(self) -> bool:
@@ -100,6 +101,7 @@ def _loop(code: list[str], repeats: bool) -> Loop:
         narrow,
         sum(text.startswith("SHFL") for text in code),
         sum(text.startswith("F2I") for text in code),
+        len(code),
     )
 
 

@@ -74,6 +74,8 @@ def faults(line):
             yield f"{loop['shuffles']} shuffles in a loop"
         if loop["repeats"] and loop["divisions"]:
             yield f"{loop['divisions']} integer divisions in a loop"
+        if loop["instructions"] > 75 * loop["copies"] > 0:  # which benchmarks/cost.py reckons with
+            yield f"{loop['instructions']} instructions for {loop['copies']} copies in a loop"
         if loop["repeats"] and loop["outstanding"] < loop["loads"]:
             yield f"waits for load {loop['outstanding']} of {loop['loads']} in a loop"
 
@@ -121,7 +123,7 @@ def test_accesses_are_wide(few):
 def test_faults_are_found():
     """The criteria themselves, on what 559d16e compiled to under Triton 3.6."""
     loop = {"repeats": True, "loads": 4, "outstanding": 1, "copies": 0, "narrow": 0}
-    loop |= {"shuffles": 128, "divisions": 2}
+    loop |= {"shuffles": 128, "divisions": 2, "instructions": 493}
     line = {"target": "sm_90", "kernel": "group_norm_act_forward_whole", "spills": 4}
     line |= {"warps_there": 8, "bytes_under_way": 4 << 10, "loops": [loop]}
     assert len(list(faults(line))) == 5

@@ -1,0 +1,128 @@
+"""What a GPU should take for GroupNorm + activation: predictions, from plans and machine code.
+
+A program copies its tiles, and works on them; what limits a launch is the bytes that are under way
+(Little's law), the copy rate of the device's memory, or the instructions of the loop. No constant
+is fitted to a measurement of our kernels; ``tests/kernels/test_cost.py`` holds the model against
+what is known of others.
+"""
+
+import math
+from typing import NamedTuple
+
+from bitkern.backends.triton import config
+
+LATENCY = 700e-9  # of a load from an idle memory, in seconds; twice that at full rate
+L2_LATENCY = 300e-9
+LAUNCH = 2e-6  # from the end of one kernel to the next one's first load, in a CUDA graph
+CLOCK = 1.7e9  # of 4 instructions per multiprocessor
+
+
+class Device(NamedTuple):
+    multiprocessors: int
+    copy_rate: float  # bytes per second, read and written together
+    l2_bytes: int
+
+
+DEVICES = {
+    "A100": Device(108, 1.7e12, 40 << 20),
+    "H100": Device(132, 3.0e12, 50 << 20),
+    "H200": Device(132, 4.3e12, 60 << 20),
+}
+
+
+class Code(NamedTuple):
+    """A compiled kernel: what ``tests/kernels/shipped.py`` reads from machine code."""
+
+    programs: int = 2  # on a multiprocessor
+    tiles: float = 2.0  # of a program's tiles under way
+    instructions: int = 300  # of all warps, for each 2 KB of a tile that a warp has
+    overlaps: bool = True  # the loads of the next tile do not wait for the work on this one
+
+
+SHIPPED = Code()
+
+
+class Launch(NamedTuple):
+    programs: int
+    tile_bytes: int  # read, of all tensors
+    tiles: int  # of a program
+    dependent: int  # loads that its first tile waits for, one after the other
+    read: float  # bytes of all programs
+    written: float
+    in_l2: bool = False  # what is read
+
+
+def seconds(launch: Launch, code: Code, device: Device) -> float:
+    """Of one launch, without LAUNCH."""
+    slots = device.multiprocessors * code.programs
+    full, rest = divmod(launch.programs, slots)
+    share = launch.read / launch.programs, launch.written / launch.programs
+    return sum(
+        _wave(programs, count, share, launch, code, device)
+        for programs, count in ((slots, full), (rest, 1 if rest else 0))
+        if count
+    )
+
+
+def _wave(programs, count, share, launch, code, device):
+    """``count`` times as many programs at a time."""
+    read, written = (count * programs * part for part in share)
+    under_way = programs * launch.tile_bytes * min(code.tiles, launch.tiles)
+    work = launch.tile_bytes / 2048 * code.instructions / 4 / CLOCK  # of a tile, if alone
+    there = math.ceil(programs / device.multiprocessors)
+    latency = L2_LATENCY if launch.in_l2 else LATENCY
+    if not code.overlaps:
+        latency += work * there
+    limit = 2 * device.copy_rate if launch.in_l2 else device.copy_rate
+    # Rate times latency is what is under way; the latency doubles as the rate nears the limit.
+    wanted = under_way / latency
+    rate = min(limit, limit / 2 * (math.sqrt(1 + 4 * wanted / limit) - 1))
+    time = read / rate
+    time += count * launch.dependent * latency / max(code.programs, 1)  # others load meanwhile
+    moved = (written if launch.in_l2 else read + written) / device.copy_rate
+    busy = min(programs, device.multiprocessors)
+    worked = read / launch.tile_bytes * work / busy
+    return max(time, moved, worked)
+
+
+def group_norm_act(
+    samples: int, channels: int, pixels: int, device: Device, *, backward: bool = False,
+    itemsize: int = 2, groups: int = 32, code: Code = SHIPPED,
+    plan: config.GroupNormPlan | None = None,
+) -> tuple[float, list[Launch]]:  # fmt: skip
+    """(seconds, launches) of the operator in channels_last, its sums over samples left out."""
+    tensors = 1 + backward
+    plan = plan or config.group_norm_plan(channels, pixels, groups, itemsize, True, tensors)
+    size = samples * channels * pixels * itemsize
+    blocks = samples * math.ceil(channels / plan.block)
+    tile = plan.depth * plan.rows * plan.block * itemsize * tensors
+    if plan.on_chip:
+        launches = [Launch(blocks, tile, 1, 1, tensors * size, size)]
+    elif plan.splits == 1:
+        resident = device.multiprocessors * code.programs * tile * plan.tiles <= device.l2_bytes
+        launches = [
+            Launch(blocks, tile, plan.tiles, 1, tensors * size, 0),
+            Launch(blocks, tile, plan.tiles, 1, tensors * size, size, in_l2=resident),
+        ]
+    else:
+        programs = blocks * plan.splits
+        fits = (tensors + 1) * size <= device.l2_bytes
+        launches = [
+            Launch(programs, tile, plan.tiles, 1, tensors * size, 0),
+            Launch(programs, tile, plan.tiles, 2, tensors * size, size, in_l2=fits),
+        ]
+    number = 2 if plan.splits > 1 else 1
+    time = LAUNCH * number + sum(seconds(launch, code, device) for launch in launches)
+    return time, launches
+
+
+def two_pass_floor(samples, channels, pixels, device, *, backward=False, itemsize=2):
+    """Seconds for three tensor passes forward, five backward, at copy rate."""
+    size = samples * channels * pixels * itemsize
+    return (5 if backward else 3) * size / device.copy_rate
+
+
+def bytes_under_way(launch: Launch, code: Code, device: Device) -> float:
+    """On a multiprocessor."""
+    there = min(code.programs, launch.programs / device.multiprocessors)
+    return there * launch.tile_bytes * min(code.tiles, launch.tiles)
