@@ -47,7 +47,7 @@ INSIDE = {
         ("recipes",),
         ("schedule",),
         ("data",),
-        ("inference", "run"),
+        ("inference", "run", "step"),
         ("loop",),
     ),
     "transfer.recipes": (("mixup",), ("hyperrule",)),

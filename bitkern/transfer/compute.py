@@ -54,11 +54,14 @@ class Compute(NamedTuple):
         return cls(device, precision, workers)
 
     def place(self, model: nn.Module) -> None:
-        """Move a model to the device, in channels_last, in which convolutions and kernels lead."""
+        """Move a model to the device, in channels_last, in which convolutions and kernels lead.
+
+        And without gaps in its tensors, in which the fused optimizer would err.
+        """
         model.to(self.device)
         for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.ndim == 4:
-                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+            format = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+            tensor.data = tensor.data.contiguous(memory_format=format)
 
     def to_input(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) as fp32 in [-1, 1] on the device, channels_last."""

@@ -22,16 +22,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitkern.nn.standardized import standardized
 from bitkern.transfer import ranks
 from bitkern.transfer.compute import Compute, require
 from bitkern.transfer.data.images import ImageSet
 from bitkern.transfer.data.loader import scheduled_batches
 from bitkern.transfer.inference import evaluate_on
 from bitkern.transfer.recipes import Recipe
-from bitkern.transfer.recipes.mixup import mixup, mixup_loss
-from bitkern.transfer.run import Progress, Record, Run, check_out, load_checkpoint, read_checkpoint
-from bitkern.transfer.schedule import Part, Schedule
+from bitkern.transfer.run import (
+    Journal,
+    Progress,
+    Record,
+    Run,
+    check_out,
+    load_checkpoint,
+    read_checkpoint,
+)
+from bitkern.transfer.schedule import Schedule
+from bitkern.transfer.step import Later, Stepper
 
 
 class TrainingError(RuntimeError):
@@ -92,8 +99,9 @@ def train(
     get the same results, equal to those of a single process but for the rounding of sums; the first
     writes the files.
 
-    Raises ``ValueError`` for bad arguments, :class:`TrainingError` when the loss is not finite,
-    :class:`~bitkern.transfer.ranks.RankError` when another process fails.
+    Raises ``ValueError`` for bad arguments, :class:`TrainingError` when the loss is not finite
+    (``model`` is spoilt then, last.pt is not), :class:`~bitkern.transfer.ranks.RankError` when
+    another process fails.
     """
     rank, world_size = ranks.rank(), ranks.world_size()
     _check_batches(train_set, rule, batch_split, world_size)
@@ -150,15 +158,12 @@ def train(
         journal.records = ranks.from_first(lambda: journal.records)
         began = time.perf_counter() - done.seconds
         batches = scheduled_batches(train_set, schedule, compute, flip=flip, start=done.step)
-        take_step = _Stepper(model, optimizer, schedule, compute, iter(batches))
+        take_step = Stepper(model, optimizer, schedule, compute, iter(batches))
+        losses = _Losses(rule, journal)
         for step, bar in _bar(done.step, rule.steps, progress and rank == 0):
-            lr = rule.lr(step)
-            loss = take_step(step, lr)
-            _check_finite(loss, "loss", step, rule)
-            journal.add(step=step + 1, loss=loss, lr=lr)
-            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2g}")
-
+            losses.add(step, take_step(step, rule.lr(step)), bar)
             if eval_set is not None and _is_due(step + 1, eval_every, rule.steps):
+                losses.read()
                 size = math.ceil(rule.batch_size / (batch_split * world_size))
                 metrics = evaluate_on(compute, model, eval_set, rule.crop, size)
                 _check_finite(metrics["eval_loss"], "evaluation loss", step, rule)
@@ -167,6 +172,7 @@ def train(
                     bar.write(f"step {step + 1}: top-1 {metrics['top1']:.4f}")
             (stop,) = ranks.sums_of(interrupted.is_set())
             if stop or _is_due(step + 1, checkpoint_every, rule.steps):
+                losses.read()  # so that no checkpoint holds a step that diverged
                 with ranks.together():
                     run.save(Progress(step + 1, time.perf_counter() - began))
             if stop:
@@ -217,49 +223,33 @@ def _check_can_be_written(model: nn.Module, about: Mapping[str, Any]) -> None:
             raise TypeError(f"model: expected tensors in its state, got {name}: {type(value)}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stepper:
-    """What an optimizer step is made of, and the step."""
+@dataclasses.dataclass
+class _Losses:
+    """The losses of the steps, each read when the device has the next step to do."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    compute: Compute
-    batches: Iterator[tuple[Tensor, Tensor]]
+    rule: Recipe
+    journal: Journal
+    unread: tuple[int, Later, Any] | None = None
 
-    def __call__(self, step: int, lr: float) -> float:
-        """Take the step; the mean loss over the batch."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        lam, parts = self.schedule.step(step)
-        self.model.train()
-        with ranks.together(), standardized(self.model):
-            own_loss = float(sum(self._accumulate(part, lam) for part in parts))
+    def add(self, step: int, loss: Tensor, bar: Any) -> None:
+        """Read the loss of the step before; this one will be shown on the bar."""
+        later = Later(loss)
+        self.read()
+        self.unread = step, later, bar
+
+    def read(self) -> None:
+        """Write down the loss that is unread, if any; TrainingError if it is not finite."""
+        if self.unread is None:
+            return
+        step, later, bar = self.unread
+        self.unread = None
+        with ranks.together():
+            own_loss = later.value()
         (loss,) = ranks.sums_of(own_loss)
-        if math.isfinite(loss):
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            ranks.add_up(p.grad for p in parameters if p.grad is not None)
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss
-
-    def _accumulate(self, part: Part, lam: float | None) -> Tensor:
-        """Add the gradients of a micro-batch; what it adds to the mean loss over the batch.
-
-        This process computes its part of it, the first ``own`` of the images that it loads.
-        """
-        images, labels = next(self.batches)
-        x, y = self.compute.to_input(images), labels.to(self.compute.device)
-        own, recipe = slice(part.own), self.schedule.recipe
-        with self.compute.autocast():
-            if lam is None or part.permutation is None:
-                loss = recipe.loss(self.model(x), y)
-            else:
-                x, y, y_perm = mixup(x, y, lam, torch.from_numpy(part.permutation))
-                loss = mixup_loss(self.model(x[own]), y[own], y_perm[own], lam, recipe.loss)
-        share = loss * (part.own / recipe.batch_size)
-        share.backward()  # type: ignore[no-untyped-call]
-        return share.detach()
+        _check_finite(loss, "loss", step, self.rule)
+        lr = self.rule.lr(step)
+        self.journal.add(step=step + 1, loss=loss, lr=lr)
+        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2g}")
 
 
 def _result(records: list[Record], seconds: float) -> TrainResult:

@@ -15,7 +15,7 @@ from PIL import Image
 
 import bitkern
 from bitkern.models import read_checkpoint
-from bitkern.transfer import loop
+from bitkern.transfer import step
 from tests.cli.commands import RESULTS, SMALL, call, error_of
 from tests.transfer.images import CLASSES, write_folder
 
@@ -111,13 +111,13 @@ def test_interrupted_run_resumes_to_the_same_bits(run, tmp_path, monkeypatch, ca
     assert call("finetune", *arguments, "--out", tmp_path / "straight") == 0
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        mixup = loop.mixup
+        mix = step.mix
 
         def interrupted(*batch):
             signal.raise_signal(signal.SIGINT)
-            return mixup(*batch)
+            return mix(*batch)
 
-        patch.setattr(loop, "mixup", interrupted)
+        patch.setattr(step, "mix", interrupted)
         capsys.readouterr()
         assert call("finetune", *arguments, "--out", out) == 130
     assert capsys.readouterr().err == "bitkern: interrupted; finetune continues with --resume\n"

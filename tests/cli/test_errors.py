@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bitkern.models import create_model, save_safetensors
-from bitkern.transfer import loop
+from bitkern.transfer import step
 from tests.cli.commands import (
     RESULTS,
     SMALL,
@@ -173,7 +173,7 @@ def test_out_of_gpu_memory_says_what_to_do(run, tmp_path, capsys, monkeypatch):
     def exhausted(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB")
 
-    monkeypatch.setattr(loop._Stepper, "_accumulate", exhausted)
+    monkeypatch.setattr(step.Stepper, "_accumulate", exhausted)
     error = finetune_error(capsys, run / "data", tmp_path / "out")
     assert error == "out of GPU memory: raise --batch-split or lower --batch-size"
 

@@ -111,6 +111,31 @@ def failure_of_one_process_stops_all(folder):
     assert not folder.exists(), "there was no checkpoint yet"
 
 
+def divergence_of_one_process_stops_all(folder):
+    """At the same step, with the checkpoint before it, though its loss is read a step late."""
+    for every, last, calls in ((7, 0, 2 * 7), (6, 6, 2 * 8)):
+        model, out = net(), folder / str(every)
+
+        def diverge(call, model=model):
+            if call == 2 * 7:
+                torch.nn.init.constant_(model.head.bias, torch.nan)
+
+        if dist.get_rank() == 1:
+            model.on_call = diverge
+        try:
+            loop.train(model, image_set(), RULE, out=out, checkpoint_every=every, **OPTIONS)
+        except loop.TrainingError as error:
+            assert str(error).startswith("the loss is nan at step 7: ")
+            assert model.calls == calls
+        else:
+            raise AssertionError("expected an error")
+        dist.barrier()
+        assert out.exists() == bool(last)
+        if last:
+            assert torch.load(out / "last.pt")["progress"]["step"] == last
+            assert len((out / "metrics.jsonl").read_text().splitlines()) == 6 + 1
+
+
 def evaluation_of_fewer_images_than_processes(folder):
     model, data = Net(torch.float64), image_set(1)
     metrics = inference.evaluate(model, data, 8)
@@ -198,6 +223,7 @@ CHECKS = (
     interrupted_run_resumes_with_the_same_bits,
     gradients_are_summed_in_few_all_reduces,
     failure_of_one_process_stops_all,
+    divergence_of_one_process_stops_all,
     evaluation_of_fewer_images_than_processes,
     bad_arguments_are_told_by_all,
     command_line_ends_with_one_line,

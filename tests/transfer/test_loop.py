@@ -12,6 +12,7 @@ from torch import nn
 
 from bitkern.transfer import inference, loop, train_batches
 from bitkern.transfer.data.loader import eval_batches
+from bitkern.transfer.recipes.mixup import mix
 from tests.transfer.images import image_set
 from tests.transfer.net import (
     CPU,
@@ -60,11 +61,10 @@ def test_mixup_draws_one_lambda_per_step_and_a_permutation_per_micro_batch(monke
     calls = []
 
     def spy(x, y, lam, permutation):
-        calls.append((lam, permutation.tolist()))
-        return original(x, y, lam, permutation)
+        calls.append((lam.item(), permutation.tolist()))
+        return mix(x, y, lam, permutation)
 
-    original = loop.mixup
-    monkeypatch.setattr(loop, "mixup", spy)
+    monkeypatch.setattr("bitkern.transfer.step.mix", spy)
     rule = dataclasses.replace(RULE, batch_size=20)
     train(Net(), rule, batch_split=2)
     steps = [calls[i : i + 2] for i in range(0, len(calls), 2)]
@@ -77,7 +77,12 @@ def test_mixup_draws_one_lambda_per_step_and_a_permutation_per_micro_batch(monke
 
 def test_lambda_follows_the_beta_distribution(monkeypatch):
     lams = []
-    monkeypatch.setattr(loop, "mixup", lambda x, y, lam, p: lams.append(lam) or (x, y, y[p]))
+
+    def spy(x, y, lam, permutation):
+        lams.append(lam.item())
+        return mix(x, y, lam, permutation)
+
+    monkeypatch.setattr("bitkern.transfer.step.mix", spy)
     rule = dataclasses.replace(RULE, steps=300, batch_size=2, mixup_alpha=0.1, resize=8)
     train(Net(), rule)
     alpha = rule.mixup_alpha
@@ -88,7 +93,7 @@ def test_lambda_follows_the_beta_distribution(monkeypatch):
 
 
 def test_no_lambda_without_mixup(monkeypatch):
-    monkeypatch.setattr(loop, "mixup", None)
+    monkeypatch.setattr("bitkern.transfer.step.mix", None)
     train(Net(), PLAIN)
 
 

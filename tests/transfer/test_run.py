@@ -68,6 +68,48 @@ def test_resume_continues_with_the_same_bits(tmp_path, stop, error, resumed_at, 
     assert [json.loads(line) for line in written.splitlines()] == expected.history
 
 
+def test_resumes_what_an_earlier_version_wrote(tmp_path):
+    """Its learning rate was a number, and its optimizer another implementation of SGD."""
+    straight, resumed = Net(), Net()
+    train(straight)
+    stopped(tmp_path)
+    checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
+    (group,) = checkpoint["optimizer"]["param_groups"]
+    assert group["fused"] and torch.is_tensor(group["lr"])
+    group.update(fused=None, lr=0.1)
+    torch.save(checkpoint, tmp_path / "last.pt")
+    train(resumed, out=tmp_path, checkpoint_every=5, resume=True)
+    assert_same_bits(resumed, straight.state_dict())
+
+
+@pytest.mark.parametrize("every", [1, 2, 7])
+@pytest.mark.parametrize("also_interrupted", [False, True])
+def test_no_checkpoint_holds_a_step_that_diverged(tmp_path, every, also_interrupted):
+    """Its loss is read when the next step is under way, but before anything is written."""
+    model, resumed, straight = Net(), Net(), Net()
+
+    def diverge(call):
+        if call == 14:
+            nn.init.constant_(model.head.bias, torch.nan)
+            if also_interrupted:
+                signal.raise_signal(signal.SIGINT)
+
+    model.on_call = diverge
+    options = dict(eval_set=image_set(2), checkpoint_every=every, eval_every=every)
+    with pytest.raises(loop.TrainingError, match="the loss is nan at step 14: lower"):
+        train(model, out=tmp_path, **options)
+    due = also_interrupted or 14 % every == 0
+    assert model.calls == (14 if due else 15)
+    done = torch.load(tmp_path / "last.pt", weights_only=True)["progress"]["step"]
+    assert done == 13 // every * every
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    losses = [line for line in map(json.loads, lines) if "loss" in line]
+    assert [line["step"] for line in losses] == list(range(1, 14))
+    expected = train(straight, **options)
+    assert train(resumed, out=tmp_path, resume=True, **options).history == expected.history
+    assert_same_bits(resumed, straight.state_dict())
+
+
 def test_resuming_a_complete_run_trains_no_further(tmp_path, monkeypatch):
     options = dict(eval_set=image_set(2), out=tmp_path)
     model = Net()

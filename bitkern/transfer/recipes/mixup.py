@@ -39,8 +39,14 @@ def mixup(x: Tensor, y: Tensor, lam: float, permutation: Tensor) -> tuple[Tensor
     indices = torch.arange(x.shape[0], device=permutation.device)
     if not torch.equal(permutation.sort().values, indices):
         raise ValueError(f"permutation: expected each of 0 … {x.shape[0] - 1} exactly once")
-    x_mixed = torch.lerp(x[permutation], x, lam)
-    return x_mixed, y, y[permutation]
+    return mix(x, y, lam, permutation)
+
+
+def mix(
+    x: Tensor, y: Tensor, lam: float | Tensor, permutation: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`mixup` without its checks, which read the device; ``lam`` may be there as well."""
+    return torch.lerp(x[permutation], x, lam), y, y[permutation]
 
 
 def mixup_loss(
@@ -66,4 +72,15 @@ def mixup_loss(
                 f"{name}: expected int64 of shape ({logits.shape[0]},), "
                 f"got {labels.dtype} of shape {tuple(labels.shape)}"
             )
+    return mixed_loss(logits, y, y_perm, lam, loss)
+
+
+def mixed_loss(
+    logits: Tensor,
+    y: Tensor,
+    y_perm: Tensor,
+    lam: float | Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """:func:`mixup_loss` without its checks; ``lam`` may be on the device."""
     return lam * loss(logits, y) + (1 - lam) * loss(logits, y_perm)

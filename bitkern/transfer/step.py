@@ -1,0 +1,106 @@
+"""An optimizer step. It reads nothing back from the device, so that the host can run ahead."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bitkern.nn.standardized import standardized
+from bitkern.transfer import ranks
+from bitkern.transfer.compute import Compute
+from bitkern.transfer.recipes.mixup import mix, mixed_loss
+from bitkern.transfer.schedule import Part, Schedule
+
+Batch = tuple[Tensor, ...]
+
+
+class Later:
+    """A number on the device, which is on its way to the host from now on."""
+
+    def __init__(self, number: Tensor) -> None:
+        self.number = number.to("cpu", non_blocking=number.is_cuda)
+        self.arrival: torch.cuda.Event | None = None
+        if number.is_cuda:
+            self.arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.arrival.record(torch.cuda.current_stream(number.device))
+
+    def value(self) -> float:
+        """The number; waits for it, but for nothing that was launched after it."""
+        if self.arrival:
+            self.arrival.synchronize()
+        return float(self.number)
+
+
+class Stepper:
+    """What an optimizer step is made of, and the step.
+
+    ``batches`` are the process's micro-batches, (images, labels), in the order of the schedule.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        compute: Compute,
+        batches: Iterator[Sequence[Tensor]],
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.schedule, self.compute, self.batches = schedule, compute, batches
+        self.own = [part.own for part in schedule.step(0).parts]  # as in every step
+        self.lam = torch.zeros((), device=compute.device)
+        # Of PyTorch's updates the fused one alone takes the learning rate from a tensor without
+        # reading it back: on GPUs a float32, on the CPU also a float64, which rounds nothing.
+        dtype = torch.float64 if compute.device.type == "cpu" else torch.float32
+        self.lr = torch.zeros((), dtype=dtype, device=compute.device)
+        for group in optimizer.param_groups:  # of a checkpoint, those of its version
+            group.update(lr=self.lr, fused=True)
+            for p in group["params"]:  # the fused update wants momentum for all or for none
+                optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+
+    def __call__(self, step: int, lr: float) -> Tensor:
+        """Take the step; what this process adds to the mean loss over the batch."""
+        lam, parts = self.schedule.step(step)
+        self.lr.fill_(lr)
+        if lam is not None:
+            self.lam.fill_(lam)
+        self.model.train()
+        return self._update(self._load(part) for part in parts)
+
+    def _load(self, part: Part) -> Batch:
+        images, labels = next(self.batches)
+        if part.permutation is None:
+            return images, labels
+        permutation = torch.from_numpy(part.permutation)
+        if self.compute.device.type == "cuda":  # else copying it may wait for the device
+            permutation = permutation.pin_memory()
+        return images, labels, permutation
+
+    def _update(self, batches: Iterable[Batch]) -> Tensor:
+        with ranks.together(), standardized(self.model):
+            shares = [self._accumulate(*pair) for pair in zip(self.own, batches, strict=True)]
+            loss = torch.stack(shares).sum()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        ranks.add_up(p.grad for p in parameters if p.grad is not None)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    def _accumulate(self, own: int, batch: Batch) -> Tensor:
+        """Add the gradients of a micro-batch; what it adds to the mean loss over the batch.
+
+        This process computes its part of it, the first ``own`` of the images that it loads.
+        """
+        device, recipe = self.compute.device, self.schedule.recipe
+        x = self.compute.to_input(batch[0])
+        y, *permutation = (tensor.to(device, non_blocking=True) for tensor in batch[1:])
+        with self.compute.autocast():
+            if permutation:
+                x, y, y_perm = mix(x, y, self.lam, *permutation)
+                logits = self.model(x[:own])
+                loss = mixed_loss(logits, y[:own], y_perm[:own], self.lam, recipe.loss)
+            else:
+                loss = recipe.loss(self.model(x), y)
+        share = loss * (own / recipe.batch_size)
+        share.backward()  # type: ignore[no-untyped-call]
+        return share.detach()
