@@ -43,7 +43,8 @@ INSIDE = {
     "convert.libraries": (("common",), ("timm", "transformers")),
     "models": (("resnetv2",), ("checkpoints",), ("registry",)),
     "transfer": (
-        ("compute", "ranks", "streams"),
+        ("ranks", "streams"),
+        ("compute", "graphs"),
         ("recipes",),
         ("schedule",),
         ("data",),

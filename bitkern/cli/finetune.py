@@ -9,7 +9,7 @@ import torch
 from bitkern.cli import options
 from bitkern.models import create_model
 from bitkern.transfer import ranks
-from bitkern.transfer.compute import default_precision, require
+from bitkern.transfer.compute import CUDA_GRAPH, default_precision, require
 from bitkern.transfer.data import (
     ImageSet,
     check_same_classes,
@@ -52,6 +52,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="default: a tenth of the run",
     )
     options.add_running(parser)
+    add(
+        "--cuda-graph",
+        choices=CUDA_GRAPH,
+        default="auto",
+        help="replay steps as CUDA graphs, on one GPU; auto: off until it has been measured",
+    )
     rule = parser.add_argument_group("in place of the value of the HyperRule")
     rule.add_argument("--steps", type=options.positive, help="stretches warm-up and decays with it")
     rule.add_argument("--warmup-steps", type=options.not_negative)
@@ -103,6 +109,7 @@ def run(args: argparse.Namespace) -> None:
         workers=args.workers,
         device=device,
         precision=precision,
+        cuda_graph=args.cuda_graph,
         about=about | {"shots": args.shots, "freeze": args.freeze},
     )
     assert result.metrics is not None

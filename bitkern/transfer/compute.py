@@ -6,7 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bitkern.transfer import ranks
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CUDA_GRAPH = ("auto", "on", "off")
 # Instructions that multiply bfloat16: on x86, on Arm. Without them it is slower than float32.
 _BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
@@ -31,18 +34,42 @@ def require(*modules: str) -> None:
             raise ValueError(f"{module} is not installed: pip install 'bitkern[train]'")
 
 
+def use_graph(cuda_graph: str, device: torch.device) -> bool:
+    """Whether one of :data:`CUDA_GRAPH` means to use them: "auto" not yet, see :func:`train`.
+
+    Raises ValueError for "on" where they cannot be used, and for what is none of the three.
+    """
+    if cuda_graph not in CUDA_GRAPH:
+        raise ValueError(f"cuda_graph: expected {', '.join(CUDA_GRAPH)}, got {cuda_graph!r}")
+    if cuda_graph == "on" and device.type != "cuda":
+        raise ValueError(f"cuda_graph: expected auto or off on {device.type}, got 'on'")
+    if cuda_graph == "on" and ranks.world_size() > 1:
+        raise ValueError("cuda_graph: expected auto or off in several processes, got 'on'")
+    return cuda_graph == "on"
+
+
 class Compute(NamedTuple):
-    """Where a model runs, in which of :data:`PRECISIONS`, and how many processes load images."""
+    """How to run: where, in which of :data:`PRECISIONS`, with how many processes that load images.
+
+    And whether as CUDA graphs.
+    """
 
     device: torch.device
     precision: str
     workers: int
+    cuda_graph: bool = False
 
     @classmethod
-    def of(cls, device: str | torch.device, precision: str, workers: int) -> "Compute":
+    def of(
+        cls,
+        device: str | torch.device,
+        precision: str,
+        workers: int,
+        cuda_graph: str = "off",
+    ) -> "Compute":
         """Of a user's arguments; precision ``"auto"`` is that of :func:`default_precision`.
 
-        Raises ValueError for another precision.
+        Raises ValueError for another precision, and as :func:`use_graph` does.
         """
         device = torch.device(device)
         if precision == "auto":
@@ -51,7 +78,7 @@ class Compute(NamedTuple):
             raise ValueError(
                 f"precision: expected auto, {' or '.join(PRECISIONS)}, got {precision!r}"
             )
-        return cls(device, precision, workers)
+        return cls(device, precision, workers, use_graph(cuda_graph, device))
 
     def place(self, model: nn.Module) -> None:
         """Move a model to the device, in channels_last, in which convolutions and kernels lead.

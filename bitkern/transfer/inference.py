@@ -1,5 +1,7 @@
 """Evaluation and prediction, with the transforms of BiT."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from bitkern.transfer import ranks
 from bitkern.transfer.compute import Compute
 from bitkern.transfer.data.images import ImageSet
 from bitkern.transfer.data.loader import eval_batches
+from bitkern.transfer.graphs import Batch, Graphed
 
 
 def evaluate(
@@ -20,17 +23,18 @@ def evaluate(
     workers: int = 0,
     device: str | torch.device = "cpu",
     precision: str = "fp32",
+    cuda_graph: str = "auto",
 ) -> dict[str, float]:
     """``{"top1", "top5", "eval_loss"}`` of ``model`` on ``eval_set``, resized to (crop, crop).
 
     The accuracies are fractions (with fewer than five classes, "top5" is among all of them), the
     loss the mean cross-entropy. The model is moved to ``device``, in channels_last, and computes in
-    ``precision``: see :func:`train`. The processes of a group all make the call, share the set, and
-    get the same result.
+    ``precision``, batches as CUDA graphs with ``cuda_graph``: see :func:`train`. The processes of a
+    group all make the call, share the set, and get the same result.
 
-    Raises ValueError for an empty set or a bad precision.
+    Raises ValueError for an empty set or a bad argument.
     """
-    compute = Compute.of(device, precision, workers)
+    compute = Compute.of(device, precision, workers, cuda_graph)
     return evaluate_on(compute, model, eval_set, crop, batch_size)
 
 
@@ -61,12 +65,14 @@ def predict(
     workers: int = 0,
     device: str | torch.device = "cpu",
     precision: str = "fp32",
+    cuda_graph: str = "auto",
 ) -> Tensor:
     """The logits (N, classes) of ``images`` resized to (crop, crop): fp32, on the CPU.
 
-    Device and precision as in :func:`evaluate`. Raises ValueError without images.
+    How to run it as in :func:`evaluate`. Raises ValueError without images.
     """
-    return _predict_on(Compute.of(device, precision, workers), model, images, crop, batch_size)
+    compute = Compute.of(device, precision, workers, cuda_graph)
+    return _predict_on(compute, model, images, crop, batch_size)
 
 
 def _predict_on(
@@ -77,5 +83,13 @@ def _predict_on(
     compute.place(model)
     model.eval()
     batches = eval_batches(images, crop, compute, batch_size=batch_size)
+
+    def logits(batches: Iterable[Batch]) -> Tensor:
+        ((x,),) = batches
+        result: Tensor = model(compute.to_input(x)).float()
+        return result
+
+    run = Graphed(logits, compute.device) if compute.cuda_graph else logits
     with torch.inference_mode(), compute.autocast():
-        return torch.cat([model(compute.to_input(x)).float().cpu() for x, _ in batches])
+        # A copy also on the CPU: the next batch may overwrite the result.
+        return torch.cat([run([(x,)]).to("cpu", copy=True) for x, _ in batches])

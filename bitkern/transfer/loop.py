@@ -76,6 +76,7 @@ def train(
     workers: int = 0,
     device: str | torch.device = "cpu",
     precision: str = "fp32",
+    cuda_graph: str = "auto",
     progress: bool = True,
     about: Mapping[str, Any] | None = None,
 ) -> TrainResult:
@@ -86,6 +87,8 @@ def train(
     takes bf16 where the device multiplies it natively, and what the run began with on resuming.
     Each batch is taken in ``batch_split`` micro-batches, whose gradients add up to those of the
     mean over the batch. ``flip`` mirrors half the images: turn it off for digits and letters.
+    ``cuda_graph`` is "on" to replay steps and evaluations as CUDA graphs, on one GPU, for a model
+    that does the same in every step; "auto" is "off" until it has been measured on a GPU.
 
     ``eval_every`` and ``checkpoint_every`` are steps, by default a tenth of the run; the last step
     is always included. ``out`` is the folder of metrics.jsonl and last.pt, and in the end of
@@ -108,7 +111,7 @@ def train(
     for name, every in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
         if every is not None and every < 1:
             raise ValueError(f"{name}: expected a positive number of steps, got {every}")
-    compute = Compute.of(device, precision, workers)
+    compute = Compute.of(device, precision, workers, cuda_graph)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("model: expected trainable parameters, found none")
@@ -189,6 +192,7 @@ def train(
                 "evaluation_images": len(eval_set.images) if eval_set else 0,
                 "rule": dataclasses.asdict(rule),
                 **options,
+                "cuda_graph": compute.cuda_graph,
                 "device": str(device),
                 "processes": world_size,
                 "torch": torch.__version__,

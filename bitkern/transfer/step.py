@@ -8,17 +8,16 @@ from torch import Tensor, nn
 from bitkern.nn.standardized import standardized
 from bitkern.transfer import ranks
 from bitkern.transfer.compute import Compute
+from bitkern.transfer.graphs import Batch, Graphed
 from bitkern.transfer.recipes.mixup import mix, mixed_loss
 from bitkern.transfer.schedule import Part, Schedule
-
-Batch = tuple[Tensor, ...]
 
 
 class Later:
     """A number on the device, which is on its way to the host from now on."""
 
     def __init__(self, number: Tensor) -> None:
-        self.number = number.to("cpu", non_blocking=number.is_cuda)
+        self.number = number.to("cpu", non_blocking=number.is_cuda, copy=True)
         self.arrival: torch.cuda.Event | None = None
         if number.is_cuda:
             self.arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -35,6 +34,7 @@ class Stepper:
     """What an optimizer step is made of, and the step.
 
     ``batches`` are the process's micro-batches, (images, labels), in the order of the schedule.
+    What changes from step to step is in tensors on the device, for a graph to read.
     """
 
     def __init__(
@@ -57,15 +57,19 @@ class Stepper:
             group.update(lr=self.lr, fused=True)
             for p in group["params"]:  # the fused update wants momentum for all or for none
                 optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+        self.update = Graphed(self._update, compute.device) if compute.cuda_graph else self._update
 
     def __call__(self, step: int, lr: float) -> Tensor:
-        """Take the step; what this process adds to the mean loss over the batch."""
+        """Take the step; what this process adds to the mean loss over the batch.
+
+        The next step may overwrite it.
+        """
         lam, parts = self.schedule.step(step)
         self.lr.fill_(lr)
         if lam is not None:
             self.lam.fill_(lam)
         self.model.train()
-        return self._update(self._load(part) for part in parts)
+        return self.update(self._load(part) for part in parts)
 
     def _load(self, part: Part) -> Batch:
         images, labels = next(self.batches)

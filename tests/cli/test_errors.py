@@ -71,6 +71,11 @@ def test_skip_corrupt_goes_on_with_a_count(run, tmp_path, capsys):
         (["--base-lr", "fast"], "argument --base-lr: invalid float value: 'fast'"),
         (["--mixup-alpha", "-1"], "mixup_alpha: expected"),
         (["--decay-steps", "3", "2"], "decay_steps: expected ascending steps, got (3, 2)"),
+        (["--cuda-graph", "yes"], "argument --cuda-graph: invalid choice: 'yes'"),
+        (
+            ["--cuda-graph", "on", "--device", "cpu"],
+            "cuda_graph: expected auto or off on cpu, got 'on'",
+        ),
         (["--batch-split", "8"], "batch_split: expected 1 to 7, the batch size, got 8"),
         (["--shots", "5"], "shots: expected at most 4, all of 'ant', got 5"),
         (["--holdout", "1"], "holdout: expected a fraction between 0 and 1, got 1.0"),
