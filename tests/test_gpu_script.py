@@ -68,7 +68,7 @@ def test_gpu_script_names_its_steps():
 @pytest.mark.sweep
 @pytest.mark.parametrize("step", ["kernels", "sweep", "sanitize"])
 def test_gpu_script_runs_without_a_gpu(step, tmp_path):
-    """The step "full" is what ``pytest benchmarks/ --tiny`` goes through."""
+    """The step "full" is what ``pytest benchmarks/ --tiny`` goes through, and the test below."""
     stub = tmp_path / "python"  # all but the build and the GPU tests, of which there are none
     stub.write_text(
         f'#!/bin/sh\ncase "$*" in *setup.py*) ;; *) exec {sys.executable} "$@" ;; esac\n'
@@ -84,3 +84,11 @@ def test_gpu_script_runs_without_a_gpu(step, tmp_path):
         names = {line.get("kernel") for line in lines}
         assert "group_norm_act_forward_on_chip" in names
         assert "weight_standardize_backward_all" in names
+
+
+def test_profile_of_a_step(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.step", tmp_path, "--tiny"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "as a graph" in done.stdout
+    assert "aten::convolution" in (tmp_path / "profile.txt").read_text()

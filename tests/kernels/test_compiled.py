@@ -115,9 +115,15 @@ def test_accesses_are_wide(few):
         for loop in line["loops"]:
             assert loop["loads"] or loop["copies"]
             assert not (loop["repeats"] and loop["narrow"])
-    for line in few:  # whose addresses come from a table
-        if line["kernel"].endswith("ward_all"):
-            assert line["wide"] >= 16, line
+
+
+def test_alignment_is_claimed_of_what_is_aligned(few):
+    """Of addresses that come out of a table, by which tile is taken."""
+    tables = [line for line in few if line["kernel"].endswith("ward_all")]
+    aligned = {bool(line["claims"]) for line in tables if len(line["constants"][-1]) > 1}
+    unaligned = {bool(line["claims"]) for line in tables if len(line["constants"][-1]) == 1}
+    assert (aligned, unaligned) == ({True}, {False})
+    assert all(line["wide"] >= 16 for line in tables if line["claims"])
 
 
 def test_faults_are_found():
