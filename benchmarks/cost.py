@@ -42,7 +42,9 @@ class Code(NamedTuple):
 SHIPPED = Code()
 
 
-class Launch(NamedTuple):
+class Pass(NamedTuple):
+    """Of a launch over its tensors, all programs together."""
+
     programs: int
     tile_bytes: int  # read, of all tensors
     tiles: int  # of a program
@@ -52,68 +54,62 @@ class Launch(NamedTuple):
     in_l2: bool = False  # what is read
 
 
-def seconds(launch: Launch, code: Code, device: Device) -> float:
-    """Of one launch, without LAUNCH."""
+def pass_seconds(a_pass: Pass, code: Code, device: Device) -> float:
     slots = device.multiprocessors * code.programs
-    full, rest = divmod(launch.programs, slots)
-    share = launch.read / launch.programs, launch.written / launch.programs
+    full, rest = divmod(a_pass.programs, slots)
+    share = a_pass.read / a_pass.programs, a_pass.written / a_pass.programs
     return sum(
-        _wave(programs, count, share, launch, code, device)
+        _wave(programs, count, share, a_pass, code, device)
         for programs, count in ((slots, full), (rest, 1 if rest else 0))
         if count
     )
 
 
-def _wave(programs, count, share, launch, code, device):
+def _wave(programs, count, share, a_pass, code, device):
     """``count`` times as many programs at a time."""
     read, written = (count * programs * part for part in share)
-    under_way = programs * launch.tile_bytes * min(code.tiles, launch.tiles)
-    work = launch.tile_bytes / 2048 * code.instructions / 4 / CLOCK  # of a tile, if alone
+    under_way = programs * a_pass.tile_bytes * min(code.tiles, a_pass.tiles)
+    work = a_pass.tile_bytes / 2048 * code.instructions / 4 / CLOCK  # of a tile, if alone
     there = math.ceil(programs / device.multiprocessors)
-    latency = L2_LATENCY if launch.in_l2 else LATENCY
+    latency = L2_LATENCY if a_pass.in_l2 else LATENCY
     if not code.overlaps:
         latency += work * there
-    limit = 2 * device.copy_rate if launch.in_l2 else device.copy_rate
+    limit = 2 * device.copy_rate if a_pass.in_l2 else device.copy_rate
     # Rate times latency is what is under way; the latency doubles as the rate nears the limit.
     wanted = under_way / latency
     rate = min(limit, limit / 2 * (math.sqrt(1 + 4 * wanted / limit) - 1))
     time = read / rate
-    time += count * launch.dependent * latency / max(code.programs, 1)  # others load meanwhile
-    moved = (written if launch.in_l2 else read + written) / device.copy_rate
+    time += count * a_pass.dependent * latency / code.programs  # others load meanwhile
+    moved = (written if a_pass.in_l2 else read + written) / device.copy_rate
     busy = min(programs, device.multiprocessors)
-    worked = read / launch.tile_bytes * work / busy
+    worked = read / a_pass.tile_bytes * work / busy
     return max(time, moved, worked)
+
+
+def seconds(launch: list[Pass], code: Code, device: Device) -> float:
+    """Of one launch in a row of them."""
+    return LAUNCH + sum(pass_seconds(a_pass, code, device) for a_pass in launch)
 
 
 def group_norm_act(
     samples: int, channels: int, pixels: int, device: Device, *, backward: bool = False,
     itemsize: int = 2, groups: int = 32, code: Code = SHIPPED,
     plan: config.GroupNormPlan | None = None,
-) -> tuple[float, list[Launch]]:  # fmt: skip
-    """(seconds, launches) of the operator in channels_last, its sums over samples left out."""
+) -> list[list[Pass]]:  # fmt: skip
+    """The launches of the operator in channels_last, its sums over samples left out."""
     tensors = 1 + backward
     plan = plan or config.group_norm_plan(channels, pixels, groups, itemsize, True, tensors)
     size = samples * channels * pixels * itemsize
     blocks = samples * math.ceil(channels / plan.block)
     tile = plan.depth * plan.rows * plan.block * itemsize * tensors
     if plan.on_chip:
-        launches = [Launch(blocks, tile, 1, 1, tensors * size, size)]
-    elif plan.splits == 1:
+        return [[Pass(blocks, tile, 1, 1, tensors * size, size)]]
+    first = Pass(blocks * plan.splits, tile, plan.tiles, 1, tensors * size, 0)
+    if plan.splits == 1:
         resident = device.multiprocessors * code.programs * tile * plan.tiles <= device.l2_bytes
-        launches = [
-            Launch(blocks, tile, plan.tiles, 1, tensors * size, 0),
-            Launch(blocks, tile, plan.tiles, 1, tensors * size, size, in_l2=resident),
-        ]
-    else:
-        programs = blocks * plan.splits
-        fits = (tensors + 1) * size <= device.l2_bytes
-        launches = [
-            Launch(programs, tile, plan.tiles, 1, tensors * size, 0),
-            Launch(programs, tile, plan.tiles, 2, tensors * size, size, in_l2=fits),
-        ]
-    number = 2 if plan.splits > 1 else 1
-    time = LAUNCH * number + sum(seconds(launch, code, device) for launch in launches)
-    return time, launches
+        return [[first, first._replace(written=size, in_l2=resident)]]
+    fits = (tensors + 1) * size <= device.l2_bytes
+    return [[first], [first._replace(dependent=2, written=size, in_l2=fits)]]
 
 
 def two_pass_floor(samples, channels, pixels, device, *, backward=False, itemsize=2):
@@ -122,7 +118,7 @@ def two_pass_floor(samples, channels, pixels, device, *, backward=False, itemsiz
     return (5 if backward else 3) * size / device.copy_rate
 
 
-def bytes_under_way(launch: Launch, code: Code, device: Device) -> float:
+def bytes_under_way(a_pass: Pass, code: Code, device: Device) -> float:
     """On a multiprocessor."""
-    there = min(code.programs, launch.programs / device.multiprocessors)
-    return there * launch.tile_bytes * min(code.tiles, launch.tiles)
+    there = min(code.programs, a_pass.programs / device.multiprocessors)
+    return there * a_pass.tile_bytes * min(code.tiles, a_pass.tiles)

@@ -49,10 +49,12 @@ gpu_tests() { # gpu_tests NAME SECONDS PYTEST-OPTION…
 case $step in
   kernels)
     section build 60 "$python" setup.py build_ext --inplace
+    rm -f "$out/kernels.jsonl"
     gpu_tests tests 150 -k "bfloat16 or graph or stream or weights"
     section kernels 240 "$python" -m benchmarks.kernels "$out/kernels.jsonl" "$@"
     ;;
   sweep)
+    rm -f "$out/sweep.jsonl"
     for constants in "--stages 1" "--stages 2" "--stages 4" "--maxnreg 96" "--maxnreg 255" \
       "--tile 8" "--tile 32" "--resident 0" "--resident 176"; do
       # shellcheck disable=SC2086
@@ -60,14 +62,15 @@ case $step in
         "$python" -m benchmarks.kernels "$out/sweep.jsonl" $constants "$@"
     done
     if command -v ncu >/dev/null; then
-      section ncu 90 ncu --clock-control none --cache-control none --launch-count 40 \
+      section ncu 90 ncu --clock-control none --cache-control none --launch-count 40 --kill yes \
         -k "regex:group_norm_act_(forward|backward)_(reduce|apply)" --csv \
         --metrics dram__bytes.sum,lts__t_sector_hit_rate.pct,gpu__time_duration.sum \
-        "$python" -m benchmarks.kernels "$out/ncu.jsonl" --tiny
+        "$python" -m benchmarks.kernels "$out/ncu.jsonl" "$@"
     fi
     ;;
   full)
     section build 60 "$python" setup.py build_ext --inplace
+    rm -f "$out/ops.json" "$out/models.json"
     gpu_tests tests 170 -k "not sanitizer"
     section ops 110 "$python" -m pytest -q benchmarks/bench_ops.py \
       --out "$out/ops.json" --full --budget 95 "$@"

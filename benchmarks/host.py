@@ -7,13 +7,13 @@ are on the CPU, whose allocator returns what is large to the system: read the sm
 
 import json
 
-from tests.kernels import fake_driver
+from tests.kernels import fake_driver, tritons
 
 
 def main() -> None:
-    for other in (False, True) if fake_driver.OTHER_TRITON.exists() else (False,):
+    for other in (False, True) if tritons.OTHER.exists() else (False,):
         for what in ("time", "step"):
-            printed = json.loads(fake_driver.run(what, other_triton=other))
+            printed = json.loads(fake_driver.run(what, other))
             print(f"Triton {printed['triton']}")
             result = printed["result"]
             rows = result.items() if isinstance(result, dict) else enumerate(result)

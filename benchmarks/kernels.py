@@ -1,9 +1,9 @@
 """Every Triton kernel alone: ``python -m benchmarks.kernels OUT.jsonl``, line by line.
 
-A launch is repeated in a CUDA graph. Given are microseconds, GB/s, the fractions of the floor (each
-tensor touched once at copy rate) and of the prediction of ``cost.py``, registers and spills.
-``--tiny`` walks through it without a GPU. ``--stages``, ``--maxnreg``, ``--tile`` and
-``--resident`` try other constants than those shipped.
+A launch is repeated in a CUDA graph, on the same tensors: L2 holds the small ones. Given are
+microseconds, GB/s, the fractions of the floor (each tensor touched once at copy rate) and of the
+prediction of ``cost.py``, registers and spills. ``--tiny`` walks through it without a GPU.
+``--stages``, ``--maxnreg``, ``--tile`` and ``--resident`` try other constants than those shipped.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import time
+from itertools import zip_longest
 
 import torch
 
@@ -143,15 +144,16 @@ def standardizations(module, tiny, device):
 
 
 def predictions(shape, name, rate):
-    """Seconds of each launch of an operator, in order."""
-    if not name.startswith(("forward", "backward")) or "residual" in name:
+    """Seconds of the first launches of an operator, in order: without sums over samples."""
+    if name not in ("forward", "backward") or not torch.cuda.is_available():
         return []
     samples, channels, height = shape
-    device = cost.DEVICES["H100"]._replace(copy_rate=rate)
-    _, launches = cost.group_norm_act(
+    properties = torch.cuda.get_device_properties()
+    device = cost.Device(properties.multi_processor_count, rate, properties.L2_cache_size)
+    launches = cost.group_norm_act(
         samples, channels, height**2, device, backward=name == "backward"
     )
-    return [cost.seconds(launch, cost.SHIPPED, device) + cost.LAUNCH for launch in launches]
+    return [cost.seconds(launch, cost.SHIPPED, device) for launch in launches]
 
 
 def main():
@@ -167,19 +169,21 @@ def main():
             print(fields, flush=True)
 
         def measure(launches, moved=None, predicted=(), **fields):
-            for i, (kernel, programs, pointers, *rest) in enumerate(launches):
+            for (kernel, programs, pointers, *rest), prediction in zip_longest(launches, predicted):
                 tensors = {t.data_ptr(): t.nbytes for t in pointers if t is not None}
                 touched = moved or sum(tensors.values())
                 took = seconds(
                     lambda k=kernel, p=programs, t=pointers, r=rest: launch.launch(k, p, t, *r),
                     device,
                 )
-                compiled = [c for key, c in launch._compiled.items() if key[2] is kernel]
+                compiled = [
+                    c for key, c in launch._compiled.items() if key[2:4] == (kernel, rest[1])
+                ]
                 registers = [[c.n_regs, c.n_spills] for c in compiled]
                 fields |= {"kernel": kernel.__name__, "programs": programs, "us": took * 1e6}
                 fields |= {"GB/s": touched / took / 1e9, "floor": touched / rate / took}
-                of_prediction = predicted[i] / took if len(predicted) == len(launches) else None
-                write(**fields, launches=len(launches), prediction=of_prediction, regs=registers)
+                fields |= {"prediction": prediction and prediction / took}
+                write(**fields, launches=len(launches), regs=registers)
 
         write(copy_TBps=rate / 1e12, torch=torch.__version__, **vars(asked))
         shapes = SHAPES if vars(asked).items() >= SHIPPED.items() else FEW

@@ -85,3 +85,30 @@ class Problem:
                 what = f"{name} of {tuple(self.weights[layer].shape)}"
                 assert_accurate(mine, theirs.to(mine.dtype), true, what)
         return ours
+
+
+def check_no_variance(case, value):
+    """Constant filters, which 1 and 2 become, have the value zero and a finite gradient."""
+    for weight in case.weights:
+        weight[1] = value
+        weight[2] = 0.0
+    for layer, (out, dweight, dgain) in enumerate(case.ours()):
+        exact = case.of(layer, torch.float64)
+        for constant in (1, 2):
+            assert torch.equal(out[constant], torch.zeros_like(out[constant]))
+            torch.testing.assert_close(
+                dweight[constant], exact[1][constant].float(), rtol=1e-5, atol=0.0
+            )
+            assert dgain is None or dgain[constant] == 0
+
+
+def check_not_finite_stays_in_its_filter(case, filters):
+    """One filter of each of two layers is spoilt."""
+    clean = case.ours()
+    case.weights[0][filters[0], 3] = float("nan")
+    case.weights[1][filters[1], 3, 1, 1] = float("inf")
+    for spoilt, before, filter in zip(case.ours(), clean, filters, strict=True):
+        for after, was in zip(spoilt[:2], before[:2], strict=True):
+            assert after[filter].isnan().all()
+            others = torch.arange(len(was)) != filter
+            assert torch.equal(after[others], was[others])

@@ -72,31 +72,13 @@ def test_no_filters(problem, shapes):
 
 @pytest.mark.parametrize("variant", ["bit", "jax", "nfnet"])
 def test_no_variance(problem, variant):
-    """A constant filter has the value zero and a finite gradient."""
     case = problem([(4, 16, 3, 3)] * 2, **VARIANTS[variant])
-    for weight in case.weights:
-        weight[1] = 0.3
-        weight[2] = 0.0
-    for layer, (out, dweight, dgain) in enumerate(case.ours()):
-        exact = case.of(layer, torch.float64)
-        for constant in (1, 2):
-            assert torch.equal(out[constant], torch.zeros_like(out[constant]))
-            torch.testing.assert_close(
-                dweight[constant], exact[1][constant].float(), rtol=1e-5, atol=0.0
-            )
-            assert dgain is None or dgain[constant] == 0
+    standardization.check_no_variance(case, 0.3)
 
 
 def test_not_finite_stays_in_its_filter(problem):
     case = problem([(5, 64, 1, 1), (4, 16, 3, 3)])
-    clean = case.ours()
-    case.weights[0][3, 3] = float("nan")
-    case.weights[1][2, 3, 1, 1] = float("inf")
-    for spoilt, before, filter in zip(case.ours(), clean, (3, 2), strict=True):
-        for after, was in zip(spoilt[:2], before[:2], strict=True):
-            assert after[filter].isnan().all()
-            others = torch.arange(len(was)) != filter
-            assert torch.equal(after[others], was[others])
+    standardization.check_not_finite_stays_in_its_filter(case, (3, 2))
 
 
 @pytest.mark.parametrize("barrier", [0, 1])

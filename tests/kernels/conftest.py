@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.kernels import tritons
+
 INTERPRETED = not torch.cuda.is_available()
 _MODULES = (
     "triton",
@@ -70,6 +72,14 @@ if INTERPRETED:
 def interpreted(monkeypatch):
     if INTERPRETED:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", params=["installed", "3.6.0"])
+def other_triton(request):
+    """Whether to take the Triton of PyTorch 2.11 and not the installed one."""
+    if request.param == "3.6.0" and not tritons.OTHER.exists():
+        pytest.skip("no build/triton-3.6.0, which make test installs")
+    return request.param == "3.6.0"
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def programs_per_multiprocessor(capability: int, registers: int, warps: int, sha
     return min(by_registers, threads // (32 * warps), by_shared, 32)
 
 
-def _instructions(cubin: bytes) -> list[tuple[int, str]]:
+def instructions(cubin: bytes) -> list[tuple[int, str]]:
     """(address, text without predicate)"""
     lines = _dump(cubin, "--dump-sass").splitlines()
     found = (re.match(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", line) for line in lines)
@@ -105,8 +105,7 @@ def _loop(code: list[str], repeats: bool) -> Loop:
     )
 
 
-def loops(cubin: bytes) -> list[Loop]:
-    code = _instructions(cubin)
+def loops(code: list[tuple[int, str]]) -> list[Loop]:
     bodies = _bodies(code)
     everything = 0, code[-1][0]
     return [
@@ -115,7 +114,6 @@ def loops(cubin: bytes) -> list[Loop]:
     ]
 
 
-def wide_accesses(cubin: bytes) -> int:
+def wide_accesses(code: list[tuple[int, str]]) -> int:
     """Loads and asynchronous copies of 16 bytes, anywhere."""
-    texts = [text for _, text in _instructions(cubin)]
-    return sum(bool(re.match(r"LDG(STS)?\.E\.(\S*\.)?128", text)) for text in texts)
+    return sum(bool(re.match(r"LDG(STS)?\.E\.(\S*\.)?128", text)) for _, text in code)

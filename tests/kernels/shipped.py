@@ -179,11 +179,12 @@ def resources(binary, warps):
         programs = machine_code.programs_per_multiprocessor(
             capability, registers, warps, binary.metadata.shared
         )
-        loops = machine_code.loops(cubin)
+        code = machine_code.instructions(cubin)
+        loops = machine_code.loops(code)
         least = min(max(loop.outstanding, loop.copies * (STAGES.value - 1)) for loop in loops)
         found |= {"registers": registers, "spills": spills, "warps_there": programs * warps}
         found |= {"bytes_under_way": least * 16 * 32 * warps * programs}
-        found |= {"wide": machine_code.wide_accesses(cubin)}
+        found |= {"wide": machine_code.wide_accesses(code)}
         return found | {"loops": [loop._asdict() for loop in loops]}
     text = binary.asm["amdgcn"]
     number = {

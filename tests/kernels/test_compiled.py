@@ -10,26 +10,22 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.kernels import fake_driver, shipped
+from tests.kernels import shipped, tritons
 
-ROOT = Path(__file__).parents[2]
 PROCESSES = os.cpu_count()
 
 
 def compiled(extent, other_triton):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    if other_triton:
-        environment["PYTHONPATH"] = str(fake_driver.OTHER_TRITON)
+    environment = tritons.environment(other_triton) | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.kernels.shipped"]
     processes = [
         subprocess.Popen(
             [*command, extent, str(shard), str(PROCESSES)],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=tritons.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
         )
         for shard in range(PROCESSES)
     ]  # fmt: skip
@@ -41,13 +37,6 @@ def compiled(extent, other_triton):
     assert {line["kernel"] for line in lines} == shipped.KERNELS
     assert not other_triton or {line["triton"] for line in lines} == {"3.6.0"}
     return lines
-
-
-@pytest.fixture(scope="module", params=["installed", "3.6.0"])
-def other_triton(request):
-    if request.param == "3.6.0" and not fake_driver.OTHER_TRITON.exists():
-        pytest.skip("no build/triton-3.6.0, which make test installs")
-    return request.param == "3.6.0"
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,16 @@ COUNTS = {
     "weights": (2, None, 2),
 }  # fmt: skip
 
-pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc for the fake driver")
+pytestmark = pytest.mark.skipif(
+    shutil.which(fake_driver.COMPILER) is None, reason=f"no C compiler {fake_driver.COMPILER}"
+)
 
 
-@pytest.fixture(scope="module", params=["installed", "3.6.0"])
-def launches(request):
+@pytest.fixture(scope="module")
+def launches(other_triton):
     """{(repeat, case, call): ([kernel …], [module …])}; the arguments were checked as they came."""
-    other = request.param == "3.6.0"
-    if other and not fake_driver.OTHER_TRITON.exists():
-        pytest.skip("no build/triton-3.6.0, which make test installs")
-    printed = json.loads(fake_driver.run("launches", other_triton=other))
-    assert not other or printed["triton"] == "3.6.0"
+    printed = json.loads(fake_driver.run("launches", other_triton))
+    assert not other_triton or printed["triton"] == "3.6.0"
     return {
         (line["repeat"], line["case"], line["call"]): (line["launches"], line["modules"])
         for line in printed["result"]

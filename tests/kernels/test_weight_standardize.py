@@ -79,31 +79,13 @@ def test_many_layers_with_other_gradients(device):
 @pytest.mark.parametrize("variant", ["bit", "jax", "nfnet"])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_no_variance(device, variant, layers):
-    """A constant filter has the value zero and a finite gradient."""
     case = Problem(device, [(4, 16, 3, 3)] * layers, **VARIANTS[variant])
-    for weight in case.weights:
-        weight[1] = 0.25
-        weight[2] = 0.0
-    for layer, (out, dweight, dgain) in enumerate(case.ours()):
-        exact = case.of(layer, torch.float64)
-        for constant in (1, 2):
-            assert torch.equal(out[constant], torch.zeros_like(out[constant]))
-            torch.testing.assert_close(
-                dweight[constant], exact[1][constant].float(), rtol=1e-5, atol=0.0
-            )
-            assert dgain is None or dgain[constant] == 0
+    standardization.check_no_variance(case, 0.25)
 
 
 def test_not_finite_stays_in_its_filter(device):
     case = Problem(device, [(40, 64, 1, 1), (4, 16, 3, 3)])
-    clean = case.ours()
-    case.weights[0][7, 3] = float("nan")
-    case.weights[1][2, 3, 1, 1] = float("inf")
-    for spoilt, before, filter in zip(case.ours(), clean, (7, 2), strict=True):
-        for after, was in zip(spoilt[:2], before[:2], strict=True):
-            assert after[filter].isnan().all()
-            others = torch.arange(len(was)) != filter
-            assert torch.equal(after[others], was[others])
+    standardization.check_not_finite_stays_in_its_filter(case, (7, 2))
 
 
 def test_unaligned_addresses(device, launches):
