@@ -23,7 +23,7 @@ class Loop(NamedTuple):
     copies: int  # of 16 bytes into shared memory, asynchronous
     narrow: int  # loads and copies of less
     shuffles: int
-    divisions: int  # of integers
+    divisions: int  # instructions that only divisions of integers have
     instructions: int
 
     @property
@@ -100,7 +100,7 @@ def _loop(code: list[str], repeats: bool) -> Loop:
         copies,
         narrow,
         sum(text.startswith("SHFL") for text in code),
-        sum(text.startswith("F2I") for text in code),
+        sum(text.startswith("IMAD.HI") for text in code),
         len(code),
     )
 

@@ -64,7 +64,7 @@ def faults(line):
         if loop["repeats"] and loop["shuffles"]:
             yield f"{loop['shuffles']} shuffles in a loop"
         if loop["repeats"] and loop["divisions"]:
-            yield f"{loop['divisions']} integer divisions in a loop"
+            yield f"{loop['divisions']} instructions of integer divisions in a loop"
         if loop["instructions"] > instructions * loop["copies"] > 0:
             yield f"{loop['instructions']} instructions for {loop['copies']} copies in a loop"
         if loop["repeats"] and loop["outstanding"] < loop["loads"]:
