@@ -49,7 +49,7 @@ INSIDE = {
         ("schedule",),
         ("data",),
         ("inference", "run", "step"),
-        ("loop",),
+        ("finished", "loop"),
     ),
     "transfer.recipes": (("mixup",), ("hyperrule",)),
     "transfer.data": (("images",), ("folder", "subsets", "loader"), ("digits",)),

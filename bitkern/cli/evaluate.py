@@ -7,6 +7,7 @@ from bitkern.cli import options
 from bitkern.transfer import inference, ranks
 from bitkern.transfer.compute import require
 from bitkern.transfer.data import check_same_classes, load_split
+from bitkern.transfer.finished import load_run
 
 DISTRIBUTED = True
 
@@ -24,14 +25,14 @@ def run(args: argparse.Namespace) -> None:
     require("PIL", "tqdm")
     with ranks.together():
         device = options.usable_device(args.device)
-        model, classes, crop = options.load_run(args.run)
+        finished = load_run(args.run)
     loading = {"skip_corrupt": args.skip_corrupt}
     test_set, skipped = ranks.from_first(load_split, args.data, "test", **loading)
-    check_same_classes(test_set.classes, classes, args.data, args.run)
+    check_same_classes(test_set.classes, finished.classes, args.data, args.run)
     metrics = inference.evaluate(
-        model,
+        finished.model,
         test_set,
-        crop,
+        finished.crop,
         batch_size=args.batch_size,
         workers=args.workers,
         device=device,

@@ -1,16 +1,12 @@
-"""What several commands have in common: types of options, devices, data, and runs."""
+"""What several commands have in common: types of options, devices and data."""
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from bitkern.models import ARCHITECTURES, ResNetV2, create_model
-from bitkern.models.checkpoints import read_metadata
-from bitkern.transfer import ranks, run
+from bitkern.transfer import ranks
 from bitkern.transfer.compute import PRECISIONS
 from bitkern.transfer.data import SOURCES
 
@@ -77,24 +73,3 @@ def report_skipped(skipped: int) -> None:
     """Say how many images were left out, if any."""
     if skipped and ranks.rank() == 0:
         print(f"skipped {skipped} corrupt image{'s' * (skipped > 1)}", file=sys.stderr)
-
-
-def load_run(path: str | Path) -> tuple[ResNetV2, Sequence[str], int]:
-    """The model of a run's folder or of its model.safetensors, its class names and crop."""
-    path = Path(path)
-    if path.is_dir():
-        if not (path / run.WEIGHTS).exists() and (path / run.CHECKPOINT).exists():
-            raise ValueError(f"{path}: the run is not finished; continue it with --resume")
-        path = path / run.WEIGHTS
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: expected the folder of a run, or its {run.WEIGHTS}")
-    metadata = read_metadata(path)
-    if not {"model", "classes", "crop"} <= metadata.keys():
-        raise ValueError(f"{path}: holds no class names; expected a file of bitkern finetune")
-    if metadata["model"] not in ARCHITECTURES:
-        raise ValueError(f"{path}: holds a model of one's own ({metadata['model']})")
-    classes = tuple(metadata["classes"])
-    model = create_model(metadata["model"], weights=path)
-    if model.num_classes != len(classes):
-        raise ValueError(f"{path}: names {len(classes)} classes, its head has {model.num_classes}")
-    return model, classes, metadata["crop"]

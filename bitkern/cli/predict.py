@@ -12,6 +12,7 @@ from bitkern.transfer import inference
 from bitkern.transfer.compute import require
 from bitkern.transfer.data import ImageSet
 from bitkern.transfer.data.folder import find_images, unreadable
+from bitkern.transfer.finished import load_run
 
 DISTRIBUTED = False
 
@@ -29,15 +30,16 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def run(args: argparse.Namespace) -> None:
     require("PIL", "tqdm")
     device = options.usable_device(args.device)
-    model, classes, crop = options.load_run(args.run)
+    finished = load_run(args.run)
+    classes = finished.classes
     images = _images_of(args.images)
     corrupt = unreadable(images, skip_corrupt=args.skip_corrupt)
     images = [image for image in images if image not in corrupt]
-    unlabelled = ImageSet(images, np.zeros(len(images), np.int64), tuple(classes))
+    unlabelled = ImageSet(images, np.zeros(len(images), np.int64), classes)
     logits = inference.predict(
-        model,
+        finished.model,
         unlabelled,
-        crop,
+        finished.crop,
         batch_size=args.batch_size,
         workers=args.workers,
         device=device,

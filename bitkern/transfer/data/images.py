@@ -22,12 +22,18 @@ class DataError(ValueError):
 class ImageSet(NamedTuple):
     """Labelled images: file paths or uint8 arrays (H, W) or (H, W, 3), of any sizes.
 
-    ``labels`` int64 (N,), indices into ``classes``.
+    ``labels`` int64 (N,), indices into ``classes``; or bool (N, classes), True for each label of an
+    image that may have several, or none: a multi-label set.
     """
 
     images: Sequence[Source]
-    labels: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64] | npt.NDArray[np.bool_]
     classes: tuple[str, ...]
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.labels.ndim == 2
 
     def subset(self, indices: Any) -> "ImageSet":
         """The images at these indices."""

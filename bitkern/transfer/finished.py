@@ -1,0 +1,63 @@
+"""Finished runs: the model, and what it was trained on."""
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bitkern import files
+from bitkern.models import ARCHITECTURES, ResNetV2, create_model
+from bitkern.models.checkpoints import read_metadata
+from bitkern.transfer.run import CHECKPOINT, SUMMARY, WEIGHTS
+
+
+class FinishedRun(NamedTuple):
+    """What :func:`load_run` returns.
+
+    ``model`` maps images (N, 3, crop, crop) in [-1, 1] to logits (N, classes), of a softmax, or
+    with ``multi_label`` of a sigmoid for each class. ``architecture`` is its bare name, such as
+    ``"R50x1"``. ``summary`` is the content of summary.json, {} where there is none.
+    """
+
+    model: ResNetV2
+    architecture: str
+    classes: tuple[str, ...]
+    crop: int
+    multi_label: bool
+    summary: dict[str, Any]
+
+
+def load_run(path: str | PathLike[str]) -> FinishedRun:
+    """Load the folder of a run, or its model.safetensors.
+
+    Raises ValueError naming the file and what is wrong with it, FileNotFoundError if it is missing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / WEIGHTS).exists() and (path / CHECKPOINT).exists():
+            raise ValueError(f"{path}: the run is not finished; continue it with resume=True")
+        path = path / WEIGHTS
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: expected the folder of a run, or its {WEIGHTS}")
+    metadata = read_metadata(path)
+    if not {"model", "classes", "crop"} <= metadata.keys():
+        raise ValueError(f"{path}: holds no class names; expected a file of bitkern finetune")
+    architecture, classes = metadata["model"], tuple(metadata["classes"])
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"{path}: holds a model of one's own ({architecture})")
+    model = create_model(architecture, weights=path)
+    if model.num_classes != len(classes):
+        raise ValueError(f"{path}: names {len(classes)} classes, its head has {model.num_classes}")
+    multi_label = metadata.get("multi_label", False)
+    summary = _read_summary(path.with_name(SUMMARY))
+    return FinishedRun(model, architecture, classes, metadata["crop"], multi_label, summary)
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    with files.reading(path, "a summary of a run"):
+        summary = json.loads(path.read_text())
+        if not isinstance(summary, dict):
+            raise ValueError("expected an object")
+        return summary
