@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -11,7 +13,7 @@ import torch
 
 from bitkern.cli import demo, evaluate, finetune, info, predict
 from bitkern.transfer import ranks
-from bitkern.transfer.loop import TrainingError
+from bitkern.transfer.setup import TrainingError
 
 # Each adds its parser, runs, and says whether it does so under torchrun as well.
 COMMANDS = (finetune, evaluate, predict, demo, info)
@@ -43,6 +45,9 @@ def _run(argv: Sequence[str] | None) -> int:
         command.run(args)
     except KeyboardInterrupt:
         code, message = 130, "interrupted; finetune continues with --resume"
+    except BrokenPipeError:  # whoever reads the output has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to flush
+        return 128 + signal.SIGPIPE
     except torch.OutOfMemoryError:
         code, message = 2, "error: out of GPU memory: raise --batch-split or lower --batch-size"
     except (ValueError, OSError, TrainingError, ranks.RankError) as error:

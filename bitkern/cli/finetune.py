@@ -9,9 +9,11 @@ import torch
 from bitkern.cli import options
 from bitkern.models import create_model
 from bitkern.transfer import ranks
+from bitkern.transfer.balance import BALANCE
 from bitkern.transfer.compute import CUDA_GRAPH, default_precision, require
 from bitkern.transfer.data import (
     ImageSet,
+    check_apart,
     check_same_classes,
     few_shot,
     hold_out,
@@ -28,7 +30,9 @@ DISTRIBUTED = True  # also under torchrun
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("finetune", help="transfer a BiT to a folder of images")
     add = parser.add_argument
-    options.add_data(parser, "DIR/train/CLASS/*.jpg and DIR/test/…")
+    options.add_data(
+        parser, "DIR/train/CLASS/*.jpg and DIR/test/…, or columns image, label or labels, and split"
+    )
     add("--model", required=True, help="such as BiT-M-R50x1")
     add("--weights", metavar="FILE", help="checkpoint to start from; its head is replaced")
     add("--out", required=True, metavar="DIR", help="where the results go")
@@ -40,9 +44,16 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add("--no-flip", action="store_true", help="no mirroring, for digits and letters")
     add(
         "--batch-split",
-        type=options.positive,
-        default=1,
-        help="micro-batches per step, to save memory",
+        type=options.batch_split,
+        metavar="auto|N",
+        help="micro-batches per step, to save memory; auto: the fewest that fit (default: auto on "
+        "a GPU, else 1)",
+    )
+    add(
+        "--balance",
+        choices=BALANCE,
+        default="none",
+        help="for unbalanced classes: draw all equally often, or weigh them by their rarity",
     )
     add("--eval-every", type=options.positive, metavar="STEPS", help="default: a tenth of the run")
     add(
@@ -87,9 +98,10 @@ def run(args: argparse.Namespace) -> None:
     if args.freeze:
         model.freeze_backbone()
     options.report_skipped(skipped)
+    several = ", several an image" if train_set.multi_label else ""
     print(
         f"{args.model} from {args.weights or 'random weights'}: {len(train_set.images)} training "
-        f"images of {len(train_set.classes)} classes, {len(eval_set.images)} {split} images"
+        f"images, {len(eval_set.images)} {split} images, {len(train_set.classes)} classes{several}"
     )
     print(f"{rule}, {precision} on {device} ({why})")
     about = {"model": args.model, "weights": args.weights, "data": args.data}
@@ -102,7 +114,8 @@ def run(args: argparse.Namespace) -> None:
         out=out,
         resume=args.resume,
         seed=args.seed,
-        batch_split=args.batch_split,
+        batch_split=args.batch_split or ("auto" if device.startswith("cuda") else 1),
+        balance=args.balance,
         flip=not args.no_flip,
         eval_every=args.eval_every,
         checkpoint_every=args.checkpoint_every,
@@ -137,6 +150,7 @@ def _load_data(args: argparse.Namespace) -> tuple[ImageSet, ImageSet, str, int]:
         skipped += more
         names = f"{args.data}/test", f"{args.data}/train"
         check_same_classes(eval_set.classes, train_set.classes, *names)
+        check_apart(train_set, eval_set, args.data)
     if args.shots is not None:
         train_set = few_shot(train_set, args.shots, args.seed)
     return train_set, eval_set, split, skipped

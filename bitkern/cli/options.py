@@ -3,12 +3,18 @@
 import argparse
 import os
 import sys
+from typing import Literal
 
 import torch
 
 from bitkern.transfer import ranks
 from bitkern.transfer.compute import PRECISIONS
 from bitkern.transfer.data import SOURCES
+
+
+def batch_split(text: str) -> int | Literal["auto"]:
+    """The type of an option: 1, 2, … or auto."""
+    return "auto" if text == "auto" else positive(text)
 
 
 def positive(text: str) -> int:
@@ -27,7 +33,7 @@ def not_negative(text: str) -> int:
 
 def add_data(parser: argparse.ArgumentParser, help: str) -> None:
     """The option that names a source of images."""
-    names = "|".join(("DIR", *SOURCES))
+    names = "|".join(("DIR", "FILE.csv", *SOURCES))
     parser.add_argument("--data", required=True, metavar=names, help=help)
 
 
@@ -38,7 +44,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=["auto", *PRECISIONS],
         default="auto",
-        help="auto: bf16 on a device that multiplies it natively, else fp32",
+        help="auto: bf16 on a device that multiplies it natively, fp16 on other GPUs, else fp32",
     )
     parser.add_argument(
         "--workers",

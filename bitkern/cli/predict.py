@@ -1,20 +1,28 @@
 """``bitkern predict``: the most probable classes of images."""
 
 import argparse
+import csv
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
-
+from bitkern import files
 from bitkern.cli import options
 from bitkern.transfer import inference
-from bitkern.transfer.compute import require
-from bitkern.transfer.data import ImageSet
-from bitkern.transfer.data.folder import find_images, unreadable
-from bitkern.transfer.finished import load_run
+from bitkern.transfer.compute import Compute, require
+from bitkern.transfer.data.folder import find_images
+from bitkern.transfer.finished import FinishedRun, load_run
 
 DISTRIBUTED = False
+
+
+class Prediction(NamedTuple):
+    """The most probable classes of an image, {"class", "probability"}, the first the best."""
+
+    image: str
+    classes: list[dict[str, Any]]
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -23,40 +31,92 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument("images", nargs="+", metavar="image", help="image files or folders")
     parser.add_argument("--top-k", type=options.positive, default=5)
     parser.add_argument("--batch-size", type=options.positive, default=64)
-    parser.add_argument("--json", action="store_true")
+    formats = parser.add_mutually_exclusive_group()
+    for name, help in (
+        ("json", "one array"),
+        ("jsonl", "an object per line"),
+        ("csv", "a line per image and class"),
+    ):
+        formats.add_argument(
+            f"--{name}", action="store_const", const=name, dest="format", help=help
+        )
     options.add_running(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    require("PIL", "tqdm")
+    require("PIL")
     device = options.usable_device(args.device)
     finished = load_run(args.run)
-    classes = finished.classes
     images = _images_of(args.images)
-    corrupt = unreadable(images, skip_corrupt=args.skip_corrupt)
-    images = [image for image in images if image not in corrupt]
-    unlabelled = ImageSet(images, np.zeros(len(images), np.int64), classes)
-    logits = inference.predict(
-        finished.model,
-        unlabelled,
-        finished.crop,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        device=device,
-        precision=args.precision,
+    compute = Compute.of(device, args.precision, args.workers)
+    skipped: list[str] = []
+    predictions = _predictions(finished, images, compute, args, skipped)
+    WRITERS[args.format](predictions)
+    options.report_skipped(len(skipped))
+    if len(skipped) == len(images):
+        raise ValueError("images: expected one that can be read, got none")
+
+
+def _predictions(
+    finished: FinishedRun,
+    images: Sequence[str],
+    compute: Compute,
+    args: argparse.Namespace,
+    skipped: list[str],
+) -> Iterator[Prediction]:
+    """What the model says of each image, in order; corrupt ones are added to ``skipped``."""
+    names, top_k = finished.classes, min(args.top_k, len(finished.classes))
+    paths = iter(images)
+    batches = inference.predict_batches(
+        compute, finished.model, images, finished.crop, args.batch_size
     )
-    best = logits.softmax(1).topk(min(args.top_k, len(classes)))
-    predictions = [
-        [{"class": classes[i], "probability": p} for p, i in zip(*row, strict=True)]
-        for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
-    options.report_skipped(len(corrupt))
-    if args.json:
-        rows = zip(images, predictions, strict=True)
-        print(json.dumps([{"image": image, "predictions": top} for image, top in rows], indent=2))
-        return
-    for image, top in zip(images, predictions, strict=True):
-        print(f"{image}:", ", ".join("{class} {probability:.4f}".format(**p) for p in top))
+    for logits, unreadable in batches:
+        probabilities = logits.sigmoid() if finished.multi_label else logits.softmax(1)
+        best = probabilities.topk(top_k) if len(logits) else None
+        rows = zip(best.values.tolist(), best.indices.tolist(), strict=True) if best else iter(())
+        for place in range(len(logits) + len(unreadable)):
+            path = next(paths)
+            if place not in unreadable:
+                pairs = zip(*next(rows), strict=True)
+                yield Prediction(path, [{"class": names[i], "probability": p} for p, i in pairs])
+            elif args.skip_corrupt:
+                print(f"skipped {files.in_a_line(unreadable[place])}", file=sys.stderr)
+                skipped.append(path)
+            else:
+                raise ValueError(f"{unreadable[place]}: delete it, or pass skip_corrupt=True")
+
+
+def _object(prediction: Prediction) -> dict[str, Any]:
+    return {"image": prediction.image, "predictions": prediction.classes}
+
+
+def _write_text(predictions: Iterable[Prediction]) -> None:
+    for image, best in predictions:
+        print(f"{image}:", ", ".join("{class} {probability:.4f}".format(**p) for p in best))
+
+
+def _write_json(predictions: Iterable[Prediction]) -> None:
+    before = "["
+    for prediction in predictions:
+        print(before, json.dumps(_object(prediction)), sep="\n", end="")
+        before = ","
+    print("\n]" if before == "," else "[]")
+
+
+def _write_jsonl(predictions: Iterable[Prediction]) -> None:
+    for prediction in predictions:
+        print(json.dumps(_object(prediction)))
+
+
+def _write_csv(predictions: Iterable[Prediction]) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["image", "rank", "class", "probability"])
+    for image, best in predictions:
+        for rank, p in enumerate(best, 1):
+            writer.writerow([image, rank, p["class"], f"{p['probability']:.6f}"])
+
+
+WRITERS = {None: _write_text, "json": _write_json, "jsonl": _write_jsonl, "csv": _write_csv}
 
 
 def _images_of(paths: Iterable[str]) -> list[str]:

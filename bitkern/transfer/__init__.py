@@ -1,18 +1,29 @@
 """The BiT transfer recipe: the HyperRule and MixUp as pure functions, data, and one loop."""
 
 from bitkern.transfer.compute import default_precision
-from bitkern.transfer.data import DataError, ImageSet, digits, few_shot, hold_out, image_folder
+from bitkern.transfer.data import (
+    DataError,
+    ImageSet,
+    digits,
+    few_shot,
+    hold_out,
+    image_folder,
+    image_table,
+)
 from bitkern.transfer.data.loader import train_batches
+from bitkern.transfer.finished import FinishedRun, load_run
 from bitkern.transfer.inference import evaluate, predict
-from bitkern.transfer.loop import TrainingError, TrainResult, train
+from bitkern.transfer.loop import TrainResult, train
 from bitkern.transfer.ranks import RankError
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.recipes.hyperrule import HyperRule, hyperrule
 from bitkern.transfer.recipes.mixup import mixup, mixup_loss
 from bitkern.transfer.run import RunError
+from bitkern.transfer.setup import TrainingError
 
 __all__ = [
     "DataError",
+    "FinishedRun",
     "HyperRule",
     "ImageSet",
     "RankError",
@@ -27,6 +38,8 @@ __all__ = [
     "hold_out",
     "hyperrule",
     "image_folder",
+    "image_table",
+    "load_run",
     "mixup",
     "mixup_loss",
     "predict",

@@ -8,18 +8,21 @@ from torch import Tensor, nn
 
 from bitkern.transfer import ranks
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CUDA_GRAPH = ("auto", "on", "off")
 # Instructions that multiply bfloat16: on x86, on Arm. Without them it is slower than float32.
 _BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def default_precision(device: str | torch.device) -> tuple[str, str]:
-    """The precision for a device, ``"bf16"`` where it multiplies bfloat16 natively; and why."""
+    """The precision for a device, and why.
+
+    ``"bf16"`` where it multiplies bfloat16 natively, ``"fp16"`` on other GPUs, else ``"fp32"``.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bf16", "which the GPU has") if native else ("fp32", "the GPU has no bf16")
+        return ("bf16", "which the GPU has") if native else ("fp16", "the GPU has no bf16")
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         has = [name for name in _BF16 if capabilities.get(name)]
@@ -76,8 +79,10 @@ class Compute(NamedTuple):
             precision, _ = default_precision(device)
         if precision not in PRECISIONS:
             raise ValueError(
-                f"precision: expected auto, {' or '.join(PRECISIONS)}, got {precision!r}"
+                f"precision: expected auto, {', '.join(PRECISIONS)}, got {precision!r}"
             )
+        if cuda_graph == "on" and precision == "fp16":
+            raise ValueError("cuda_graph: expected auto or off with fp16, got 'on'")
         return cls(device, precision, workers, use_graph(cuda_graph, device))
 
     def place(self, model: nn.Module) -> None:
@@ -94,6 +99,10 @@ class Compute(NamedTuple):
         """uint8 (N, 3, H, W) as fp32 in [-1, 1] on the device, channels_last."""
         images = images.to(self.device, non_blocking=True)
         return images.contiguous(memory_format=torch.channels_last).float() / 127.5 - 1
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """What keeps the gradients of fp16 from vanishing, and does nothing in other precisions."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def autocast(self) -> torch.autocast:
         """The context in which the model runs."""

@@ -15,9 +15,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from bitkern.transfer import ranks
 from bitkern.transfer.compute import Compute, require
 from bitkern.transfer.data.images import ImageSet
 from bitkern.transfer.data.loader import scheduled_batches
-from bitkern.transfer.inference import evaluate_on
+from bitkern.transfer.inference import metrics_of, predict_share
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.run import (
     Journal,
@@ -37,12 +37,8 @@ from bitkern.transfer.run import (
     load_checkpoint,
     read_checkpoint,
 )
-from bitkern.transfer.schedule import Schedule
-from bitkern.transfer.step import Later, Stepper
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: the loss is not finite."""
+from bitkern.transfer.setup import Setup, TrainingError
+from bitkern.transfer.step import Later
 
 
 class TrainResult(NamedTuple):
@@ -68,7 +64,8 @@ def train(
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     seed: int = 0,
-    batch_split: int = 1,
+    batch_split: int | Literal["auto"] = 1,
+    balance: str = "none",
     weight_decay: float = 0.0,
     flip: bool = True,
     eval_every: int | None = None,
@@ -78,24 +75,30 @@ def train(
     precision: str = "fp32",
     cuda_graph: str = "auto",
     progress: bool = True,
+    on_record: Callable[[Record], object] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train ``model`` in place by a recipe: SGD with momentum 0.9 on its trainable part.
 
     ``model`` maps (N, 3, crop, crop) in [-1, 1] to logits (N, classes); it is moved to ``device``,
-    in channels_last, and computes in ``precision``: "fp32", "bf16" by autocast, or "auto", which
-    takes bf16 where the device multiplies it natively, and what the run began with on resuming.
-    Each batch is taken in ``batch_split`` micro-batches, whose gradients add up to those of the
-    mean over the batch. ``flip`` mirrors half the images: turn it off for digits and letters.
-    ``cuda_graph`` is "on" to replay steps and evaluations as CUDA graphs, on one GPU, for a model
-    that does the same in every step; "auto" is "off" until it has been measured on a GPU.
+    in channels_last, and computes in ``precision``: "fp32", "bf16" or "fp16" by autocast, the last
+    with its loss scaled, or "auto", which is :func:`default_precision`, or what the run began with
+    on resuming. Each batch is taken in ``batch_split`` micro-batches, whose gradients add up to
+    those of the mean over the batch; "auto" is the smallest number for which the memory of the
+    device suffices, found by trying, or the one that the run began with. ``balance`` is "sample" to
+    draw all classes equally often, "loss" to weigh each by its rarity: see
+    :mod:`bitkern.transfer.balance`. Images of several labels (:class:`ImageSet`) are learnt by
+    sigmoids. ``flip`` mirrors half the images: turn it off for digits and letters. ``cuda_graph``
+    is "on" to replay steps and evaluations as CUDA graphs, on one GPU, for a model that does the
+    same in every step; "auto" is "off" until it has been measured on a GPU.
 
     ``eval_every`` and ``checkpoint_every`` are steps, by default a tenth of the run; the last step
     is always included. ``out`` is the folder of metrics.jsonl and last.pt, and in the end of
     model.safetensors, curves.png and summary.json, which begins with ``about``; without it nothing
     is written. ``resume`` continues from last.pt with the bits of an uninterrupted run. Ctrl-C
     finishes the step, writes last.pt and raises ``KeyboardInterrupt``. A run that fails before its
-    first checkpoint leaves no file behind.
+    first checkpoint leaves no file behind. ``on_record`` is called by the first process with each
+    line of metrics.jsonl as it is written; a run that was killed may repeat its last ones.
 
     With a process group of torch.distributed (one that serves CPU tensors too) all its processes
     make the call. They start from the first one's model, share each batch and the evaluations, and
@@ -107,14 +110,12 @@ def train(
     another process fails.
     """
     rank, world_size = ranks.rank(), ranks.world_size()
-    _check_batches(train_set, rule, batch_split, world_size)
     for name, every in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
         if every is not None and every < 1:
             raise ValueError(f"{name}: expected a positive number of steps, got {every}")
     compute = Compute.of(device, precision, workers, cuda_graph)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError("model: expected trainable parameters, found none")
+    first_split = 1 if batch_split == "auto" else batch_split
+    setup = Setup(model, train_set, rule, compute, seed, first_split, balance, weight_decay, flip)
     folder = None if out is None else Path(out)
     if folder is not None:
         require("matplotlib", "tqdm")
@@ -123,52 +124,43 @@ def train(
     elif resume:
         raise ValueError("resume: expected out, the folder of the run to continue")
 
-    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=weight_decay)
-    done = Progress()
+    optimizer, done = setup.optimizer(), Progress()
     with ranks.together():
         checkpoint = read_checkpoint(folder) if folder and resume else None
         if checkpoint and precision == "auto":
             compute = compute._replace(precision=checkpoint["settings"]["precision"])
-        options: dict[str, Any] = {
-            "seed": seed,
-            "batch_split": batch_split,
-            "weight_decay": weight_decay,
-            "flip": flip,
-            "precision": compute.precision,
-        }
-        settings = {
-            "recipe": type(rule).__name__,
-            "rule": dataclasses.asdict(rule),
-            **options,
-            "training images": len(train_set.images),
-            "classes": list(train_set.classes),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "trainable parameters": sum(p.numel() for p in parameters),
-        }
+            setup = dataclasses.replace(setup, compute=compute)
         compute.place(model)
-        if folder and checkpoint:
-            done = load_checkpoint(folder, checkpoint, model, optimizer, settings)
+    scaler = compute.scaler()
+    if batch_split == "auto" and checkpoint:
+        setup = dataclasses.replace(setup, batch_split=checkpoint["settings"]["batch_split"])
+    elif batch_split == "auto":
+        setup = setup.fitted(optimizer, scaler)
+        if progress and rank == 0:
+            print(f"batch_split {setup.batch_split}, the smallest that fits on {compute.device}")
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    if folder and checkpoint:
+        with ranks.together():
+            done = load_checkpoint(folder, checkpoint, state, setup.settings)
             del checkpoint
     ranks.copy_from_first(model.state_dict().values())
 
-    state = {"model": model, "optimizer": optimizer}
-    run = Run(folder if rank == 0 else None, state, settings, done)
-    schedule = Schedule(len(train_set.images), rule, seed, batch_split, rank, world_size)
+    run = Run(folder if rank == 0 else None, state, setup.settings, done)
     with contextlib.ExitStack() as stack:
         with ranks.together():
-            journal = stack.enter_context(run.recording(resume))
+            journal = stack.enter_context(run.recording(resume, on_record))
         interrupted = stack.enter_context(_deferred_interrupt())
         journal.records = ranks.from_first(lambda: journal.records)
         began = time.perf_counter() - done.seconds
-        batches = scheduled_batches(train_set, schedule, compute, flip=flip, start=done.step)
-        take_step = Stepper(model, optimizer, schedule, compute, iter(batches))
+        batches = scheduled_batches(train_set, setup.schedule, compute, flip=flip, start=done.step)
+        take_step = setup.stepper(optimizer, scaler, iter(batches))
         losses = _Losses(rule, journal)
         for step, bar in _bar(done.step, rule.steps, progress and rank == 0):
             losses.add(step, take_step(step, rule.lr(step)), bar)
             if eval_set is not None and _is_due(step + 1, eval_every, rule.steps):
                 losses.read()
-                size = math.ceil(rule.batch_size / (batch_split * world_size))
-                metrics = evaluate_on(compute, model, eval_set, rule.crop, size)
+                share = predict_share(compute, model, eval_set, rule.crop, setup.micro_batch)
+                metrics = metrics_of(share, eval_set)
                 _check_finite(metrics["eval_loss"], "evaluation loss", step, rule)
                 journal.add(step=step + 1, **metrics)
                 if progress:
@@ -189,30 +181,18 @@ def train(
                 "seconds": round(result.seconds, 1),
                 "classes": len(train_set.classes),
                 "training_images": len(train_set.images),
+                "multi_label": train_set.multi_label,
                 "evaluation_images": len(eval_set.images) if eval_set else 0,
                 "rule": dataclasses.asdict(rule),
-                **options,
+                **setup.options,
                 "cuda_graph": compute.cuda_graph,
                 "device": str(device),
                 "processes": world_size,
                 "torch": torch.__version__,
             }
-            run.finish(summary, classes=list(train_set.classes), crop=rule.crop)
+            metadata = {"classes": list(train_set.classes), "crop": rule.crop}
+            run.finish(summary, **metadata, multi_label=train_set.multi_label)
     return result
-
-
-def _check_batches(train_set: ImageSet, rule: Recipe, batch_split: int, world_size: int) -> None:
-    if not len(train_set.images):
-        raise ValueError("train_set: expected images, got none")
-    most = rule.batch_size // world_size
-    if not most:
-        raise ValueError(
-            f"batch_size: expected {world_size} or more, an image for each process, "
-            f"got {rule.batch_size}"
-        )
-    if not 1 <= batch_split <= most:
-        limit = "the batch size" if world_size == 1 else "the batch size of each process"
-        raise ValueError(f"batch_split: expected 1 to {most}, {limit}, got {batch_split}")
 
 
 def _check_can_be_written(model: nn.Module, about: Mapping[str, Any]) -> None:

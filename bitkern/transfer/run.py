@@ -6,12 +6,11 @@ All but the appended metrics.jsonl are written under a temporary name, synced, a
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from bitkern import files
 from bitkern.models.checkpoints import save_safetensors
@@ -24,6 +23,7 @@ METRICS, CHECKPOINT, SUMMARY, CURVES, WEIGHTS = (
     "model.safetensors",
 )
 Record = dict[str, Any]
+OnRecord = Callable[[Record], object]
 
 
 class RunError(ValueError):
@@ -57,9 +57,10 @@ def check_out(out: Path, resume: bool) -> None:
 class Journal:
     """The records of a run, each also a line of metrics.jsonl when there is an output folder."""
 
-    def __init__(self, out: Path | None, size: int = 0) -> None:
+    def __init__(self, out: Path | None, size: int = 0, on_record: OnRecord | None = None) -> None:
         """``size``: the bytes of metrics.jsonl to keep; what a stopped run wrote later is cut."""
         self.records: list[Record] = []
+        self.on_record = on_record
         self.file = None
         if out is not None:
             # Binary, so that tell() counts bytes and the file can be cut at any checkpoint.
@@ -76,6 +77,8 @@ class Journal:
         if self.file:
             self.file.write(json.dumps(record).encode() + b"\n")
             self.file.flush()
+        if self.on_record:
+            self.on_record(dict(record))
 
     def synced_size(self) -> int:
         """The bytes of metrics.jsonl, all of which outlive a power cut."""
@@ -93,8 +96,8 @@ class Journal:
 class Run:
     """A training and its folder; without one, and in all processes but the first, nothing is kept.
 
-    ``state`` holds the ``model`` and the ``optimizer``, ``settings`` what may not change on
-    resuming.
+    ``state`` holds the ``model``, the ``optimizer`` and the ``scaler``, ``settings`` what may not
+    change on resuming.
     """
 
     def __init__(
@@ -105,13 +108,14 @@ class Run:
         self.journal = Journal(None)
 
     @contextlib.contextmanager
-    def recording(self, resume: bool) -> Iterator[Journal]:
-        """Keep the journal during the block, the training.
+    def recording(self, resume: bool, on_record: OnRecord | None) -> Iterator[Journal]:
+        """Keep the journal during the block, the training; ``on_record`` is told what is added.
 
         A run can be resumed from its start on, however it is killed. One that fails before a step
         is saved, and was not resumed, leaves nothing behind.
         """
         if self.out is None:
+            self.journal = Journal(None, on_record=on_record)
             yield self.journal
             return
         created = not self.out.exists()
@@ -120,7 +124,7 @@ class Run:
         try:
             if not resume:
                 self.save(self.done)
-            self.journal = Journal(self.out, self.done.journal)
+            self.journal = Journal(self.out, self.done.journal, on_record)
             yield self.journal
         finally:
             self.journal.close()
@@ -161,7 +165,7 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
             state: dict[str, Any] = torch.load(path, "cpu", weights_only=True, mmap=True)
             Progress(**state["progress"])
             dict(state["settings"]["rule"], **state["model"], **state["optimizer"])
-            str(state["settings"]["precision"])
+            dict(state["scaler"], **state["settings"])["precision"]
     except ValueError as error:
         raise RunError(str(error)) from None
     return state
@@ -170,11 +174,10 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
 def load_checkpoint(
     out: Path,
     checkpoint: Mapping[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> Progress:
-    """Restore ``model`` and ``optimizer`` from last.pt; returns its progress.
+    """Restore the parts of ``state`` from last.pt; returns its progress.
 
     Raises :class:`RunError` if the run had other settings, precision apart.
     """
@@ -189,8 +192,9 @@ def load_checkpoint(
                 "was started with"
             )
     try:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for name, part in state.items():
+            if checkpoint[name]:  # a scaler of another precision has none
+                part.load_state_dict(checkpoint[name])
     except (RuntimeError, ValueError, KeyError) as error:
         raise RunError(f"{path}: is of another model: {files.in_a_line(error)}") from None
     return Progress(**checkpoint["progress"])

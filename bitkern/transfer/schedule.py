@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from bitkern.transfer.balance import Weights
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.streams import MIXUP, ORDER, random_stream
 
@@ -64,6 +65,9 @@ class Schedule:
     The examples come in one endless stream of epochs, each a permutation drawn from (seed, epoch),
     and a step takes the next ``batch_size`` of it: also from sets smaller than a batch. The parts
     of ``world_size`` processes make up a micro-batch, mixed as a single process mixes it.
+
+    With ``weights`` float64 (num_examples,) an epoch holds as many examples, each as often as its
+    weight says: the whole number below or above its share.
     """
 
     def __init__(
@@ -74,12 +78,14 @@ class Schedule:
         batch_split: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        weights: Weights | None = None,
     ) -> None:
         self.num_examples = num_examples
         self.recipe = recipe
         self.seed = seed
         self.batch_split = batch_split
         self.rank, self.world_size = rank, world_size
+        self.weights = weights
 
     def step(self, step: int) -> Step:
         """What this process does in an optimizer step, counted from 0."""
@@ -91,6 +97,18 @@ class Schedule:
             permutation = None if lam is None else random.permutation(len(rows))
             parts.append(_part(rows, permutation, self.rank, self.world_size))
         return Step(lam, parts)
+
+    def _epoch(self, epoch: int) -> Indices:
+        random = random_stream(ORDER, epoch, self.seed)
+        order = random.permutation(self.num_examples)
+        if self.weights is None:
+            return order
+        # Systematic sampling: equal steps from a random start along the weights, laid end to end.
+        order = order[np.argsort(self.weights[order], kind="stable")]
+        ends = np.cumsum(self.weights[order])
+        points = (np.arange(self.num_examples) + random.random()) / self.num_examples
+        drawn = order[np.searchsorted(ends / ends[-1], points, side="right")]
+        return random.permutation(drawn)
 
     def micro_batches(self, start: int = 0) -> Iterator[list[tuple[int, int]]]:
         """(index, position) pairs to load for each micro-batch, from optimizer step ``start`` on.
@@ -104,7 +122,7 @@ class Schedule:
             for position in range(first, first + self.recipe.batch_size):
                 if position // self.num_examples != epoch:
                     epoch = position // self.num_examples
-                    order = random_stream(ORDER, epoch, self.seed).permutation(self.num_examples)
+                    order = self._epoch(epoch)
                 batch.append((int(order[position % self.num_examples]), position))
             for part in self.step(step).parts:
                 yield [batch[row] for row in part.rows]

@@ -1,6 +1,7 @@
 """An optimizer step. It reads nothing back from the device, so that the host can run ahead."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,9 @@ class Later:
 class Stepper:
     """What an optimizer step is made of, and the step.
 
-    ``batches`` are the process's micro-batches, (images, labels), in the order of the schedule.
-    What changes from step to step is in tensors on the device, for a graph to read.
+    ``batches`` are the process's micro-batches, (images, labels), in the order of the schedule;
+    ``scaler`` is :meth:`Compute.scaler`; ``class_weight`` goes to the recipe's loss. What changes
+    from step to step is in tensors on the device, for a graph to read.
     """
 
     def __init__(
@@ -44,8 +46,14 @@ class Stepper:
         schedule: Schedule,
         compute: Compute,
         batches: Iterator[Sequence[Tensor]],
+        scaler: torch.amp.GradScaler | None = None,
+        class_weight: Tensor | None = None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
+        self.scaler = scaler or compute.scaler()
+        self.loss = schedule.recipe.loss
+        if class_weight is not None:
+            self.loss = partial(self.loss, class_weight=class_weight.to(compute.device))
         self.schedule, self.compute, self.batches = schedule, compute, batches
         self.own = [part.own for part in schedule.step(0).parts]  # as in every step
         self.lam = torch.zeros((), device=compute.device)
@@ -71,6 +79,13 @@ class Stepper:
         self.model.train()
         return self.update(self._load(part) for part in parts)
 
+    def rehearse(self) -> None:
+        """Compute the gradients of a step's largest micro-batches, and leave it at that."""
+        self.model.train()
+        with standardized(self.model):
+            for part in self.schedule.step(0).parts[:2]:  # the second adds to gradients
+                self._accumulate(part.own, self._load(part))
+
     def _load(self, part: Part) -> Batch:
         images, labels = next(self.batches)
         if part.permutation is None:
@@ -86,7 +101,8 @@ class Stepper:
             loss = torch.stack(shares).sum()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         ranks.add_up(p.grad for p in parameters if p.grad is not None)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         return loss
 
@@ -95,16 +111,16 @@ class Stepper:
 
         This process computes its part of it, the first ``own`` of the images that it loads.
         """
-        device, recipe = self.compute.device, self.schedule.recipe
+        device = self.compute.device
         x = self.compute.to_input(batch[0])
         y, *permutation = (tensor.to(device, non_blocking=True) for tensor in batch[1:])
         with self.compute.autocast():
             if permutation:
                 x, y, y_perm = mix(x, y, self.lam, *permutation)
                 logits = self.model(x[:own])
-                loss = mixed_loss(logits, y[:own], y_perm[:own], self.lam, recipe.loss)
+                loss = mixed_loss(logits, y[:own], y_perm[:own], self.lam, self.loss)
             else:
-                loss = recipe.loss(self.model(x), y)
-        share = loss * (own / recipe.batch_size)
-        share.backward()  # type: ignore[no-untyped-call]
+                loss = self.loss(self.model(x), y)
+        share = loss * (own / self.schedule.recipe.batch_size)
+        self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
         return share.detach()

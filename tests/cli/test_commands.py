@@ -1,7 +1,11 @@
 """The command line end to end."""
 
+import csv
+import io
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +57,43 @@ def test_finetune_evaluate_predict(run, capsys):
     assert call("predict", model, one, "--top-k", 1, "--workers", 0) == 0
     best = rows[0]["predictions"][0]
     assert capsys.readouterr().out == f"{one}: {best['class']} {best['probability']:.4f}\n"
+
+
+def test_predictions_are_streamed(run, tmp_path, capsys):
+    folder = tmp_path / "images"
+    shutil.copytree(run / "data" / "test" / "bee", folder)
+    for name in ("1.png", "2.png", "z.png"):
+        (folder / name).write_bytes(b"nothing")
+    arguments = ["predict", run / "out", folder, "--batch-size", 2, "--workers", 0]
+    capsys.readouterr()
+    assert call(*arguments, "--jsonl", "--skip-corrupt") == 0
+    shown = capsys.readouterr()
+    lines = [json.loads(line) for line in shown.out.splitlines()]
+    assert [Path(line["image"]).name for line in lines] == ["0.jpg"]
+    assert [line.split(":")[0] for line in shown.err.splitlines()] == [
+        *(f"skipped {folder / name}" for name in ("1.png", "2.png", "z.png")),
+        "skipped 3 corrupt images",
+    ]
+    (folder / "1.png").unlink()
+    Image.new("RGB", (5, 5)).save(folder / '1, "2".png')
+    assert call(*arguments, "--csv", "--top-k", 2) == 2
+    shown = capsys.readouterr()
+    assert "2.png: not a readable image" in shown.err and shown.err.count("\n") == 1
+    rows = list(csv.DictReader(io.StringIO(shown.out)))
+    images = [str(folder / name) for name in ("0.jpg", '1, "2".png') for rank in range(2)]
+    assert [row["image"] for row in rows] == images, "those before the corrupt one"
+    best = lines[0]["predictions"]
+    assert [row["class"] for row in rows[:2]] == [p["class"] for p in best[:2]]
+    assert float(rows[0]["probability"]) == pytest.approx(best[0]["probability"], abs=1e-6)
+
+
+def test_a_reader_that_leaves_early_is_no_error(run):
+    command = [sys.executable, "-m", "bitkern", "predict", str(run / "out"), "--jsonl"]
+    command += [str(run / "data"), "--batch-size", "1", "--workers", "0"]
+    done = subprocess.run(
+        f"{shlex.join(command)} | head -n 1", shell=True, capture_output=True, text=True
+    )
+    assert json.loads(done.stdout) and done.stderr == ""
 
 
 def test_starts_from_the_weights_and_a_zero_head(run, weights, tmp_path):

@@ -50,8 +50,8 @@ class Net(nn.Module):
 FILES = ["curves.png", "metrics.jsonl", "model.safetensors", "summary.json"]
 
 
-def train(model, rule=RULE, **arguments):
-    return loop.train(model, image_set(), rule, **{"progress": False, **arguments})
+def train(model, rule=RULE, train_set=None, **arguments):
+    return loop.train(model, train_set or image_set(), rule, **{"progress": False, **arguments})
 
 
 def state_of(model):
@@ -71,9 +71,9 @@ def crash_always(*arguments):
     raise Crash
 
 
-def stopped(out):
+def stopped(out, **arguments):
     """Leave an unfinished run behind."""
     model = Net()
     model.on_call = lambda call: call == 13 and crash_always()
     with pytest.raises(Crash):
-        train(model, out=out, checkpoint_every=5)
+        train(model, out=out, checkpoint_every=5, **arguments)

@@ -50,6 +50,43 @@ def test_does_not_clip_16_bit_images(tmp_path):
         read_image(tmp_path / "a.png")
 
 
+def with_orientation(path, value, **options):
+    """Four pixels wide and two high, the first of them white, and what the camera says of it."""
+    pixels = np.zeros((2, 4), np.uint8)
+    pixels[0, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = value
+    Image.fromarray(pixels).save(path, exif=exif, **options)
+
+
+# Pillow 13 turns uncompressed TIFF files wrongly by itself, when it loads them.
+SAVE = {"webp": {"lossless": True}, "tif": {"compression": "tiff_lzw"}}
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+@pytest.mark.parametrize(
+    ("value", "size", "white"),
+    [(1, (4, 2), (0, 0)), (3, (4, 2), (3, 1)), (6, (2, 4), (1, 0)), (8, (2, 4), (0, 3))],
+)
+def test_turns_photographs_upright(tmp_path, suffix, value, size, white):
+    path = tmp_path / f"a.{suffix}"
+    with_orientation(path, value, **SAVE.get(suffix, {}))
+    image = read_image(path)
+    assert image.size == size and image.mode == "RGB"
+    assert image.getpixel(white) == (255, 255, 255)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_data_does_not_make_an_image_unreadable(tmp_path):
+    path = tmp_path / "a.jpg"
+    with_orientation(path, 6)
+    data = path.read_bytes()
+    start = data.index(b"Exif\0\0") + 6
+    for damage in (b"\xff" * 8, b"MM\0*\xff\xff\xff\xff", b"II*\0\x08\0\0\0"):
+        path.write_bytes(data[:start] + damage + data[start + len(damage) :])
+        assert set(read_image(path).size) == {2, 4}
+
+
 def remove_test(folder):
     os.rename(folder / "test", folder / "elsewhere")
 

@@ -99,7 +99,7 @@ def test_train_transform_crops_and_flips_the_resized_image():
 
 def test_eval_transform_resizes_straight_to_the_crop():
     data = image_set(per_class=3)
-    x = torch.cat([x for x, _ in eval_batches(data, 8, CPU, batch_size=4)])
+    x = torch.cat([x for x, _ in eval_batches(data.images, 8, CPU, batch_size=4)])
     for image, ours in zip(data.images, x, strict=True):
         expected = np.asarray(Image.fromarray(image).resize((8, 8), Image.Resampling.BILINEAR))
         assert np.array_equal(ours.permute(1, 2, 0).numpy(), expected)

@@ -125,12 +125,21 @@ def test_bf16_autocast_stays_near_fp32():
     assert all(math.isclose(a, b, rel_tol=0.05) for a, b in pairs)
 
 
+def test_on_record_hears_every_record():
+    heard = []
+    history = train(Net(), PLAIN, eval_set=image_set(2), on_record=heard.append).history
+    assert heard == history and len(heard) == 6 + 6
+    heard[0].clear()
+    assert history[0], "what a listener does with a record is its own affair"
+
+
 def test_evaluate_against_a_plain_loop():
     model, data = Net().train(), image_set(per_class=7)
     for batch_size in (1, 4, 100):
         metrics = inference.evaluate(model, data, 8, batch_size=batch_size)
         with torch.no_grad():
-            logits = torch.cat([model(CPU.to_input(x)) for x, _ in eval_batches(data, 8, CPU)])
+            batches = eval_batches(data.images, 8, CPU)
+            logits = torch.cat([model(CPU.to_input(x)) for x, _ in batches])
         labels = torch.from_numpy(data.labels)
         assert metrics["top1"] == (logits.argmax(1) == labels).double().mean().item()
         assert metrics["top5"] == 1.0  # of three classes
@@ -172,7 +181,8 @@ def test_last_step_may_not_diverge_unseen(tmp_path):
         ({"batch_split": 11}, "batch_split: expected 1 to 10"),
         ({"eval_every": 0}, "eval_every: expected"),
         ({"checkpoint_every": -1}, "checkpoint_every: expected"),
-        ({"precision": "fp8"}, "precision: expected auto, fp32 or bf16, got 'fp8'"),
+        ({"precision": "fp8"}, "precision: expected auto, fp32, bf16, fp16, got 'fp8'"),
+        ({"balance": "both"}, "balance: expected none, sample, loss, got 'both'"),
         ({"resume": True}, "resume: expected out"),
         ({"train_set": image_set().subset([])}, "train_set: expected images"),
         ({"model": Net().requires_grad_(False)}, "model: expected trainable"),

@@ -43,7 +43,8 @@ class ImageSet(NamedTuple):
 def read_image(source: Source) -> "Image.Image":
     """The image of a path or uint8 array (H, W) or (H, W, 3) as an RGB ``PIL.Image``.
 
-    Raises :class:`DataError`, naming the file, if it cannot be decoded.
+    A file's is turned upright, as its EXIF orientation says. Raises :class:`DataError`, naming the
+    file, if it cannot be decoded.
     """
     from PIL import Image
 
@@ -54,12 +55,24 @@ def read_image(source: Source) -> "Image.Image":
             if image.mode.startswith(("I", "F")):
                 # Pillow would clip these to 255 instead of scaling them.
                 raise ValueError(f"mode {image.mode}, expected 8 bits per channel")
+            _turn_upright(image)
             return image.convert("RGB")
     # What Pillow's decoders raise for broken files.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise DataError(f"{source}: not a readable image ({error})") from None
     except Image.DecompressionBombError as error:
         raise DataError(f"{source}: image too large ({error})") from None
+
+
+def _turn_upright(image: "Image.Image") -> None:
+    """Apply the orientation that the camera wrote into the file, if any."""
+    from PIL import ImageOps
+
+    image.load()  # what raises here is wrong with the pixels
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:  # of damaged EXIF data anything; the pixels are sound
+        pass
 
 
 def image_size(data: ImageSet) -> tuple[int, int]:
@@ -84,3 +97,14 @@ def check_same_classes(
         f"{name}: expected the {len(expected)} classes of {expected_name}, found "
         f"{' and '.join(differences) or 'another order'}"
     )
+
+
+def check_apart(train_set: ImageSet, test_set: ImageSet, source: str) -> None:
+    """Raise :class:`DataError` if an image file of the test set is also one of the training set."""
+    known = {image for image in train_set.images if not isinstance(image, np.ndarray)}
+    for image in test_set.images:
+        if not isinstance(image, np.ndarray) and image in known:
+            raise DataError(
+                f"{source}: {image} is both to train on and to test with: name the split of each "
+                "image, or hold out part of them"
+            )

@@ -4,8 +4,8 @@ Images leave here as uint8 (N, 3, crop, crop) and are scaled to [-1, 1] on the d
 """
 
 import signal
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bitkern.transfer.compute import Compute
-from bitkern.transfer.data.images import ImageSet, Pixels, read_image
+from bitkern.transfer.data.images import DataError, ImageSet, Pixels, Source, read_image
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.schedule import Schedule
 from bitkern.transfer.streams import AUGMENT, random_stream
@@ -23,7 +23,7 @@ def _to_tensor(pixels: Pixels) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-class TrainView(Dataset[tuple[Tensor, int]]):
+class TrainView(Dataset[tuple[Tensor, Any]]):
     """What the recipe makes of images, half of them mirrored. Asked for as (index, position).
 
     ``position`` counts the examples since the start of training; with the seed it decides on all
@@ -36,32 +36,49 @@ class TrainView(Dataset[tuple[Tensor, int]]):
         self.seed = seed
         self.flip = flip
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any]:
         index, position = key
         pixels = self.recipe.prepare(read_image(self.data.images[index]))
         random = random_stream(AUGMENT, position, self.seed)
         pixels = self.recipe.augment(pixels, random)
         if self.flip and random.integers(2):
             pixels = pixels[:, ::-1]
-        return _to_tensor(pixels), int(self.data.labels[index])
+        return _to_tensor(pixels), self.data.labels[index]
 
 
-class EvalView(Dataset[tuple[Tensor, int]]):
-    """Resize straight to (crop, crop)."""
+class EvalView(Dataset[Tensor | DataError]):
+    """Images resized straight to (crop, crop); in place of an unreadable one, what is wrong."""
 
-    def __init__(self, data: ImageSet, crop: int) -> None:
-        self.data = data
+    def __init__(self, images: Sequence[Source], crop: int) -> None:
+        self.images = images
         self.crop = crop
 
     def __len__(self) -> int:
-        return len(self.data.images)
+        return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> Tensor | DataError:
         from PIL.Image import Resampling
 
-        image = read_image(self.data.images[index])
+        try:
+            image = read_image(self.images[index])
+        except DataError as error:
+            return error
         image = image.resize((self.crop, self.crop), Resampling.BILINEAR)
-        return _to_tensor(np.asarray(image)), int(self.data.labels[index])
+        return _to_tensor(np.asarray(image))
+
+
+class EvalBatch(NamedTuple):
+    """uint8 images (N, 3, crop, crop), and by their places in the batch those that are missing."""
+
+    images: Tensor
+    unreadable: dict[int, DataError]
+
+
+def _eval_batch(items: Sequence[Tensor | DataError]) -> EvalBatch:
+    unreadable = {i: item for i, item in enumerate(items) if isinstance(item, DataError)}
+    images = [item for item in items if isinstance(item, Tensor)]
+    empty = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    return EvalBatch(torch.stack(images) if images else empty, unreadable)
 
 
 class _MicroBatches:
@@ -122,7 +139,8 @@ def train_batches(
 
 
 def eval_batches(
-    data: ImageSet, crop: int, compute: Compute, *, batch_size: int = 64
+    images: Sequence[Source], crop: int, compute: Compute, *, batch_size: int = 64
 ) -> DataLoader[Any]:
-    """Batches (images, labels) of the whole set in order."""
-    return _loader(EvalView(data, crop), compute, batch_size=batch_size)
+    """Each :class:`EvalBatch` of the images, in order."""
+    view = EvalView(images, crop)
+    return _loader(view, compute, batch_size=batch_size, collate_fn=_eval_batch)

@@ -25,6 +25,8 @@ def few_shot(data: ImageSet, shots: int, seed: int) -> ImageSet:
     """``shots`` examples of each class, drawn by ``seed``. Raises :class:`DataError`."""
     if shots < 1:
         raise DataError(f"shots: expected a positive number, got {shots}")
+    if data.multi_label:
+        raise DataError("shots: expected one label an image, got a multi-label set")
 
     def count(available: int, name: str) -> int:
         if available < shots:
@@ -37,8 +39,9 @@ def few_shot(data: ImageSet, shots: int, seed: int) -> ImageSet:
 def hold_out(data: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
     """(training part, held-out part): ``fraction`` of each class, drawn by ``seed``, is held out.
 
-    At least one example of a class is held out and at least one kept; a class with a single
-    example keeps it. Raises :class:`DataError`.
+    Of a multi-label set it is ``fraction`` of the images, whatever their labels. At least one
+    example of a class is held out and at least one kept; a class with a single example keeps it.
+    Raises :class:`DataError`.
     """
     if not 0 < fraction < 1:
         raise DataError(f"holdout: expected a fraction between 0 and 1, got {fraction}")
@@ -46,7 +49,9 @@ def hold_out(data: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, Imag
     def count(available: int, name: str) -> int:
         return min(max(round(fraction * available), 1), available - 1)
 
-    held = _choose(data, HOLDOUT, seed, count)
+    # As if they were all of one class, since an image may be of several.
+    groups = ImageSet(data.images, np.zeros(len(data.images), np.int64), ("image",))
+    held = _choose(groups if data.multi_label else data, HOLDOUT, seed, count)
     if not len(held):
         raise DataError("holdout: expected a class with more than one training image")
     kept = np.setdiff1d(np.arange(len(data.labels)), held)

@@ -39,5 +39,8 @@ class Recipe(Protocol):
     def augment(self, pixels: "Pixels", random: np.random.Generator) -> "Pixels":
         """What chance does with it, mirroring apart: uint8 (crop, crop, 3)."""
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of logits (N, classes)."""
+    def loss(self, logits: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:
+        """The mean loss of logits (N, classes) and labels int64 (N,) or bool (N, classes).
+
+        ``class_weight`` (classes,), given for unbalanced classes alone, says what a class weighs.
+        """

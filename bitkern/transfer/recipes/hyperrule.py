@@ -95,9 +95,9 @@ class HyperRule:
         top, left = random.integers(self.resize - self.crop, size=2, endpoint=True)
         return pixels[top : top + self.crop, left : left + self.crop]
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy."""
-        return cross_entropy(logits, labels)
+    def loss(self, logits: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:
+        """Cross-entropy, of a softmax or, for several labels an image, of sigmoids."""
+        return cross_entropy(logits, labels, class_weight)
 
 
 def hyperrule(num_examples: int, image_size: tuple[int, int]) -> HyperRule:

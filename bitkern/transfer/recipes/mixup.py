@@ -12,11 +12,25 @@ def _check_lam(lam: float) -> None:
         raise ValueError(f"lam: expected a number in [0, 1], got {lam!r}")
 
 
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of ``logits`` (N, classes) and labels ``y`` (N,), in fp32 at least."""
+def cross_entropy(logits: Tensor, y: Tensor, class_weight: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of ``logits`` (N, classes), in fp32 at least, and labels ``y``.
+
+    ``y`` int64 (N,) with a softmax; or bool (N, classes), any number of labels each, with a sigmoid
+    for each class, summed over classes. ``class_weight`` (classes,) multiplies what an image of the
+    class, or its being labelled with it, adds to the mean over the N images.
+    """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
-    return F.cross_entropy(logits, y)
+    if class_weight is not None:
+        class_weight = class_weight.to(logits.dtype)
+    if y.ndim == 2:
+        total = F.binary_cross_entropy_with_logits(
+            logits, y.to(logits.dtype), pos_weight=class_weight, reduction="sum"
+        )
+        return total / len(y)
+    if class_weight is None:
+        return F.cross_entropy(logits, y)
+    return F.cross_entropy(logits, y, class_weight, reduction="sum") / len(y)
 
 
 def mixup(x: Tensor, y: Tensor, lam: float, permutation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,19 +72,21 @@ def mixup_loss(
 ) -> Tensor:
     """``lam * loss(logits, y) + (1 - lam) * loss(logits, y_perm)``, the mean over the batch.
 
-    ``logits`` (N, classes), computed in fp32 at least; ``y`` and ``y_perm`` int64 (N,); ``lam`` in
-    [0, 1]; ``loss`` of logits and labels, by default cross-entropy, with which it equals
-    cross-entropy against the soft label ``lam * onehot(y) + (1 - lam) * onehot(y_perm)``. Raises
-    ``ValueError``.
+    ``logits`` (N, classes), computed in fp32 at least; ``y`` and ``y_perm`` int64 (N,), or bool
+    (N, classes) where an image may have several labels; ``lam`` in [0, 1]; ``loss`` of logits and
+    labels, by default cross-entropy, with which it equals cross-entropy against the soft label
+    ``lam * onehot(y) + (1 - lam) * onehot(y_perm)``. Raises ``ValueError``.
     """
     _check_lam(lam)
     if logits.ndim != 2:
         raise ValueError(f"logits: expected shape (N, classes), got {tuple(logits.shape)}")
     for name, labels in (("y", y), ("y_perm", y_perm)):
-        if labels.dtype != torch.int64 or labels.shape != logits.shape[:1]:
+        one = labels.dtype == torch.int64 and labels.shape == logits.shape[:1]
+        several = labels.dtype == torch.bool and labels.shape == logits.shape
+        if not one and not several:
             raise ValueError(
-                f"{name}: expected int64 of shape ({logits.shape[0]},), "
-                f"got {labels.dtype} of shape {tuple(labels.shape)}"
+                f"{name}: expected int64 of shape ({logits.shape[0]},) or bool of shape "
+                f"{tuple(logits.shape)}, got {labels.dtype} of shape {tuple(labels.shape)}"
             )
     return mixed_loss(logits, y, y_perm, lam, loss)
 

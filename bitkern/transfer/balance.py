@@ -1,0 +1,43 @@
+"""Unbalanced classes: rare ones drawn as often as frequent ones, or weighing as much in the loss.
+
+BiT's recipe does neither.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+Labels = npt.NDArray[np.int64] | npt.NDArray[np.bool_]
+Weights = npt.NDArray[np.float64]
+
+BALANCE = ("none", "sample", "loss")
+
+
+def sample_weights(labels: Labels) -> Weights:
+    """How often to draw each of N examples, in proportion: one over the number of its class.
+
+    ``labels`` int64 (N,), or bool (N, classes): the class of an image is then the rarest of its
+    labels, and images without any are a class of their own.
+    """
+    if labels.ndim == 1:
+        counts: npt.NDArray[np.intp] = np.bincount(labels)
+        return 1 / counts[labels]
+    rarity = 1 / np.maximum(labels.sum(0), 1)
+    unlabelled = ~labels.any(1)
+    weights: Weights = (labels * rarity).max(1, initial=0)
+    weights[unlabelled] = 1 / max(unlabelled.sum(), 1)
+    return weights
+
+
+def class_weights(labels: Labels, num_classes: int) -> Weights:
+    """What a class weighs in the loss (num_classes,); 1 where it has no example.
+
+    Of one label an image, N / (classes that occur * examples of the class), whose mean over the
+    images is 1. Of several, what a class's positives weigh: negatives / positives.
+    """
+    if labels.ndim == 1:
+        counts = np.bincount(labels, minlength=num_classes)
+        balanced = len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    else:
+        counts = labels.sum(0)
+        balanced = (len(labels) - counts) / np.maximum(counts, 1)
+    return np.where(counts > 0, balanced, 1.0)

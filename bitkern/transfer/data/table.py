@@ -1,0 +1,116 @@
+"""Images and their labels in a CSV file."""
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bitkern import files
+from bitkern.transfer.data.folder import unreadable
+from bitkern.transfer.data.images import DataError, ImageSet
+
+SEPARATOR = ";"  # between the labels of an image that may have several
+SPLITS = ("train", "test")
+
+
+class _Row(NamedTuple):
+    where: str
+    image: str
+    labels: tuple[str, ...]
+    split: str | None
+
+
+def image_table(
+    path: str | os.PathLike[str],
+    split: str,
+    *,
+    skip_corrupt: bool = False,
+    classes: Sequence[str] | None = None,
+) -> tuple[ImageSet, int]:
+    """The images of a CSV file with a header, and the number of corrupt ones skipped.
+
+    Columns: ``image``, a path, from the file's folder on; ``label``, or ``labels``, which holds
+    several separated by ";", or none, and makes a multi-label set; and, if there is one, ``split``,
+    "train" or "test": without it every row belongs to both. Other columns are ignored. Classes are
+    the labels of all rows, sorted, unless they are given as ``classes``.
+
+    Raises :class:`DataError`, naming the line, for a missing column, an empty label, one that is
+    not among ``classes``, an image named twice, a missing image and, unless ``skip_corrupt``, one
+    that cannot be decoded.
+    """
+    path = Path(path)
+    columns, lines = _read(path)
+    rows = list(_rows(path, columns, lines))
+    _check(rows, classes)
+    every = {name for row in rows for name in row.labels}
+    names = tuple(sorted(every) if classes is None else classes)
+    if len(names) < 2 and "label" in columns or not names:
+        raise DataError(f"{path}: holds labels of {len(names)} classes, need two")
+    rows = [row for row in rows if row.split in (None, split)]
+    if not rows:
+        raise DataError(f"{path}: holds no images of the split {split}")
+    for row in rows:
+        if not os.path.isfile(row.image):
+            raise DataError(f"{row.where}: {row.image}: no such file")
+    skipped = unreadable([row.image for row in rows], skip_corrupt=skip_corrupt)
+    rows = [row for row in rows if row.image not in skipped]
+    if not rows:
+        raise DataError(f"{path}: every image of the split {split} is corrupt; replace them")
+    images = [row.image for row in rows]
+    hot = np.array([[name in row.labels for name in names] for row in rows])
+    labels = hot.argmax(1).astype(np.int64) if "label" in columns else hot
+    return ImageSet(images, labels, names), len(skipped)
+
+
+def _read(path: Path) -> tuple[Sequence[str], list[tuple[int, dict[str, str]]]]:
+    """The names of the columns, and each row with the number of its line."""
+    try:
+        with (
+            files.reading(path, "a CSV file"),
+            open(path, newline="", encoding="utf-8-sig") as file,
+        ):
+            reader = csv.DictReader(file, strict=True, restval="")
+            return reader.fieldnames or (), [(reader.line_num, row) for row in reader]
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(str(error)) from None
+
+
+def _rows(
+    path: Path, columns: Sequence[str], lines: Sequence[tuple[int, dict[str, str]]]
+) -> Iterator[_Row]:
+    found = f"found {', '.join(columns) or 'an empty file'}"
+    if "image" not in columns or ("label" in columns) == ("labels" in columns):
+        raise DataError(f"{path}: expected the columns image and label, or labels, {found}")
+    for number, cells in lines:
+        where = f"{path}: line {number}"
+        if "label" in columns:
+            labels: tuple[str, ...] = (cells["label"].strip(),)
+            if not labels[0]:
+                raise DataError(f"{where}: label: expected one, got none")
+        else:
+            parts = (part.strip() for part in cells["labels"].split(SEPARATOR))
+            labels = tuple(part for part in parts if part)
+        image = cells["image"].strip()
+        if not image:
+            raise DataError(f"{where}: image: expected a path, got none")
+        split = cells["split"].strip() if "split" in columns else None
+        if split not in (None, *SPLITS):
+            raise DataError(f"{where}: split: expected {' or '.join(SPLITS)}, got {split!r}")
+        yield _Row(where, os.path.join(path.parent, image), labels, split)
+
+
+def _check(rows: Sequence[_Row], classes: Sequence[str] | None) -> None:
+    """Raise for an image named twice, or a label that is not among the classes."""
+    seen = set()
+    for row in rows:
+        if row.image in seen:
+            raise DataError(f"{row.where}: {row.image} is named twice")
+        seen.add(row.image)
+        for name in row.labels:
+            if classes is not None and name not in classes:
+                raise DataError(
+                    f"{row.where}: expected one of {len(classes)} classes, got {name!r}"
+                )

@@ -1,0 +1,150 @@
+"""What a training does, from its arguments: its schedule, optimizer and steps."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitkern.transfer import balance, ranks
+from bitkern.transfer.compute import Compute
+from bitkern.transfer.data.images import ImageSet
+from bitkern.transfer.fitting import fits, smallest_split
+from bitkern.transfer.recipes import Recipe
+from bitkern.transfer.schedule import Schedule
+from bitkern.transfer.step import Stepper
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the loss is not finite, or the memory does not suffice."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The arguments of :func:`train` that decide on the model it makes, and what follows from them.
+
+    Raises ValueError for arguments that do not fit each other.
+    """
+
+    model: nn.Module
+    train_set: ImageSet
+    rule: Recipe
+    compute: Compute
+    seed: int
+    batch_split: int
+    balance: str
+    weight_decay: float
+    flip: bool
+
+    def __post_init__(self) -> None:
+        if not self.trainable:
+            raise ValueError("model: expected trainable parameters, found none")
+        if not len(self.train_set.images):
+            raise ValueError("train_set: expected images, got none")
+        if self.balance not in balance.BALANCE:
+            expected = ", ".join(balance.BALANCE)
+            raise ValueError(f"balance: expected {expected}, got {self.balance!r}")
+        if not self.most_splits:
+            raise ValueError(
+                f"batch_size: expected {ranks.world_size()} or more, an image for each process, "
+                f"got {self.rule.batch_size}"
+            )
+        if not 1 <= self.batch_split <= self.most_splits:
+            several = ranks.world_size() > 1
+            limit = "the batch size of each process" if several else "the batch size"
+            raise ValueError(
+                f"batch_split: expected 1 to {self.most_splits}, {limit}, got {self.batch_split}"
+            )
+
+    @functools.cached_property
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that are trained."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def most_splits(self) -> int:
+        """The largest ``batch_split``, at which each process computes one image at a time."""
+        return self.rule.batch_size // ranks.world_size()
+
+    @property
+    def micro_batch(self) -> int:
+        """The images that a process computes at a time, at most."""
+        return math.ceil(self.rule.batch_size / (self.batch_split * ranks.world_size()))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What summary.json says of the training, besides its recipe."""
+        names = ("seed", "batch_split", "balance", "weight_decay", "flip")
+        return {name: getattr(self, name) for name in names} | {"precision": self.compute.precision}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What may not change on resuming."""
+        return {
+            "recipe": type(self.rule).__name__,
+            "rule": dataclasses.asdict(self.rule),
+            **self.options,
+            "training images": len(self.train_set.images),
+            "classes": list(self.train_set.classes),
+            "multi-label": self.train_set.multi_label,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "trainable parameters": sum(p.numel() for p in self.trainable),
+        }
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """Which images the steps of this process take."""
+        labels, sample = self.train_set.labels, self.balance == "sample"
+        weights = balance.sample_weights(labels) if sample else None
+        group = ranks.rank(), ranks.world_size()
+        return Schedule(len(labels), self.rule, self.seed, self.batch_split, *group, weights)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """SGD with momentum 0.9; each step sets its learning rate."""
+        # Fused, it scales gradients and skips steps of fp16 without reading anything back.
+        return torch.optim.SGD(
+            self.trainable, lr=0.0, momentum=0.9, weight_decay=self.weight_decay, fused=True
+        )
+
+    def stepper(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        batches: Iterator[Sequence[Tensor]],
+    ) -> Stepper:
+        """The steps, on these micro-batches."""
+        class_weight = None
+        if self.balance == "loss":
+            weights = balance.class_weights(self.train_set.labels, len(self.train_set.classes))
+            class_weight = torch.from_numpy(weights).float()
+        parts = self.model, optimizer, self.schedule, self.compute
+        return Stepper(*parts, batches, scaler, class_weight)
+
+    def fitted(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> "Setup":
+        """The same with the smallest ``batch_split`` for which the memory suffices.
+
+        Raises :class:`TrainingError` if none does.
+        """
+
+        def suffices(batch_split: int) -> bool:
+            setup = dataclasses.replace(self, batch_split=batch_split)
+            return fits(setup.stepper(optimizer, scaler, setup.blank_batches()))
+
+        batch_split = smallest_split(suffices, self.most_splits)
+        if batch_split is None:
+            raise TrainingError(
+                f"the memory of {self.compute.device} does not suffice for one image at a time: "
+                "lower the crop or take a smaller model"
+            )
+        return dataclasses.replace(self, batch_split=batch_split)
+
+    def blank_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Micro-batches as those of the first step, of black images."""
+        for part in self.schedule.step(0).parts:
+            shape = len(part.rows), 3, self.rule.crop, self.rule.crop
+            labels = np.resize(self.train_set.labels, (shape[0], *self.train_set.labels.shape[1:]))
+            yield torch.zeros(shape, dtype=torch.uint8), torch.from_numpy(labels)

@@ -1,0 +1,108 @@
+"""The smallest number of micro-batches that fits, found without a trace; fp16."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from bitkern.transfer import TrainingError
+from bitkern.transfer.fitting import smallest_split
+from tests.transfer.net import PLAIN, RULE, Net, assert_same_bits, state_of, stopped, train
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 10, 512])
+def test_finds_the_smallest(most):
+    for enough in range(1, most + 1):
+        tried = []
+
+        def suffices(split, tried=tried, enough=enough):
+            tried.append(split)
+            return split >= enough
+
+        assert smallest_split(suffices, most) == enough
+        assert len(tried) == len(set(tried)) <= 2 * most.bit_length()
+    assert smallest_split(lambda split: False, most) is None
+
+
+class Hungry(Net):
+    """A net for which the memory suffices for so many images at a time."""
+
+    def __init__(self, images):
+        super().__init__()
+        self.images, self.largest = images, 0
+        self.dropout = nn.Dropout(0.2)
+        self.batch_norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        if len(x) > self.images:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.largest = max(self.largest, len(x))
+        return super().forward(self.dropout(self.batch_norm(x)))
+
+
+@pytest.mark.parametrize("mixup_alpha", [0.0, 0.2])
+@pytest.mark.parametrize(("images", "split"), [(10, 1), (9, 2), (4, 3), (3, 4), (1, 10)])
+def test_auto_is_the_split_given_by_hand(images, split, mixup_alpha):
+    rule = dataclasses.replace(PLAIN, mixup_alpha=mixup_alpha)
+    torch.manual_seed(1)
+    by_hand = Hungry(images)
+    history = train(by_hand, rule, batch_split=split).history
+    torch.manual_seed(1)
+    auto = Hungry(images)
+    assert train(auto, rule, batch_split="auto").history == history
+    assert_same_bits(auto, state_of(by_hand))
+    assert auto.largest == -(-10 // split)
+
+
+def test_says_what_it_found(capsys):
+    train(Hungry(4), PLAIN, batch_split="auto", progress=True)
+    assert capsys.readouterr().out == "batch_split 3, the smallest that fits on cpu\n"
+
+
+def test_nothing_fits(tmp_path):
+    model = Hungry(0)
+    before = state_of(model)
+    with pytest.raises(TrainingError, match="does not suffice for one image at a time"):
+        train(model, out=tmp_path / "run", batch_split="auto")
+    assert not (tmp_path / "run").exists()
+    assert_same_bits(model, before)
+
+
+def test_resuming_takes_what_the_run_began_with(tmp_path):
+    model = Hungry(4)
+    model.on_call = lambda call: call == 30 and exec("raise ZeroDivisionError")
+    with pytest.raises(ZeroDivisionError):
+        train(model, out=tmp_path, batch_split="auto", checkpoint_every=5)
+    resumed = Hungry(10)
+    train(resumed, out=tmp_path, resume=True, batch_split="auto")
+    assert resumed.largest == 4
+    assert json.loads((tmp_path / "summary.json").read_text())["batch_split"] == 3
+
+
+def test_fp16_stays_near_fp32_and_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    # The way of an optimizer that is not fused, which reads from the device whether to step.
+    monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", None)
+    exact, rounded = Net(), Net()
+    expected = train(exact).history
+    result = train(rounded, precision="fp16", out=tmp_path / "straight", checkpoint_every=5)
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(result.history, expected, strict=True)]
+    assert any(a != b for a, b in pairs), "autocast did nothing"
+    assert all(abs(a - b) < 0.02 * b for a, b in pairs)
+    stopped(tmp_path / "out", precision="fp16")
+    scaler = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["scaler"]
+    assert scaler["scale"] > 1 and scaler["_growth_tracker"] == 10
+    resumed = Net()
+    train(resumed, precision="auto", out=tmp_path / "out", resume=True)
+    assert_same_bits(resumed, state_of(rounded))
+
+
+def test_fp16_skips_steps_whose_gradients_overflow():
+    model = Net()
+    with torch.no_grad():
+        model.head.weight.mul_(1e3)
+    before = state_of(model)
+    rule = dataclasses.replace(RULE, steps=1, warmup_steps=0, decay_steps=(), mixup_alpha=0.0)
+    train(model, rule, precision="fp16")
+    assert_same_bits(model, before)
