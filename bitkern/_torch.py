@@ -1,6 +1,8 @@
 """Every call of a private name of PyTorch, in one place. Tried on PyTorch 2.11.0 and 2.14.1."""
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,3 +80,14 @@ def plain_conv(conv: nn.Conv2d) -> bool:
     """Whether a convolution computes what nn.Conv2d does, and no more."""
     cls = type(conv)
     return cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward
+
+
+def aoti_package(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Compile an exported program with AOTInductor into a package ending in .pt2."""
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+def load_aoti_package(path: Path) -> Callable[..., Any]:
+    """The function in a package of AOTInductor."""
+    function: Callable[..., Any] = torch._inductor.aoti_load_package(str(path))
+    return function

@@ -42,6 +42,21 @@ def part_folder(part: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+@contextlib.contextmanager
+def made(path: Path) -> Iterator[Path]:
+    """A temporary path of the same name, for a file or folder that is not there yet.
+
+    It takes the place of ``path`` when the block succeeds, and what lies beside it likewise.
+    """
+    with part_folder(path.with_name(f".part-{os.getpid()}-{path.name}")) as folder:
+        yield folder / path.name
+        for part in folder.rglob("*"):
+            sync(part)
+        for part in sorted(folder.iterdir(), key=lambda part: part.name == path.name):
+            os.replace(part, path.with_name(part.name))
+        sync(path.parent)
+
+
 def remove_parts(folder: Path) -> None:
     """Delete what a killed process left of :func:`replacing` in a folder."""
     for part in folder.glob(".part-*"):

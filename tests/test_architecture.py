@@ -21,6 +21,7 @@ PARTS = (
     ("nn",),
     ("convert", "models"),
     ("transfer",),
+    ("export",),
     ("demo",),
     ("cli",),
 )
@@ -55,8 +56,9 @@ INSIDE = {
     ),
     "transfer.recipes": (("mixup",), ("hyperrule",)),
     "transfer.data": (("images",), ("folder", "subsets", "loader"), ("digits", "table")),
+    "export": (("common",), ("aoti", "npz", "onnx", "timm", "transformers")),
     "demo": (("letters", "pictures"),),
-    "cli": (("options",), ("demo", "evaluate", "finetune", "info", "predict")),
+    "cli": (("options",), ("demo", "evaluate", "export", "finetune", "info", "predict")),
 }
 
 

@@ -11,12 +11,13 @@ from typing import NoReturn
 
 import torch
 
-from bitkern.cli import demo, evaluate, finetune, info, predict
+from bitkern.cli import demo, evaluate, export, finetune, info, predict
+from bitkern.export import ExportError
 from bitkern.transfer import ranks
 from bitkern.transfer.setup import TrainingError
 
 # Each adds its parser, runs, and says whether it does so under torchrun as well.
-COMMANDS = (finetune, evaluate, predict, demo, info)
+COMMANDS = (finetune, evaluate, predict, export, demo, info)
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,7 +51,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return 128 + signal.SIGPIPE
     except torch.OutOfMemoryError:
         code, message = 2, "error: out of GPU memory: raise --batch-split or lower --batch-size"
-    except (ValueError, OSError, TrainingError, ranks.RankError) as error:
+    except (ValueError, OSError, TrainingError, ExportError, ranks.RankError) as error:
         code, message = 2, f"error: {_with_options(' '.join(str(error).split()))}"
     else:
         return 0

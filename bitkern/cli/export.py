@@ -1,0 +1,19 @@
+"""``bitkern export``: a run's model for other libraries."""
+
+import argparse
+
+from bitkern.export import TARGETS, export
+
+DISTRIBUTED = False
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("export", help="write a run's model for other libraries")
+    parser.add_argument("run", help="the folder of a run, or its model.safetensors")
+    parser.add_argument("--to", required=True, choices=TARGETS)
+    parser.add_argument("--out", required=True, metavar="PATH", help="a new file or folder")
+
+
+def run(args: argparse.Namespace) -> None:
+    difference = export(args.run, args.to, args.out)
+    print(f"{args.out}: for {args.to}, whose logits differ from the run's by {difference:.1e}")

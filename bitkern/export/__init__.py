@@ -1,0 +1,89 @@
+"""Finished runs for other libraries: a file for each target, and a line here."""
+
+import importlib.util
+from os import PathLike
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bitkern import files
+from bitkern.export import aoti, npz, onnx, timm, transformers
+from bitkern.transfer.finished import FinishedRun, load_run
+
+TOLERANCE = 1e-4
+
+
+class Target(Protocol):
+    """A module of this package."""
+
+    REQUIRES: tuple[str, ...]  # what must be installed
+
+    def write(self, run: FinishedRun, out: Path) -> None:
+        """Write ``out``, a file or folder that is not there yet.
+
+        Raises ValueError if the target cannot hold the run's model.
+        """
+
+    def logits(self, run: FinishedRun, out: Path, images: Tensor) -> Tensor:
+        """What was written makes of images (N, 3, crop, crop) in [-1, 1]: (N, classes)."""
+
+
+TARGETS: dict[str, Target] = {
+    "timm": timm,
+    "transformers": transformers,
+    "npz": npz,
+    "onnx": onnx,
+    "aoti": aoti,
+}
+
+
+class ExportError(RuntimeError):
+    """What was written computes something else than the run's model; it has been deleted."""
+
+
+def export(run: str | PathLike[str], to: str, out: str | PathLike[str]) -> float:
+    """Write the model of a finished run for another library, and compare the two.
+
+    Args:
+        run: folder of a run, or its model.safetensors.
+        to: ``"timm"``, a folder for ``timm.create_model("local-dir:OUT", pretrained=True)``;
+            ``"transformers"``, one for ``AutoModelForImageClassification.from_pretrained``;
+            ``"npz"``, BiT's own format; ``"onnx"``; ``"aoti"``, a package of AOTInductor for the
+            CPUs of this kind.
+        out: what to write; it must not exist.
+
+    Returns:
+        The largest difference of the logits of random images in float32, relative to the largest
+        logit.
+
+    Raises:
+        ValueError: for a bad argument, a package that is missing, or a model that the library
+            does not have.
+        ExportError: if the difference is above 1e-4; then nothing is left.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"to: expected {', '.join(TARGETS)}, got {to!r}")
+    target, out = TARGETS[to], Path(out)
+    for package in target.REQUIRES:
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{package} is not installed: pip install {package}")
+    if out.exists():
+        raise ValueError(f"{out}: exists; delete it or write elsewhere")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out.parent}: no such folder")
+    finished = load_run(run)
+    model, crop = finished.model.eval(), finished.crop
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, crop, crop, generator=generator) * 2 - 1
+    with torch.inference_mode():
+        expected = model(images)
+    with files.made(out) as part:
+        target.write(finished, part)
+        with torch.inference_mode():
+            logits = target.logits(finished, part, images)
+        difference = float((logits - expected).abs().max() / expected.abs().max())
+        if not difference <= TOLERANCE:
+            raise ExportError(f"{out}: logits differ by {difference:.1e}, expected {TOLERANCE:g}")
+    return difference

@@ -1,0 +1,106 @@
+"""What several targets have in common: weights, preprocessing, the model card."""
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from bitkern import files
+from bitkern.transfer.finished import FinishedRun
+
+# timm and transformers standardize with 1e-8 where BiT has 1e-10. With weights ten times as large
+# variances are a hundred times as large, and the standardized weights are the same.
+WEIGHT_FACTOR = 10.0
+
+
+def with_suffix(out: Path, suffix: str) -> None:
+    """Raise ValueError unless the name of ``out`` ends in the suffix that readers go by."""
+    if out.suffix != suffix:
+        raise ValueError(f"{out.name}: expected a name ending in {suffix}")
+
+
+def scaled_state(run: FinishedRun) -> dict[str, Tensor]:
+    """The state dict of the run's model, for libraries that standardize with an eps of 1e-8."""
+    return {
+        name: tensor * WEIGHT_FACTOR if ".conv" in name else tensor
+        for name, tensor in run.model.state_dict().items()
+    }
+
+
+def preprocessing(run: FinishedRun) -> str:
+    """How an image becomes the model's input, in words."""
+    return (
+        f"turn it upright as its EXIF data says, convert to RGB, resize to {run.crop} x {run.crop} "
+        "pixels (bilinear, antialiased, not keeping the aspect ratio), scale to [-1, 1] by "
+        "v / 127.5 - 1"
+    )
+
+
+def write_card(run: FinishedRun, path: Path, library: str, snippet: str) -> None:
+    """Write the model card, README.md with metadata as the Hugging Face hub reads it."""
+    summary = run.summary
+    kind = "Several labels an image are possible" if run.multi_label else "One label an image"
+    known = {
+        "Model": f"{summary.get('model', run.architecture)}, pre-activation ResNet with weight "
+        "standardization and GroupNorm",
+        "Started from": summary.get("weights"),
+        "Data": summary.get("data"),
+        "Training images": summary.get("training_images"),
+        "Evaluated on": summary.get("evaluated_on"),
+        "Evaluation images": summary.get("evaluation_images"),
+        "Top-1": _fraction(summary.get("top1")),
+        "Top-5": _fraction(summary.get("top5")),
+        "Loss": _fraction(summary.get("eval_loss")),
+        "Steps": summary.get("steps"),
+    }
+    rows = [f"| {name} | {_cell(value)} |" for name, value in known.items() if value is not None]
+    names = ", ".join(f"`{name}`" for name in run.classes[:50])
+    more = f" and {len(run.classes) - 50} more, see config.json" * (len(run.classes) > 50)
+    text = f"""---
+library_name: {library}
+license: apache-2.0
+pipeline_tag: image-classification
+tags:
+- image-classification
+- big-transfer
+---
+# {run.architecture}, {len(run.classes)} classes
+
+A Big Transfer model (Kolesnikov et al., arXiv 1912.11370), fine-tuned with bitkern.
+
+| | |
+|---|---|
+{chr(10).join(rows)}
+
+{kind}; the classes: {names}{more}.
+
+## Use
+```python
+{snippet}
+```
+Preprocessing: {preprocessing(run)}.
+
+The weights of the convolutions are those of training times {WEIGHT_FACTOR:g}: {library}
+standardizes weights with an eps of 1e-8 where the model was trained with 1e-10, and so computes the
+same. To train on, mind that a step moves weights ten times as large a hundredth as far.
+
+## Licence
+The released weights of Big Transfer are under Apache-2.0. Whether those of this model are depends
+on what it was trained from and on: whoever publishes it decides.
+"""
+    with files.replacing(path) as part:
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _fraction(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
+
+
+def _cell(value: object) -> str:
+    return files.in_a_line(value).replace("|", "\\|")
+
+
+def write_json(content: object, path: Path) -> None:
+    """Write a JSON file."""
+    with files.replacing(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,51 @@
+"""An ONNX file of standard operators, with classes and preprocessing among its metadata."""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitkern.backends import use_backend
+from bitkern.convert import fold
+from bitkern.export.common import preprocessing, with_suffix
+from bitkern.transfer.finished import FinishedRun
+
+REQUIRES: tuple[str, ...] = ("onnx", "onnxscript", "onnxruntime")
+INPUT, OUTPUT = "pixel_values", "logits"
+LARGEST = 2**31 - 2**20  # bytes of tensors that fit into one file, of at most 2 GiB
+
+
+def write(run: FinishedRun, out: Path) -> None:
+    with_suffix(out, ".onnx")
+    model = fold(copy.deepcopy(run.model))
+    images = torch.zeros(2, 3, run.crop, run.crop)
+    with use_backend("reference"):
+        program = torch.onnx.export(
+            model,
+            (images,),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    program.model.metadata_props.update(
+        {
+            "classes": json.dumps(run.classes),
+            "preprocessing": preprocessing(run),
+            "probabilities": "sigmoid" if run.multi_label else "softmax",
+        }
+    )
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    program.save(out, external_data=size > LARGEST)
+
+
+def logits(run: FinishedRun, out: Path, images: Tensor) -> Tensor:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    (result,) = session.run([OUTPUT], {INPUT: images.numpy()})
+    return torch.from_numpy(result)

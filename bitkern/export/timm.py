@@ -1,0 +1,63 @@
+"""A folder that timm loads as ``"local-dir:PATH"``, or from the Hugging Face hub."""
+
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from bitkern.export.common import scaled_state, write_card, write_json
+from bitkern.transfer.finished import FinishedRun
+
+REQUIRES: tuple[str, ...] = ("timm",)
+
+SNIPPET = """\
+import timm
+
+model = timm.create_model("local-dir:PATH", pretrained=True).eval()
+config = timm.data.resolve_model_data_config(model)
+transform = timm.data.create_transform(**config, is_training=False)
+logits = model(transform(image)[None])  # of PIL's image
+names = model.pretrained_cfg["label_names"]"""
+
+
+def write(run: FinishedRun, out: Path) -> None:
+    import timm
+
+    architecture = f"resnetv2_{run.architecture[1:]}_bit"
+    if not timm.is_model(architecture):
+        raise ValueError(f"timm has no {run.architecture}")
+    out.mkdir()
+    half = [0.5, 0.5, 0.5]
+    config = {
+        "architecture": architecture,
+        "num_classes": len(run.classes),
+        "num_features": run.model.num_features,
+        "label_names": list(run.classes),
+        "pretrained_cfg": {
+            "custom_load": False,
+            "input_size": [3, run.crop, run.crop],
+            "fixed_input_size": False,
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+            "mean": half,
+            "std": half,
+            "num_classes": len(run.classes),
+            "pool_size": None,
+            "first_conv": "stem.conv",
+            "classifier": "head.fc",
+            "license": "apache-2.0",
+        },
+    }
+    write_json(config, out / "config.json")
+    write_card(run, out / "README.md", "timm", SNIPPET)
+    state = {name: tensor.contiguous() for name, tensor in scaled_state(run).items()}
+    safetensors.torch.save_file(state, out / "model.safetensors", {"format": "pt"})
+
+
+def logits(run: FinishedRun, out: Path, images: Tensor) -> Tensor:
+    import timm
+
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    result: Tensor = model(images)
+    return result
