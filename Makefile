@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# A process for each core, whose threads do not spin while they wait for one.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc python -type f)
 
 .PHONY: demo test test-all lint sanitize
@@ -8,11 +10,11 @@ demo: .venv/installed
 	$(BIN)/bitkern demo --out runs/demo
 
 test: .venv/installed build/triton-3.6.0
-	$(BIN)/python -m pytest -m "not sweep"
+	$(PYTEST) -m "not sweep"
 
 # The rest as well: what takes minutes, and the benchmarks on tiny shapes.
 test-all: test
-	$(BIN)/python -m pytest -m sweep
+	$(PYTEST) -m sweep
 	$(BIN)/python -m pytest benchmarks/ --tiny
 
 lint: .venv/installed

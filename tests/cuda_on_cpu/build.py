@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import pybind11
+from filelock import FileLock
 
 from bitkern.backends import extension
 
@@ -85,12 +86,14 @@ def library(objects, made):
 
 def module(kernels=KERNELS, folder=BUILD):
     """``bitkern._C`` with the CUDA kernels, which here take addresses of CPU tensors."""
-    objects = [
-        compiled(ROOT / "python/bindings.cpp", BUILD, "-DBITKERN_WITH_CUDA"),
-        compiled(HERE / "no_cpu.cpp", BUILD),
-        *(compiled(kernel, folder) for kernel in kernels),
-    ]
-    path = library(objects, folder / "_C.so")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with FileLock(BUILD / ".lock"):  # of the processes that share the tests
+        objects = [
+            compiled(ROOT / "python/bindings.cpp", BUILD, "-DBITKERN_WITH_CUDA"),
+            compiled(HERE / "no_cpu.cpp", BUILD),
+            *(compiled(kernel, folder) for kernel in kernels),
+        ]
+        path = library(objects, folder / "_C.so")
     # pybind11 adds to a submodule of the same name, if there is one.
     spec = importlib.util.spec_from_file_location(f"{folder.name}._C", path)
     loaded = importlib.util.module_from_spec(spec)
