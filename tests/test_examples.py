@@ -12,9 +12,9 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name):
+def run(name, *arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, EXAMPLES / name]
+    command = [sys.executable, EXAMPLES / name, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -47,6 +47,21 @@ def test_hf_trainer():
     output = run("hf_trainer.py")
     assert re.search(r"17 transformers WeightStandardizedConv2d +converted", output), output
     assert numbers(output, "\naccuracy")[0] > 0.8
+
+
+@pytest.mark.sweep
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"
+)
+def test_log_to_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run("log_to_tensorboard.py", tmp_path)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "lr", "top1", "top5", "eval_loss"}
+    assert [event.step for event in events.Scalars("top1")] == [20, 40, 60]
+    losses = [event.value for event in events.Scalars("loss")]
+    assert len(losses) == 60 and losses[-1] < 0.5 * losses[0]
 
 
 def test_no_example_is_left_out():
