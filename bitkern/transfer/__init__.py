@@ -9,6 +9,7 @@ from bitkern.transfer.ranks import RankError
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.recipes.hyperrule import HyperRule, hyperrule
 from bitkern.transfer.recipes.mixup import mixup, mixup_loss
+from bitkern.transfer.report import check_report, scores, write_report
 from bitkern.transfer.run import RunError
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "RunError",
     "TrainResult",
     "TrainingError",
+    "check_report",
     "default_precision",
     "digits",
     "evaluate",
@@ -30,6 +32,8 @@ __all__ = [
     "mixup",
     "mixup_loss",
     "predict",
+    "scores",
     "train",
     "train_batches",
+    "write_report",
 ]
