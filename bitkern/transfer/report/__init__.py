@@ -63,7 +63,7 @@ def write_report(
     with files.replacing(page.with_name(PREDICTIONS)) as part:
         # A path keeps its bytes, also those that are no UTF-8.
         with open(part, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *_rows(outcome, data)])
+            csv.writer(file).writerows([COLUMNS, *_rows(outcome, data)])
     with files.replacing(page) as part:
         part.write_text(text, encoding="utf-8")
     return report
@@ -112,5 +112,5 @@ def _names(classes: Sequence[str], chosen: Any) -> str:
     """The names of the classes chosen, in a line of CSV with :data:`SEPARATOR` between them."""
     written = io.StringIO()
     names = [classes[c] for c in chosen.nonzero()[0]]
-    csv.writer(written, delimiter=SEPARATOR, lineterminator="").writerow(names)
-    return written.getvalue()
+    csv.writer(written, delimiter=SEPARATOR).writerow(names)
+    return written.getvalue().removesuffix("\r\n")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bitkern.files import in_a_line
+from bitkern.transfer.report.pictures import CELLS
 from bitkern.transfer.report.style import CSS
 
 WORST = 25  # classes shown above the whole table; sets of no more have the whole table only
@@ -47,7 +48,7 @@ def _text(value: object, limit: int = 80) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return NONE if share is None else f"{100 * share:.1f} %"
+    return NONE if share is None else f"{100 * share:.1f}&nbsp;%"
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:
@@ -143,7 +144,7 @@ def _classes(report: Report) -> str:
     words = (
         "<p>Precision: of the images for which a class was predicted, the share that have it. "
         "Recall: of the images that have it, the share for which it was predicted. "
-        f"{NONE}: not defined, for want of such images.</p>"
+        f"{NONE} means not defined, for want of such images.</p>"
     )
     whole = _class_table("All classes", rows)
     if len(rows) <= WORST:
@@ -180,9 +181,11 @@ def _confusion(report: Report, svg: str) -> str:
         "A row holds the images that have a class: on the diagonal those for which it was found, "
         "elsewhere those for which it was missed and the class of the column named wrongly."
         if multi_label
-        else "A row holds the images of a class, a column those for which a class was predicted. "
-        "What is off the diagonal is wrong."
+        else "A row holds the images of a class, a column those for which a class was predicted."
     )
+    words += " Blue is right, orange wrong; the stronger, the larger the share of the row's class."
+    if report["classes"] > CELLS:
+        words += " A dot stands for several classes side by side, by the largest share."
     if not pairs:
         return _section("What is confused", _figure(svg, words), "<p>Nothing is.</p>")
     verb = "missed, and named" if multi_label else "taken for"

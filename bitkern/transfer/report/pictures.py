@@ -63,42 +63,56 @@ def _svg(size: tuple[float, float], alt: str, draw: Callable[["Figure"], None]) 
 def confusion(
     matrix: npt.NDArray[np.int64], support: npt.NDArray[np.int64], classes: Sequence[str]
 ) -> str:
-    """Rows are classes, columns what was predicted; the colour is the share of the class."""
+    """Rows are classes, columns what was predicted; the colours are shares of the class."""
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     count = len(classes)
     share = matrix / np.maximum(support, 1)[:, None]
+    right = np.diag(np.diag(share))
+    layers = (("right", right, BLUE), ("wrong", share - right, ORANGE))
     few = count <= NUMBERED
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
-        # From nothing to blue: the page shows through, dark or light.
-        colours = LinearSegmentedColormap.from_list("clear", [f"{BLUE}00", BLUE])
-        options: dict[str, Any] = {"cmap": colours, "norm": PowerNorm(0.5, 0, 1)}
+        for name, values, colour in layers:
+            # The page shows through, dark or light, but for cells that hold an image.
+            colours = LinearSegmentedColormap.from_list("clear", [f"{colour}30", colour])
+            options: dict[str, Any] = {"cmap": colours, "norm": PowerNorm(0.5, 0, 1)}
+            if few:
+                axes.pcolormesh(np.ma.masked_equal(values, 0), **options)
+            else:
+                cells = _pooled(values)
+                if name == "wrong":
+                    np.fill_diagonal(cells, 0)  # of blocks, where right ones are shown
+                cells = np.ma.masked_equal(cells, 0)
+                extent = (0.5, count + 0.5, count + 0.5, 0.5)
+                image = axes.imshow(cells, interpolation="none", extent=extent, **options)
+                figure.colorbar(image, label=f"share of the class, {name}", shrink=0.5, pad=0.02)
         if few:
-            axes.pcolormesh(share, **options)
             for (i, j), n in np.ndenumerate(matrix):
                 if n:
                     axes.text(j + 0.5, i + 0.5, str(n), ha="center", va="center")
             places = np.arange(count) + 0.5
             names = [in_a_line(name, 18) for name in classes]
-            axes.set_xticks(places, names, rotation=90 if count > 2 else 0)
+            axes.set_xticks(places, names, rotation=90)
             axes.set_yticks(places, names)
             axes.tick_params(length=0)
-        else:
-            block = -(-count // CELLS)
-            padded = np.zeros((-(-count // block) * block,) * 2)
-            padded[:count, :count] = share
-            side = len(padded) // block
-            pooled = padded.reshape(side, block, side, block).max((1, 3))
-            extent = (0.5, len(padded) + 0.5, len(padded) + 0.5, 0.5)
-            cells = axes.imshow(pooled, interpolation="none", extent=extent, **options)
-            figure.colorbar(cells, label="share of the true class", shrink=0.6)
+            axes.invert_yaxis()
         axes.set(xlabel="predicted", ylabel="true", aspect="equal")
-        axes.set_ylim(*sorted(axes.get_ylim(), reverse=True))
 
-    side = 1.5 + 0.4 * count if few else 6.9
-    return _svg((side, side), f"Confusion matrix of {count} classes", draw)
+    size = (2 + 0.4 * count,) * 2 if few else (6.9, 5.6)
+    return _svg(size, f"Confusion matrix of {count} classes", draw)
+
+
+def _pooled(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The largest values of square blocks, at most :data:`CELLS` of them along a side."""
+    count = len(values)
+    block = -(-count // CELLS)
+    side = -(-count // block)
+    padded = np.zeros((side * block, side * block))
+    padded[:count, :count] = values
+    largest: npt.NDArray[np.float64] = padded.reshape(side, block, side, block).max((1, 3))
+    return largest
 
 
 def calibration(bins: Sequence[Mapping[str, Any]]) -> str:

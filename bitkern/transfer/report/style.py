@@ -29,7 +29,8 @@ th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align:
 tr > :first-child, td:only-of-type { text-align: left; white-space: normal; min-width: 7rem;
   max-width: 22rem }
 tbody th { font-weight: 400 }
-ol { columns: 24rem; padding-left: 2rem }
+thead :nth-child(2):last-child { text-align: left }
+ol { columns: 24rem; column-gap: 3rem; padding-left: 2rem }
 figure { margin: 1rem 0 }
 svg { max-width: 100%; height: auto }
 svg image { image-rendering: pixelated }
