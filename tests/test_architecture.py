@@ -53,7 +53,7 @@ INSIDE = {
         ("finished", "loop"),
     ),
     "transfer.recipes": (("mixup",), ("hyperrule",)),
-    "transfer.report": (("outcome", "style"), ("intervals",), ("pictures", "scores"), ("page",)),
+    "transfer.report": (("outcome", "style"), ("intervals",), ("numbers", "pictures"), ("page",)),
     "transfer.data": (("images",), ("folder", "subsets", "loader"), ("digits",)),
     "demo": (("letters", "pictures"),),
     "cli": (("options",), ("demo", "evaluate", "finetune", "info", "predict")),

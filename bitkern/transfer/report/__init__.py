@@ -13,9 +13,9 @@ from bitkern import files
 from bitkern.transfer.compute import require
 from bitkern.transfer.data.images import ImageSet
 from bitkern.transfer.report import pictures
+from bitkern.transfer.report.numbers import confusion_matrix, image_name, numbers_of, right, scores
 from bitkern.transfer.report.outcome import Outcome, judge
 from bitkern.transfer.report.page import render
-from bitkern.transfer.report.scores import confusion_matrix, image_name, numbers, right, scores
 from bitkern.transfer.run import Record
 
 __all__ = ["check_report", "scores", "write_report"]
@@ -47,7 +47,7 @@ def write_report(
     except (TypeError, ValueError) as error:
         raise ValueError(f"about: expected what JSON can hold: {error}") from None
     outcome = judge(outputs, data)
-    report = {"page": page.name, **numbers(outcome, data), "about": about}
+    report = {"page": page.name, **numbers_of(outcome, data), "about": about}
     matrix, support = confusion_matrix(outcome), outcome.truth.sum(0)
     text = render(
         report,

@@ -1,6 +1,6 @@
 """What a model made of each image of a set."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ from torch import Tensor
 from bitkern.transfer.data.images import ImageSet
 
 Bools = npt.NDArray[np.bool_]
+ROWS = 4096  # of logits taken to float64 at a time
 THRESHOLD = 0.5  # a class of a multi-label set is predicted from this probability on
 
 
@@ -42,6 +43,7 @@ def judge(outputs: Tensor, data: ImageSet) -> Outcome:
             f"outputs: expected floating-point logits {truth.shape}, "
             f"got {outputs.dtype} {tuple(outputs.shape)}"
         )
+    loss_of: Any
     outputs = outputs.detach().float().cpu()
     broken = (~outputs.isfinite()).any(1).nonzero()
     if len(broken):
@@ -49,15 +51,15 @@ def judge(outputs: Tensor, data: ImageSet) -> Outcome:
         raise ValueError(f"outputs: expected finite logits, got NaN or infinity for image {first}")
     logits, labels = outputs.numpy(), torch.from_numpy(truth)
     if data.multi_label:
-        chances = outputs.sigmoid()
-        losses = F.binary_cross_entropy_with_logits(outputs, labels.float(), reduction="none")
+        chances, loss_of = outputs.sigmoid(), F.binary_cross_entropy_with_logits
         predicted = (chances >= THRESHOLD).numpy()
     else:
-        chances = outputs.softmax(1)
-        losses = -outputs.log_softmax(1)[labels]
+        chances, loss_of = outputs.softmax(1), F.cross_entropy
         predicted = np.zeros_like(truth)
         predicted[np.arange(len(logits)), logits.argmax(1)] = True
-    loss = losses.double().sum().item() / len(logits)
+    parts = zip(torch.split(outputs, ROWS), torch.split(labels, ROWS), strict=True)
+    losses = [loss_of(x.double(), y.double(), reduction="sum").item() for x, y in parts]
+    loss = sum(losses) / len(logits)
     return Outcome(truth, predicted, chances.numpy(), _rank(logits, truth), loss)
 
 

@@ -25,10 +25,10 @@ def scores(outputs: Tensor, data: ImageSet) -> dict[str, Any]:
     finite.
     """
     require("sklearn")
-    return numbers(judge(outputs, data), data)
+    return numbers_of(judge(outputs, data), data)
 
 
-def numbers(outcome: Outcome, data: ImageSet) -> dict[str, Any]:
+def numbers_of(outcome: Outcome, data: ImageSet) -> dict[str, Any]:
     """:func:`scores` of an outcome."""
     truth, predicted, rank = outcome.truth, outcome.predicted, outcome.rank
     found, support, named = (truth & predicted).sum(0), truth.sum(0), predicted.sum(0)
@@ -100,34 +100,24 @@ def _ratio(part: Any, whole: Any) -> float | None:
 
 
 def _per_class(outcome: Outcome, classes: tuple[str, ...]) -> list[dict[str, Any]]:
-    from scipy.sparse import csr_array
-    from sklearn.metrics import average_precision_score, precision_recall_fscore_support
+    from sklearn.metrics import average_precision_score
 
-    truth, predicted = csr_array(outcome.truth), csr_array(outcome.predicted)
-    precision, recall, f1, support = precision_recall_fscore_support(
-        truth, predicted, average=None, zero_division=np.nan
-    )
-    rows = []
-    for c, name in enumerate(classes):
-        ranking = np.nan
-        if support[c]:
-            ranking = average_precision_score(outcome.truth[:, c], outcome.probabilities[:, c])
-        rows.append(
-            {
-                "class": name,
-                "precision": _or_none(precision[c]),
-                "recall": _or_none(recall[c]),
-                "f1": _or_none(f1[c]),
-                "support": int(support[c]),
-                "predicted": int(outcome.predicted[:, c].sum()),
-                "average_precision": _or_none(ranking),
-            }
-        )
-    return rows
-
-
-def _or_none(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+    truth, predicted, chances = outcome.truth, outcome.predicted, outcome.probabilities
+    counts = (truth & predicted).sum(0), truth.sum(0), predicted.sum(0)
+    return [
+        {
+            "class": name,
+            "precision": _ratio(found, named),
+            "recall": _ratio(found, support),
+            "f1": _ratio(2 * found, support + named),
+            "support": int(support),
+            "predicted": int(named),
+            "average_precision": (
+                float(average_precision_score(truth[:, c], chances[:, c])) if support else None
+            ),
+        }
+        for c, (name, found, support, named) in enumerate(zip(classes, *counts, strict=True))
+    ]
 
 
 def _calibration(outcome: Outcome, multi_label: bool) -> dict[str, Any]:
