@@ -18,6 +18,7 @@ from bitkern.transfer.ranks import RankError
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.recipes.hyperrule import HyperRule, hyperrule
 from bitkern.transfer.recipes.mixup import mixup, mixup_loss
+from bitkern.transfer.report import check_report, scores, write_report
 from bitkern.transfer.run import RunError
 from bitkern.transfer.setup import TrainingError
 
@@ -31,6 +32,7 @@ __all__ = [
     "RunError",
     "TrainResult",
     "TrainingError",
+    "check_report",
     "default_precision",
     "digits",
     "evaluate",
@@ -43,6 +45,8 @@ __all__ = [
     "mixup",
     "mixup_loss",
     "predict",
+    "scores",
     "train",
     "train_batches",
+    "write_report",
 ]

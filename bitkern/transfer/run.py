@@ -6,14 +6,17 @@ All but the appended metrics.jsonl are written under a temporary name, synced, a
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from bitkern import files
 from bitkern.models.checkpoints import save_safetensors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 METRICS, CHECKPOINT, SUMMARY, CURVES, WEIGHTS = (
     "metrics.jsonl",
@@ -212,13 +215,20 @@ def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
         part.write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def draw_curves(path: Path, records: list[Record]) -> None:
+def draw_curves(path: Path, records: Sequence[Record]) -> None:
     """Draw the training loss and, where there are evaluations, top-1 against the step."""
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    plot_curves(figure, records)
+    with files.replacing(path) as part:
+        figure.savefig(part, format="png")
+
+
+def plot_curves(figure: "Figure", records: Sequence[Record]) -> None:
+    """The two plots of :func:`draw_curves` in a figure of matplotlib."""
     losses = [r for r in records if "loss" in r]
     evaluations = [r for r in records if "top1" in r]
-    figure = Figure(figsize=(10, 4), layout="constrained")
     loss_axes, top1_axes = figure.subplots(1, 2)
     loss_axes.plot([r["step"] for r in losses], [r["loss"] for r in losses], linewidth=1)
     loss_axes.plot([r["step"] for r in evaluations], [r["eval_loss"] for r in evaluations], "o-")
@@ -226,5 +236,3 @@ def draw_curves(path: Path, records: list[Record]) -> None:
     loss_axes.legend(["train", "evaluation"])
     top1_axes.plot([r["step"] for r in evaluations], [r["top1"] for r in evaluations], "o-")
     top1_axes.set(xlabel="step", ylabel="top-1 accuracy", ylim=(0, 1))
-    with files.replacing(path) as part:
-        figure.savefig(part, format="png")

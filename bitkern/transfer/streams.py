@@ -3,7 +3,7 @@
 import numpy as np
 
 # The first word of every key, so that no two uses share a stream.
-ORDER, AUGMENT, MIXUP, FEW_SHOT, HOLDOUT, LETTERS = range(6)
+ORDER, AUGMENT, MIXUP, FEW_SHOT, HOLDOUT, LETTERS, BOOTSTRAP = range(7)
 
 
 def random_stream(use: int, *key: int) -> np.random.Generator:

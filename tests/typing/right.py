@@ -54,5 +54,9 @@ def finetune(data: Path) -> float:
         x, y, y_perm = transfer.mixup(images.float(), labels, 0.3, torch.randperm(len(labels)))
         transfer.mixup_loss(model(x), y, y_perm, 0.3)
     metrics = transfer.evaluate(model, test_set, rule.crop, device="cuda")
-    best = transfer.predict(model, test_set, rule.crop).argmax(1)
+    outputs = transfer.predict(model, test_set, rule.crop)
+    about = {"model": "R50x1"}
+    transfer.write_report(data / "r.html", outputs, test_set, history=result.history, about=about)
+    print(transfer.scores(outputs, test_set)["macro_f1"])
+    best = outputs.argmax(1)
     return metrics["top1"] + rule.lr(3) + result.seconds + float(best[0]) + skipped

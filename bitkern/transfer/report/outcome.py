@@ -1,0 +1,96 @@
+"""What a model made of each image of a set."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitkern.transfer.data.images import ImageSet
+
+Bools = npt.NDArray[np.bool_]
+ROWS = 4096  # of logits taken to float64 at a time
+THRESHOLD = 0.5  # a class of a multi-label set is predicted from this probability on
+
+
+class Outcome(NamedTuple):
+    """What :func:`judge` returns, of N images and C classes.
+
+    ``truth`` and ``predicted`` bool (N, C): the labels, and the classes predicted, which are the
+    most probable one or, for a multi-label set, those of probability 0.5 or more;
+    ``probabilities`` fp32 (N, C); ``rank`` int64 (N,): the place of the most probable label among
+    the classes, 1 for the first, 0 for an image without labels; ``loss`` is the mean cross-entropy,
+    for a multi-label set the binary one, summed over the classes.
+    """
+
+    truth: Bools
+    predicted: Bools
+    probabilities: npt.NDArray[np.float32]
+    rank: npt.NDArray[np.int64]
+    loss: float
+
+
+def judge(outputs: Tensor, data: ImageSet) -> Outcome:
+    """Compare logits (N, C) with the labels of ``data``. Of equal logits the first class leads.
+
+    Raises ValueError naming ``outputs`` or ``data`` and what is wrong with it.
+    """
+    truth = _truth(data)
+    if tuple(outputs.shape) != truth.shape or not outputs.is_floating_point():
+        raise ValueError(
+            f"outputs: expected floating-point logits {truth.shape}, "
+            f"got {outputs.dtype} {tuple(outputs.shape)}"
+        )
+    loss_of: Any
+    outputs = outputs.detach().float().cpu()
+    broken = (~outputs.isfinite()).any(1).nonzero()
+    if len(broken):
+        first = int(broken[0])
+        raise ValueError(f"outputs: expected finite logits, got NaN or infinity for image {first}")
+    logits, labels = outputs.numpy(), torch.from_numpy(truth)
+    if data.multi_label:
+        chances, loss_of = outputs.sigmoid(), F.binary_cross_entropy_with_logits
+        predicted = (chances >= THRESHOLD).numpy()
+    else:
+        chances, loss_of = outputs.softmax(1), F.cross_entropy
+        predicted = np.zeros_like(truth)
+        predicted[np.arange(len(logits)), logits.argmax(1)] = True
+    parts = zip(torch.split(outputs, ROWS), torch.split(labels, ROWS), strict=True)
+    losses = [loss_of(x.double(), y.double(), reduction="sum").item() for x, y in parts]
+    loss = sum(losses) / len(logits)
+    return Outcome(truth, predicted, chances.numpy(), _rank(logits, truth), loss)
+
+
+def _truth(data: ImageSet) -> Bools:
+    count, classes = len(data.images), len(data.classes)
+    labels = data.labels
+    if not count or not classes:
+        raise ValueError(f"data: expected images of classes, got {count} of {classes}")
+    if data.multi_label:
+        if labels.shape != (count, classes) or labels.dtype != np.bool_:
+            raise ValueError(
+                f"data: expected bool labels {(count, classes)}, got {labels.dtype} {labels.shape}"
+            )
+        return labels.astype(np.bool_)
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"data: expected integer labels {(count,)}, got {labels.dtype} {labels.shape}"
+        )
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"data: expected labels from 0 to {classes - 1}, got {labels.min()} to {labels.max()}"
+        )
+    truth = np.zeros((count, classes), np.bool_)
+    truth[np.arange(count), labels] = True
+    return truth
+
+
+def _rank(logits: npt.NDArray[np.float32], truth: Bools) -> npt.NDArray[np.int64]:
+    of_labels = np.where(truth, logits, -np.inf)
+    best = of_labels.argmax(1)[:, None]
+    value = np.take_along_axis(logits, best, 1)
+    ties_before = (logits == value) & (np.arange(logits.shape[1]) < best)
+    rank = 1 + (logits > value).sum(1) + ties_before.sum(1)
+    return np.where(truth.any(1), rank, 0)

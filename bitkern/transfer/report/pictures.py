@@ -1,0 +1,154 @@
+"""The pictures of the page, as SVG to put into it; thumbnails as data URIs."""
+
+import base64
+import html
+import io
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bitkern.files import in_a_line
+from bitkern.transfer.data.images import DataError, Source, read_image
+from bitkern.transfer.run import Record, plot_curves
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK = "#0a0b0c"  # stands for the colour of the page's text, dark or light
+STYLE: dict[Any, Any] = {
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "bitkern",
+    "font.size": 9,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "legend.facecolor": "none",
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color", "legend.labelcolor"), INK),
+}
+BLUE, ORANGE = "#3b82c4", "#d9772b"
+NUMBERED = 20  # classes, up to which the cells have numbers and the axes names
+CELLS = 250  # along a side of the picture; more classes share one
+STEPS = 2000  # drawn of a training
+SMALLEST = 0.55  # of its size, to which a picture shrinks on a narrow page before it scrolls
+THUMBNAIL = 160  # pixels
+
+
+def _svg(size: tuple[float, float], alt: str, draw: Callable[["Figure"], None]) -> str:
+    """What ``draw`` makes of an empty figure, (width, height) inches, as an SVG element."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    written = io.StringIO()
+    with rc_context(STYLE), warnings.catch_warnings():
+        # The reader's browser has the glyphs that matplotlib's fonts lack.
+        warnings.filterwarnings("ignore", "Glyph")
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(written, format="svg", metadata=nothing)
+    svg = written.getvalue()
+    svg = svg[svg.index("<svg ") :].replace(INK, "currentColor")
+    # Those with a number are in every figure, and nothing refers to them.
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
+    least = f"min-width:{SMALLEST * size[0]:.2f}in"
+    shown = f'<svg role="img" aria-label="{html.escape(alt)}" style="{least}" '
+    return svg.replace("<svg ", shown, 1)
+
+
+def confusion(
+    matrix: npt.NDArray[np.int64], support: npt.NDArray[np.int64], classes: Sequence[str]
+) -> str:
+    """Rows are classes, columns what was predicted; the colours are shares of the class."""
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+
+    count = len(classes)
+    share = matrix / np.maximum(support, 1)[:, None]
+    right = np.diag(np.diag(share))
+    layers = (("right", right, BLUE), ("wrong", share - right, ORANGE))
+    few = count <= NUMBERED
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.subplots()
+        for name, values, colour in layers:
+            # The page shows through, dark or light, but for cells that hold an image.
+            colours = LinearSegmentedColormap.from_list("clear", [f"{colour}30", colour])
+            options: dict[str, Any] = {"cmap": colours, "norm": PowerNorm(0.5, 0, 1)}
+            if few:
+                axes.pcolormesh(np.ma.masked_equal(values, 0), **options)
+            else:
+                cells = _pooled(values)
+                if name == "wrong":
+                    np.fill_diagonal(cells, 0)  # of blocks, where right ones are shown
+                cells = np.ma.masked_equal(cells, 0)
+                extent = (0.5, count + 0.5, count + 0.5, 0.5)
+                image = axes.imshow(cells, interpolation="none", extent=extent, **options)
+                figure.colorbar(image, label=f"share of the class, {name}", shrink=0.5, pad=0.02)
+        if few:
+            for (i, j), n in np.ndenumerate(matrix):
+                if n:
+                    axes.text(j + 0.5, i + 0.5, str(n), ha="center", va="center")
+            places = np.arange(count) + 0.5
+            names = [in_a_line(name, 18) for name in classes]
+            axes.set_xticks(places, names, rotation=90)
+            axes.set_yticks(places, names)
+            axes.tick_params(length=0)
+            axes.invert_yaxis()
+        axes.set(xlabel="predicted", ylabel="true", aspect="equal")
+
+    size = (2 + 0.4 * count,) * 2 if few else (6.9, 5.6)
+    return _svg(size, f"Confusion matrix of {count} classes", draw)
+
+
+def _pooled(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The largest values of square blocks, at most :data:`CELLS` of them along a side."""
+    count = len(values)
+    block = -(-count // CELLS)
+    side = -(-count // block)
+    padded = np.zeros((side * block, side * block))
+    padded[:count, :count] = values
+    largest: npt.NDArray[np.float64] = padded.reshape(side, block, side, block).max((1, 3))
+    return largest
+
+
+def calibration(bins: Sequence[Mapping[str, Any]]) -> str:
+    """How often what was said with a probability was true, and how often it was said."""
+    edges = np.linspace(0, 1, len(bins) + 1)
+    filled = [(b["confidence"], b["accuracy"]) for b in bins if b["count"]]
+
+    def draw(figure: "Figure") -> None:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        heights = [b["accuracy"] or 0.0 for b in bins]
+        upper.bar(edges[:-1], heights, edges[1], align="edge", color=BLUE, alpha=0.4)
+        upper.plot([0, 1], [0, 1], "--", color=INK, linewidth=1)
+        upper.plot(*zip(*filled, strict=True), "o-", color=BLUE)
+        upper.set(ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
+        lower.bar(edges[:-1], [b["count"] for b in bins], edges[1], align="edge", color=BLUE)
+        lower.set(xlabel="probability", ylabel="count", yscale="symlog")
+        lower.yaxis.set_major_formatter("{x:.0f}")
+
+    return _svg((5, 4.5), "Calibration: probability against the share that is right", draw)
+
+
+def curves(history: Sequence[Record]) -> str:
+    """The curves of a training: of long ones every so many steps, and all evaluations."""
+    losses = [record for record in history if "loss" in record]
+    others = [record for record in history if "loss" not in record]
+    some = losses[:: -(-len(losses) // STEPS) or 1]
+    return _svg((6.9, 2.9), "Training curves", lambda figure: plot_curves(figure, some + others))
+
+
+def thumbnail(source: Source) -> str | None:
+    """A small JPEG of an image as a data URI, or None if it cannot be read."""
+    written = io.BytesIO()
+    try:
+        image = read_image(source)
+    except DataError:
+        return None
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(written, "jpeg", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(written.getvalue()).decode()
