@@ -185,7 +185,10 @@ def _confusion(report: Report, svg: str) -> str:
     )
     words += " Blue is right, orange wrong; the stronger, the larger the share of the row's class."
     if report["classes"] > CELLS:
-        words += " A dot stands for several classes side by side, by the largest share."
+        words += (
+            " A dot stands for several classes side by side, by the largest share; what is "
+            "confused within a blue one is not drawn."
+        )
     if not pairs:
         return _section("What is confused", _figure(svg, words), "<p>Nothing is.</p>")
     verb = "missed, and named" if multi_label else "taken for"

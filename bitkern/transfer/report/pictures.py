@@ -70,22 +70,23 @@ def confusion(
     share = matrix / np.maximum(support, 1)[:, None]
     right = np.diag(np.diag(share))
     layers = (("right", right, BLUE), ("wrong", share - right, ORANGE))
-    few = count <= NUMBERED
+    few, block = count <= NUMBERED, -(-count // CELLS)
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
         for name, values, colour in layers:
             # The page shows through, dark or light, but for cells that hold an image.
-            colours = LinearSegmentedColormap.from_list("clear", [f"{colour}30", colour])
+            colours = LinearSegmentedColormap.from_list("share", [f"{colour}30", colour])
             options: dict[str, Any] = {"cmap": colours, "norm": PowerNorm(0.5, 0, 1)}
             if few:
                 axes.pcolormesh(np.ma.masked_equal(values, 0), **options)
             else:
-                cells = _pooled(values)
+                cells = _pooled(values, block)
                 if name == "wrong":
                     np.fill_diagonal(cells, 0)  # of blocks, where right ones are shown
                 cells = np.ma.masked_equal(cells, 0)
-                extent = (0.5, count + 0.5, count + 0.5, 0.5)
+                end = block * len(cells) + 0.5
+                extent = (0.5, end, end, 0.5)
                 image = axes.imshow(cells, interpolation="none", extent=extent, **options)
                 figure.colorbar(image, label=f"share of the class, {name}", shrink=0.5, pad=0.02)
         if few:
@@ -104,13 +105,10 @@ def confusion(
     return _svg(size, f"Confusion matrix of {count} classes", draw)
 
 
-def _pooled(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The largest values of square blocks, at most :data:`CELLS` of them along a side."""
-    count = len(values)
-    block = -(-count // CELLS)
-    side = -(-count // block)
-    padded = np.zeros((side * block, side * block))
-    padded[:count, :count] = values
+def _pooled(values: npt.NDArray[np.float64], block: int) -> npt.NDArray[np.float64]:
+    """The largest values of the square blocks of so many cells along a side."""
+    side = -(-len(values) // block)
+    padded = np.pad(values, (0, side * block - len(values)))
     largest: npt.NDArray[np.float64] = padded.reshape(side, block, side, block).max((1, 3))
     return largest
 
