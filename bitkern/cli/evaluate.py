@@ -2,12 +2,17 @@
 
 import argparse
 import json
+from pathlib import Path
+
+import torch
 
 from bitkern.cli import options
-from bitkern.transfer import inference, ranks
-from bitkern.transfer.compute import require
+from bitkern.transfer import ranks
+from bitkern.transfer.compute import Compute, require
 from bitkern.transfer.data import DataError, check_same_classes, load_split
 from bitkern.transfer.finished import load_run
+from bitkern.transfer.inference import gathered, metrics_of, predict_share
+from bitkern.transfer.report import check_report, write_report
 
 DISTRIBUTED = True
 
@@ -18,13 +23,20 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     options.add_data(parser, "DIR/test/CLASS/*.jpg, or columns image, and label or labels")
     parser.add_argument("--batch-size", type=options.positive, default=64)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--report", metavar="PATH.html", help="a page; report.json and predictions.csv beside it"
+    )
     options.add_running(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     require("PIL", "tqdm")
+    page = None if args.report is None else Path(args.report)
+    if page:
+        ranks.from_first(check_report, page)
     with ranks.together():
         device = options.usable_device(args.device)
+        compute = Compute.of(device, args.precision, args.workers)
         finished = load_run(args.run)
     loading = {"skip_corrupt": args.skip_corrupt, "classes": finished.classes}
     test_set, skipped = ranks.from_first(load_split, args.data, "test", **loading)
@@ -33,20 +45,25 @@ def run(args: argparse.Namespace) -> None:
         kinds = ("one label an image", "several")
         expected, found = kinds[finished.multi_label], kinds[test_set.multi_label]
         raise DataError(f"{args.data}: expected {expected} as {args.run} has learnt, found {found}")
-    metrics = inference.evaluate(
-        finished.model,
-        test_set,
-        finished.crop,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        device=device,
-        precision=args.precision,
-    )
+    share = predict_share(compute, finished.model, test_set, finished.crop, args.batch_size)
+    metrics = metrics_of(share, test_set)
     options.report_skipped(skipped)
+    count = len(test_set.images)
+    if page:
+        outputs = gathered(share, count)
+        about = {"run": args.run, "data": args.data, "skipped_images": skipped}
+        about |= {"precision": compute.precision, "device": device, "torch": torch.__version__}
+        about["training"] = finished.summary
+        history = [record for record in finished.history if "run" not in record]  # of a demo
+        with ranks.together():
+            if ranks.rank() == 0:
+                write_report(page, outputs, test_set, history=history, about=about)
     if args.json:
-        print(json.dumps({**metrics, "images": len(test_set.images)}))
+        print(json.dumps({**metrics, "images": count}))
         return
     print(
         f"top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f}, "
-        f"loss {metrics['eval_loss']:.4f} on {len(test_set.images)} images"
+        f"loss {metrics['eval_loss']:.4f} on {count} images"
     )
+    if page:
+        print(f"report in {page}")

@@ -22,7 +22,7 @@ from bitkern.transfer.data import (
 )
 from bitkern.transfer.loop import train
 from bitkern.transfer.recipes.hyperrule import HyperRule, hyperrule
-from bitkern.transfer.run import check_out, read_checkpoint
+from bitkern.transfer.run import REPORT, check_out, read_checkpoint
 
 DISTRIBUTED = True  # also under torchrun
 
@@ -83,7 +83,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def run(args: argparse.Namespace) -> None:
-    require("PIL", "matplotlib", "tqdm")
+    require("PIL", "matplotlib", "sklearn", "tqdm")
     out = Path(args.out)
     ranks.from_first(check_out, out, args.resume)
     with ranks.together():
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
         about=about | {"shots": args.shots, "freeze": args.freeze},
     )
     assert result.metrics is not None
-    print(f"top-1 {result.metrics['top1']:.4f} on {split}; results in {out}")
+    print(f"top-1 {result.metrics['top1']:.4f} on {split}; results in {out}, look at {REPORT}")
 
 
 def _precision(args: argparse.Namespace, device: str) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Finished runs: the model, and what it was trained on."""
 
 import json
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 from bitkern import files
 from bitkern.models import ARCHITECTURES, ResNetV2, create_model
 from bitkern.models.checkpoints import read_metadata
-from bitkern.transfer.run import CHECKPOINT, SUMMARY, WEIGHTS
+from bitkern.transfer.run import CHECKPOINT, METRICS, SUMMARY, WEIGHTS, Record
 
 
 class FinishedRun(NamedTuple):
@@ -16,7 +17,8 @@ class FinishedRun(NamedTuple):
 
     ``model`` maps images (N, 3, crop, crop) in [-1, 1] to logits (N, classes), of a softmax, or
     with ``multi_label`` of a sigmoid for each class. ``architecture`` is its bare name, such as
-    ``"R50x1"``. ``summary`` is the content of summary.json, {} where there is none.
+    ``"R50x1"``. ``summary`` is the content of summary.json, ``history`` that of
+    metrics.jsonl; empty where there is none.
     """
 
     model: ResNetV2
@@ -25,6 +27,7 @@ class FinishedRun(NamedTuple):
     crop: int
     multi_label: bool
     summary: dict[str, Any]
+    history: list[Record]
 
 
 def load_run(path: str | PathLike[str]) -> FinishedRun:
@@ -49,15 +52,18 @@ def load_run(path: str | PathLike[str]) -> FinishedRun:
     if model.num_classes != len(classes):
         raise ValueError(f"{path}: names {len(classes)} classes, its head has {model.num_classes}")
     multi_label = metadata.get("multi_label", False)
-    summary = _read_summary(path.with_name(SUMMARY))
-    return FinishedRun(model, architecture, classes, metadata["crop"], multi_label, summary)
+    (summary,) = _read_objects(path.with_name(SUMMARY), lambda text: [text]) or [{}]
+    history = _read_objects(path.with_name(METRICS), str.splitlines)
+    crop = metadata["crop"]
+    return FinishedRun(model, architecture, classes, crop, multi_label, summary, history)
 
 
-def _read_summary(path: Path) -> dict[str, Any]:
+def _read_objects(path: Path, parts: Callable[[str], list[str]]) -> list[dict[str, Any]]:
+    """The JSON objects that are the parts of a file; none where there is no file."""
     if not path.exists():
-        return {}
-    with files.reading(path, "a summary of a run"):
-        summary = json.loads(path.read_text())
-        if not isinstance(summary, dict):
+        return []
+    with files.reading(path, "a file of a run"):
+        objects = [json.loads(part) for part in parts(path.read_text())]
+        if not all(isinstance(each, dict) for each in objects):
             raise ValueError("expected an object")
-        return summary
+        return objects

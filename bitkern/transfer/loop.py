@@ -26,9 +26,11 @@ from bitkern.transfer import ranks
 from bitkern.transfer.compute import Compute, require
 from bitkern.transfer.data.images import ImageSet
 from bitkern.transfer.data.loader import scheduled_batches
-from bitkern.transfer.inference import metrics_of, predict_share
+from bitkern.transfer.inference import gathered, metrics_of, predict_share
 from bitkern.transfer.recipes import Recipe
+from bitkern.transfer.report import check_report, write_report
 from bitkern.transfer.run import (
+    REPORT,
     Journal,
     Progress,
     Record,
@@ -94,11 +96,12 @@ def train(
 
     ``eval_every`` and ``checkpoint_every`` are steps, by default a tenth of the run; the last step
     is always included. ``out`` is the folder of metrics.jsonl and last.pt, and in the end of
-    model.safetensors, curves.png and summary.json, which begins with ``about``; without it nothing
-    is written. ``resume`` continues from last.pt with the bits of an uninterrupted run. Ctrl-C
-    finishes the step, writes last.pt and raises ``KeyboardInterrupt``. A run that fails before its
-    first checkpoint leaves no file behind. ``on_record`` is called by the first process with each
-    line of metrics.jsonl as it is written; a run that was killed may repeat its last ones.
+    model.safetensors, curves.png, with ``eval_set`` the files of :func:`write_report`, and
+    summary.json, which begins with ``about``; without it nothing is written. ``resume`` continues
+    from last.pt with the bits of an uninterrupted run. Ctrl-C finishes the step, writes last.pt and
+    raises ``KeyboardInterrupt``. A run that fails before its first checkpoint leaves no file
+    behind. ``on_record`` is called by the first process with each line of metrics.jsonl as it is
+    written; a run that was killed may repeat its last ones.
 
     With a process group of torch.distributed (one that serves CPU tensors too) all its processes
     make the call. They start from the first one's model, share each batch and the evaluations, and
@@ -120,6 +123,8 @@ def train(
     if folder is not None:
         require("matplotlib", "tqdm")
         ranks.from_first(check_out, folder, resume)
+        if eval_set is not None:
+            ranks.from_first(check_report, folder / REPORT)
         _check_can_be_written(model, about or {})
     elif resume:
         raise ValueError("resume: expected out, the folder of the run to continue")
@@ -155,6 +160,7 @@ def train(
         batches = scheduled_batches(train_set, setup.schedule, compute, flip=flip, start=done.step)
         take_step = setup.stepper(optimizer, scaler, iter(batches))
         losses = _Losses(rule, journal)
+        share = None
         for step, bar in _bar(done.step, rule.steps, progress and rank == 0):
             losses.add(step, take_step(step, rule.lr(step)), bar)
             if eval_set is not None and _is_due(step + 1, eval_every, rule.steps):
@@ -173,6 +179,11 @@ def train(
             if stop:
                 raise KeyboardInterrupt
         result = _result(journal.records, time.perf_counter() - began)
+        outputs = None
+        if folder and eval_set is not None:
+            if share is None:  # a run that was stopped between its last step and its end
+                share = predict_share(compute, model, eval_set, rule.crop, setup.micro_batch)
+            outputs = gathered(share, len(eval_set.images))
         with ranks.together():
             summary = {
                 **(about or {}),
@@ -190,6 +201,11 @@ def train(
                 "processes": world_size,
                 "torch": torch.__version__,
             }
+            if run.out and eval_set is not None and outputs is not None:
+                known = {"seconds", *(result.metrics or {})}  # and the report's are its own
+                settings = {name: value for name, value in summary.items() if name not in known}
+                page, history = run.out / REPORT, journal.records
+                write_report(page, outputs, eval_set, history=history, about=settings)
             metadata = {"classes": list(train_set.classes), "crop": rule.crop}
             run.finish(summary, **metadata, multi_label=train_set.multi_label)
     return result
@@ -199,9 +215,9 @@ def _check_can_be_written(model: nn.Module, about: Mapping[str, Any]) -> None:
     """Raise before the training what else would be raised after it."""
     for name, value in about.items():
         try:
-            json.dumps(value)
-        except TypeError as error:
-            raise TypeError(f"about: expected what JSON can hold, got {name}: {error}") from None
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"about: expected what JSON can hold, got {name}: {error}") from None
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise TypeError(f"model: expected tensors in its state, got {name}: {type(value)}")

@@ -18,12 +18,13 @@ from bitkern.models.checkpoints import save_safetensors
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METRICS, CHECKPOINT, SUMMARY, CURVES, WEIGHTS = (
+NAMES = METRICS, CHECKPOINT, SUMMARY, CURVES, WEIGHTS, REPORT = (
     "metrics.jsonl",
     "last.pt",
     "summary.json",
     "curves.png",
     "model.safetensors",
+    "report.html",
 )
 Record = dict[str, Any]
 OnRecord = Callable[[Record], object]
@@ -51,7 +52,7 @@ def check_out(out: Path, resume: bool) -> None:
             return
         finished = "the run is finished" if (out / SUMMARY).exists() else f"no {CHECKPOINT}"
         raise RunError(f"{out}: nothing to resume, {finished}")
-    held = [f for f in (METRICS, CHECKPOINT, SUMMARY, CURVES, WEIGHTS) if (out / f).exists()]
+    held = [name for name in NAMES if (out / name).exists()]
     if held:
         advice = "continue it with resume=True or" if unfinished else "delete it or"
         raise RunError(f"{out}: holds a run ({', '.join(held)}); {advice} use another folder")

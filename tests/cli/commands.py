@@ -6,7 +6,8 @@ from bitkern.cli import main
 
 SMALL = ["--model", "R26x0.5", "--resize", "40", "--crop", "32", "--batch-size", "7"]
 SMALL += ["--workers", "0", "--steps", "3"]
-RESULTS = ["curves.png", "metrics.jsonl", "model.safetensors", "summary.json"]
+RESULTS = ["curves.png", "metrics.jsonl", "model.safetensors"]
+RESULTS += ["predictions.csv", "report.html", "report.json", "summary.json"]
 
 
 def call(*arguments):

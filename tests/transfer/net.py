@@ -47,7 +47,8 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-FILES = ["curves.png", "metrics.jsonl", "model.safetensors", "summary.json"]
+REPORT = ["predictions.csv", "report.html", "report.json"]
+FILES = ["curves.png", "metrics.jsonl", "model.safetensors", *REPORT, "summary.json"]
 
 
 def train(model, rule=RULE, train_set=None, **arguments):

@@ -17,6 +17,7 @@ from tests.transfer.images import CLASSES, image_set
 from tests.transfer.net import (
     FILES,
     PLAIN,
+    REPORT,
     RULE,
     Crash,
     Net,
@@ -116,7 +117,7 @@ def test_resuming_a_complete_run_trains_no_further(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(run, "draw_curves", crash_always)
         train(model, **options)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "metrics.jsonl", *REPORT]
     again = Net()
     result = train(again, **options, resume=True)
     assert again.calls == 0
