@@ -41,7 +41,11 @@ INSIDE = {
     "nn": (("current",), ("layers",), ("fused", "standardized"), ("preact",)),
     "convert": (("activations", "batchnorm"), ("libraries",), ("convert",), ("explain", "fold")),
     "convert.libraries": (("common",), ("timm", "transformers")),
-    "models": (("resnetv2",), ("checkpoints",), ("registry",)),
+    "models": (
+        ("download", "pretrained", "resnetv2"),
+        ("checkpoints", "weights"),
+        ("registry",),
+    ),
     "transfer": (
         ("ranks", "streams"),
         ("compute", "graphs"),
@@ -54,7 +58,7 @@ INSIDE = {
     "transfer.recipes": (("mixup",), ("hyperrule",)),
     "transfer.data": (("images",), ("folder", "subsets", "loader"), ("digits",)),
     "demo": (("letters", "pictures"),),
-    "cli": (("options",), ("demo", "evaluate", "finetune", "info", "predict")),
+    "cli": (("options",), ("demo", "evaluate", "finetune", "info", "predict", "weights")),
 }
 
 

@@ -9,12 +9,12 @@ from typing import NoReturn
 
 import torch
 
-from bitkern.cli import demo, evaluate, finetune, info, predict
+from bitkern.cli import demo, evaluate, finetune, info, predict, weights
 from bitkern.transfer import ranks
 from bitkern.transfer.loop import TrainingError
 
 # Each adds its parser, runs, and says whether it does so under torchrun as well.
-COMMANDS = (finetune, evaluate, predict, demo, info)
+COMMANDS = (finetune, evaluate, predict, demo, weights, info)
 
 
 class Parser(argparse.ArgumentParser):
