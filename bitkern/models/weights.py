@@ -83,23 +83,23 @@ def _from_hub(repository: str, cache_dir: CacheDir) -> Path:
             f"{HUB}{repository}: huggingface_hub is not installed: pip install 'bitkern[train]'"
         )
     import huggingface_hub
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub import errors
 
-    try:
-        for file in HUB_FILES:
-            try:
-                found = huggingface_hub.hf_hub_download(
-                    repository, file, cache_dir=_hub_dir(cache_dir)
-                )
-            except RemoteEntryNotFoundError:
-                continue
+    for file in HUB_FILES:
+        try:
+            found = huggingface_hub.hf_hub_download(repository, file, cache_dir=_hub_dir(cache_dir))
             return Path(found)
-    # It raises what its HTTP client does, and of its own some fifty classes.
-    except Exception as error:
-        raise OSError(
-            f"{HUB}{repository}: cannot be fetched: {files.in_a_line(error)}; or pass the path of "
-            f"its {HUB_FILES[0]}"
-        ) from error
+        except errors.RemoteEntryNotFoundError:
+            continue
+        except errors.RepositoryNotFoundError:
+            reason = "no such repository, or none for you"
+        except errors.LocalEntryNotFoundError:
+            reason = "not in the cache, and the hub cannot be reached"
+        # Besides, it raises what its HTTP client does, and some fifty classes of its own.
+        except Exception as error:
+            reason = files.in_a_line(error)
+        address = f"{huggingface_hub.constants.ENDPOINT}/{repository}"
+        raise OSError(f"{address}: {reason}; or pass the path of its {file}, fetched by hand")
     raise OSError(f"{HUB}{repository}: expected {' or '.join(HUB_FILES)}, found neither")
 
 
