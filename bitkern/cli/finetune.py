@@ -87,9 +87,8 @@ def run(args: argparse.Namespace) -> None:
         precision, why = _precision(args, device)
         torch.manual_seed(args.seed)
         weights = _weights(args)
-        if (
-            weights and not args.resume and ranks.is_first_of_host()
-        ):  # the others then find it in the cache
+        # The other processes then find it in the cache.
+        if weights and not args.resume and ranks.is_first_of_host():
             file_of(weights, args.model)
     with ranks.together():
         model = create_model(args.model, 0, weights=None if args.resume else weights)

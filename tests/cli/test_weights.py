@@ -84,6 +84,19 @@ def test_random_weights_where_none_were_released(run, cache, tmp_path, monkeypat
     assert not cache.exists()
 
 
+def test_resume_fetches_nothing(run, weights, tmp_path, monkeypatch, capsys):
+    def asked(*arguments):
+        raise OSError("asked")
+
+    arguments = ["finetune", "--data", run / "data", *SMALL, "--out", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr("bitkern.transfer.run.draw_curves", asked)
+        assert error_of(capsys, *arguments, "--weights", weights) == "asked"
+    monkeypatch.setattr("bitkern.models.registry.fetch", asked)
+    assert error_of(capsys, *arguments[:-1], tmp_path, "--weights", "hf-hub:org/x") == "asked"
+    assert call(*arguments, "--weights", "hf-hub:org/x", "--resume") == 0
+
+
 @pytest.mark.sweep
 def test_under_torchrun_the_first_process_fetches(tmp_path):
     data = write_folder(tmp_path / "data")

@@ -104,6 +104,8 @@ def test_goes_on_in_the_next_call(server, path, impatient_of_stalls):
 def test_a_server_without_ranges_or_with_wrong_ones_starts_over(server, path, how):
     get(server, path, "close", how)
     assert path.read_bytes() == BODY and parts(path) == [len(BODY)]
+    again = [None] if how == "other piece" else []
+    assert ranges(server) == [None, f"bytes={len(BODY) // 2}-", *again]
 
 
 @pytest.mark.parametrize("how", ["", "ignore if-range"])
