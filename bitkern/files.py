@@ -24,11 +24,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     part = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
         yield part
-        sync(part)
-        os.replace(part, path)
-        sync(path.parent)
+        put_in_place(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Sync a written file and rename it to ``path``, in the same folder."""
+    sync(part)
+    os.replace(part, path)
+    sync(path.parent)
 
 
 @contextlib.contextmanager

@@ -42,7 +42,11 @@ INSIDE = {
     "nn": (("current",), ("layers",), ("fused", "standardized"), ("preact",)),
     "convert": (("activations", "batchnorm"), ("libraries",), ("convert",), ("explain", "fold")),
     "convert.libraries": (("common",), ("timm", "transformers")),
-    "models": (("resnetv2",), ("checkpoints",), ("registry",)),
+    "models": (
+        ("download", "pretrained", "resnetv2"),
+        ("checkpoints", "weights"),
+        ("registry",),
+    ),
     "transfer": (
         ("balance", "ranks", "streams"),
         ("compute", "graphs"),
@@ -59,7 +63,10 @@ INSIDE = {
     "transfer.data": (("images",), ("folder", "subsets", "loader"), ("digits", "table")),
     "export": (("common",), ("aoti", "npz", "onnx", "timm", "transformers")),
     "demo": (("letters", "pictures"),),
-    "cli": (("options",), ("demo", "evaluate", "export", "finetune", "info", "predict")),
+    "cli": (
+        ("options",),
+        ("demo", "evaluate", "export", "finetune", "info", "predict", "weights"),
+    ),
 }
 
 

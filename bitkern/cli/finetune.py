@@ -8,6 +8,8 @@ import torch
 
 from bitkern.cli import options
 from bitkern.models import create_model
+from bitkern.models.pretrained import find_release, released
+from bitkern.models.registry import file_of
 from bitkern.transfer import ranks
 from bitkern.transfer.balance import BALANCE
 from bitkern.transfer.compute import CUDA_GRAPH, default_precision, require
@@ -34,7 +36,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         parser, "DIR/train/CLASS/*.jpg and DIR/test/…, or columns image, label or labels, and split"
     )
     add("--model", required=True, help="such as BiT-M-R50x1")
-    add("--weights", metavar="FILE", help="checkpoint to start from; its head is replaced")
+    add(
+        "--weights",
+        metavar="FILE|NAME",
+        help="to start from: a checkpoint, a name such as BiT-M-R50x1 or hf-hub:ORG/NAME, "
+        "pretrained (the default where released under --model), or none",
+    )
     add("--out", required=True, metavar="DIR", help="where the results go")
     add("--resume", action="store_true", help="continue the unfinished run in --out")
     add("--seed", type=options.not_negative, default=0)
@@ -90,21 +97,26 @@ def run(args: argparse.Namespace) -> None:
         device = options.usable_device(args.device)
         precision, why = _precision(args, device)
         torch.manual_seed(args.seed)
-        model = create_model(args.model, weights=None if args.resume else args.weights)
+        weights = _weights(args)
+        # The other processes then find it in the cache.
+        if weights and not args.resume and ranks.is_first_of_host():
+            file_of(weights, args.model)
+    with ranks.together():
+        model = create_model(args.model, 0, weights=None if args.resume else weights)
     train_set, eval_set, split, skipped = ranks.from_first(_load_data, args)
     rule = ranks.from_first(_rule, args, train_set)
-    # Also in place of a head of as many classes: they need not be the same ones.
+    # Never the head of the weights: as many classes need not be the same ones.
     model.reset_classifier(len(train_set.classes))
     if args.freeze:
         model.freeze_backbone()
     options.report_skipped(skipped)
     several = ", several an image" if train_set.multi_label else ""
     print(
-        f"{args.model} from {args.weights or 'random weights'}: {len(train_set.images)} training "
+        f"{args.model} from {weights or 'random weights'}: {len(train_set.images)} training "
         f"images, {len(eval_set.images)} {split} images, {len(train_set.classes)} classes{several}"
     )
     print(f"{rule}, {precision} on {device} ({why})")
-    about = {"model": args.model, "weights": args.weights, "data": args.data}
+    about = {"model": args.model, "weights": weights, "data": args.data}
     about |= {"evaluated_on": split, "skipped_images": skipped}
     result = train(
         model,
@@ -127,6 +139,16 @@ def run(args: argparse.Namespace) -> None:
     )
     assert result.metrics is not None
     print(f"top-1 {result.metrics['top1']:.4f} on {split}; results in {out}, look at {REPORT}")
+
+
+def _weights(args: argparse.Namespace) -> str | None:
+    """The path or name of the weights to start from, None for random ones."""
+    if args.weights is None:
+        release = find_release(args.model)
+        return release.name if release else None
+    if args.weights == "none":
+        return None
+    return released(args.model).name if args.weights == "pretrained" else args.weights
 
 
 def _precision(args: argparse.Namespace, device: str) -> tuple[str, str]:

@@ -7,6 +7,7 @@ others waiting.
 import contextlib
 import datetime
 import importlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import ParamSpec, TypeVar
@@ -30,6 +31,11 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_first_of_host() -> bool:
+    """Whether this is the process that does what each host needs once."""
+    return world_size() == 1 or int(os.environ.get("LOCAL_RANK", rank())) == 0
 
 
 @contextlib.contextmanager

@@ -37,7 +37,10 @@ def models(path: Path) -> list[Tensor]:
     bitkern.models.save_npz(model, "out.npz")
     with bitkern.standardized(model):
         logits: Tensor = model.forward_head(model.forward_features(torch.ones(1, 3, 32, 32)))
-    backbone = bitkern.create_model("R50x1", features_only=True, out_indices=(1, 2))
+    bitkern.create_model("BiT-S-R50x1", pretrained=True, cache_dir=path).reset_classifier(3)
+    backbone = bitkern.create_model(
+        "R50x1", pretrained=False, features_only=True, out_indices=(1, 2)
+    )
     maps: list[Tensor] = backbone(logits)
     return [*maps, torch.tensor(backbone.channels)]
 

@@ -23,6 +23,8 @@ bitkern.explain(x)  # error: call-overload
 bitkern.use_backend(None)  # error: arg-type
 bitkern.standardised(nn.Linear(1, 1))  # error: attr-defined
 bitkern.create_model(50)  # error: call-overload
+bitkern.create_model("R50x1", pretrained="yes")  # error: call-overload
+bitkern.create_model("R50x1", cache_dir=1)  # error: call-overload
 bitkern.create_model("R50x1", out_indices=(1,))  # error: call-overload
 bitkern.create_model("R50x1", features_only=True).reset_classifier(3)  # error: operator
 bitkern.models.load_npz("weights.npz", nn.Linear(1, 1))  # error: arg-type

@@ -1,0 +1,53 @@
+"""``bitkern weights``: released weights, and the cache of them."""
+
+import argparse
+import json
+
+from bitkern.models.pretrained import RELEASES
+from bitkern.models.weights import cached, fetch, source
+
+DISTRIBUTED = False
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("weights", help="list released weights, fetch them, find them")
+    actions = parser.add_subparsers(required=True, metavar="list|fetch|path", dest="action")
+    parsers = [actions.add_parser("list", help="the names, and which are in the cache")]
+    for action, help in (("fetch", "download into the cache"), ("path", "the file in the cache")):
+        parsers.append(actions.add_parser(action, help=help))
+        parsers[-1].add_argument("name", help="such as BiT-M-R50x1, or hf-hub:ORG/NAME")
+    for each in parsers:
+        each.add_argument("--json", action="store_true")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.action == "list":
+        rows = _rows()
+        print(json.dumps(rows, indent=2) if args.json else _table(rows))
+        return
+    path = fetch(args.name) if args.action == "fetch" else cached(args.name)
+    if path is None:
+        raise ValueError(f"{args.name}: not in the cache; bitkern weights fetch downloads it")
+    print(json.dumps({"name": args.name, "path": str(path)}) if args.json else path)
+
+
+def _rows() -> list[dict[str, str | int | bool | None]]:
+    return [
+        {
+            "name": release.name,
+            "architecture": release.architecture,
+            "classes": release.classes,
+            "source": source(release),
+            "cached": cached(release.name) is not None,
+        }
+        for release in RELEASES.values()
+    ]
+
+
+def _table(rows: list[dict[str, str | int | bool | None]]) -> str:
+    line = "{:<50} {:<12} {:>7}  {:<6} {}".format
+    lines = [line("name", "architecture", "classes", "cached", "source")]
+    for row in rows:
+        here = "yes" if row["cached"] else "no"
+        lines.append(line(row["name"], row["architecture"], row["classes"], here, row["source"]))
+    return "\n".join([*lines, "and vtab/BiT-M-ARCHITECTURE-run{0,1,2}-TASK"])

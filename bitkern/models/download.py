@@ -1,0 +1,202 @@
+"""A file from a web server: resumed after a break, verified, and fetched once.
+
+What has arrived is in a part beside the file, whose name holds the ETag that the server gave it: no
+piece of another object is appended.
+"""
+
+import base64
+import contextlib
+import errno
+import hashlib
+import http.client
+import importlib.util
+import re
+import shutil
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from glob import escape
+from pathlib import Path
+from typing import IO
+from urllib.parse import quote, unquote
+
+import filelock
+
+from bitkern import files
+
+TIMEOUT = 30  # seconds without a byte
+WAITS = (1, 2, 4)  # seconds before the second attempt, the third, …
+PASSING = (
+    408,
+    416,
+    425,
+    429,
+    500,
+    502,
+    503,
+    504,
+)  # HTTP statuses after which another attempt may do
+PIECE = 1 << 20  # bytes
+
+
+class _BreakError(Exception):
+    """The connection broke: what has arrived is good, and another attempt may do."""
+
+
+class _WrongError(Exception):
+    """The server has no such file, or not the right one: another attempt would not do."""
+
+
+def download(url: str, path: Path) -> None:
+    """Have the ``.npz`` that ``url`` serves at ``path``; a file that is there is taken as it is.
+
+    One of the threads and processes that ask at once downloads, the others wait for it. After a
+    break it tries again, and in vain leaves the part for the next call to go on from. What is
+    wrong, or does not fit on the disk, is not kept.
+
+    Raises OSError naming the address, what happened, what is kept, and where the file belongs.
+    """
+    if path.is_file():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(path.with_name(f"{path.name}.lock")):
+            if not path.is_file():
+                _attempts(url, path)
+    except _BreakError as error:
+        reason = f"{error} (attempt {len(WAITS) + 1}, the last)"
+    except _WrongError as error:
+        _drop_parts(path)
+        reason = str(error)
+    except OSError as error:  # of the disk: those of the network are breaks
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _drop_parts(path)
+        raise OSError(
+            f"{path.parent}: cannot hold {path.name}: {error.strerror or error}; "
+            "BITKERN_CACHE or cache_dir names another folder"
+        ) from error
+    else:
+        return
+    size = sum(part.stat().st_size for part in _parts(path))
+    kept = f"{_mb(size)} are kept, the next call goes on from there" if size else "nothing is kept"
+    raise OSError(f"{url}: {files.in_a_line(reason)}; {kept}; or put the file at {path} by hand")
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{escape(path.name)}.*.part"))
+
+
+def _part(path: Path, etag: str) -> Path:
+    return path.with_name(f"{path.name}.{quote(etag, safe='')}.part")
+
+
+def _drop_parts(path: Path) -> None:
+    for part in _parts(path):
+        part.unlink()
+
+
+def _attempts(url: str, path: Path) -> None:
+    for wait in WAITS:
+        try:
+            return _attempt(url, path)
+        except _BreakError:
+            time.sleep(wait)
+    _attempt(url, path)
+
+
+def _attempt(url: str, path: Path) -> None:
+    """Go on from the part there is, if the server still has what it is a part of."""
+    start, asked, headers = 0, "", {}
+    for part in _parts(path):
+        start, asked = part.stat().st_size, unquote(part.name[len(path.name) + 1 : -len(".part")])
+    if asked:
+        headers = {"Range": f"bytes={start}-", "If-Range": asked}
+    with _open(url, headers, path) as response:
+        etag = response.headers.get("ETag", "")
+        if response.status == 206:
+            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers["Content-Range"] or "")
+            if not asked or etag != asked or not span or int(span[1]) != start:
+                _drop_parts(path)
+                raise _BreakError("the server sent another piece than asked for")
+            total: int | None = int(span[2])
+        else:
+            _drop_parts(path)
+            start, total = 0, response.length
+        free = shutil.disk_usage(path.parent).free
+        if total is not None and total - start > free:
+            raise OSError(errno.ENOSPC, f"{_mb(total - start)} to come, {_mb(free)} free")
+        # Only a strong ETag, "…" and not W/"…", promises the same bytes.
+        resumable = re.fullmatch(r'"[^"]{1,64}"', etag) is not None
+        part = _part(path, etag if resumable else "")
+        try:
+            with open(part, "ab") as file, _progress(path.name, start, total) as advance:
+                _receive(response, file, advance)
+            size = part.stat().st_size
+            if total not in (None, size):
+                raise _BreakError(f"the server closed after {size} of {total} bytes")
+            _verify(part, response.headers.get_all("x-goog-hash", []))
+            files.put_in_place(part, path)
+        finally:
+            if not resumable:
+                part.unlink(missing_ok=True)
+
+
+def _open(url: str, headers: dict[str, str], path: Path) -> http.client.HTTPResponse:
+    try:
+        request = urllib.request.Request(url, headers=headers)
+        response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
+        return response
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416:  # the part is whole already, or was never of this file
+            _drop_parts(path)
+        says = f"the server says {error.code} {error.reason}"
+        raise (_BreakError if error.code in PASSING else _WrongError)(says) from None
+    except urllib.error.URLError as error:
+        raise _BreakError(f"no connection: {error.reason}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise _BreakError(f"no answer: {error}") from None
+
+
+def _receive(
+    response: http.client.HTTPResponse, file: IO[bytes], advance: Callable[[int], object]
+) -> None:
+    while True:
+        try:
+            piece = response.read1(PIECE)
+        except (OSError, http.client.HTTPException) as error:
+            raise _BreakError(f"the connection broke: {error}") from None
+        if not piece:
+            return
+        file.write(piece)
+        advance(len(piece))
+
+
+def _verify(part: Path, hashes: list[str]) -> None:
+    """Against the MD5 that Google's servers send, and as far as any ``.npz`` can be told."""
+    if md5 := re.search(r"\bmd5=([\w+/=]+)", ",".join(hashes)):
+        with open(part, "rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).digest()
+        if (found := base64.b64encode(digest).decode()) != md5[1]:
+            raise _WrongError(f"damaged on the way: expected MD5 {md5[1]}, got {found}")
+    if not zipfile.is_zipfile(part):
+        raise _WrongError("what the server sent is no .npz")
+
+
+@contextlib.contextmanager
+def _progress(name: str, start: int, total: int | None) -> Iterator[Callable[[int], object]]:
+    """A bar on a terminal, if tqdm is there to draw it."""
+    if importlib.util.find_spec("tqdm") is None:
+        yield lambda size: None
+        return
+    from tqdm import tqdm
+
+    shown = {"unit": "B", "unit_scale": True, "disable": None}
+    with tqdm(desc=name, initial=start, total=total, **shown) as bar:
+        yield bar.update
