@@ -197,7 +197,7 @@ def load_checkpoint(
             )
     try:
         for name, part in state.items():
-            if checkpoint[name]:  # a scaler of another precision has none
+            if name != "scaler" or checkpoint[name]:  # of another precision it has no state
                 part.load_state_dict(checkpoint[name])
     except (RuntimeError, ValueError, KeyError) as error:
         raise RunError(f"{path}: is of another model: {files.in_a_line(error)}") from None
