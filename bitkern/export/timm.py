@@ -6,6 +6,7 @@ import safetensors.torch
 from torch import Tensor
 
 from bitkern.export.common import scaled_state, write_card, write_json
+from bitkern.models.pretrained import timm_name
 from bitkern.transfer.finished import FinishedRun
 
 REQUIRES: tuple[str, ...] = ("timm",)
@@ -23,7 +24,7 @@ names = model.pretrained_cfg["label_names"]"""
 def write(run: FinishedRun, out: Path) -> None:
     import timm
 
-    architecture = f"resnetv2_{run.architecture[1:]}_bit"
+    architecture = timm_name(run.architecture)
     if not timm.is_model(architecture):
         raise ValueError(f"timm has no {run.architecture}")
     out.mkdir()

@@ -28,16 +28,8 @@ from bitkern import files
 
 TIMEOUT = 30  # seconds without a byte
 WAITS = (1, 2, 4)  # seconds before the second attempt, the third, …
-PASSING = (
-    408,
-    416,
-    425,
-    429,
-    500,
-    502,
-    503,
-    504,
-)  # HTTP statuses after which another attempt may do
+# HTTP statuses after which another attempt may do.
+PASSING = (408, 416, 425, 429, 500, 502, 503, 504)
 PIECE = 1 << 20  # bytes
 
 

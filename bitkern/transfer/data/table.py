@@ -60,9 +60,14 @@ def image_table(
     if not rows:
         raise DataError(f"{path}: every image of the split {split} is corrupt; replace them")
     images = [row.image for row in rows]
-    hot = np.array([[name in row.labels for name in names] for row in rows])
-    labels = hot.argmax(1).astype(np.int64) if "label" in columns else hot
-    return ImageSet(images, labels, names), len(skipped)
+    place = {name: i for i, name in enumerate(names)}
+    if "label" in columns:
+        labels = np.array([place[row.labels[0]] for row in rows], np.int64)
+        return ImageSet(images, labels, names), len(skipped)
+    several = np.zeros((len(rows), len(names)), np.bool_)
+    for i, row in enumerate(rows):
+        several[i, [place[name] for name in row.labels]] = True
+    return ImageSet(images, several, names), len(skipped)
 
 
 def _read(path: Path) -> tuple[Sequence[str], list[tuple[int, dict[str, str]]]]:
