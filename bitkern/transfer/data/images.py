@@ -1,9 +1,10 @@
 """Labelled images, and reading one."""
 
+import io
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,20 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
-Source = str | Path | Pixels
+
+
+class Member(Protocol):
+    """An encoded image within a file; as a string it is what errors call it."""
+
+    @property
+    def version(self) -> str:
+        """What tells it from every other image, and from itself once its file has changed."""
+
+    def read(self) -> bytes:
+        """The bytes of a JPEG, PNG, … Raises OSError or ValueError; from any thread."""
+
+
+Source = str | Path | Pixels | Member
 
 
 class DataError(ValueError):
@@ -20,9 +34,10 @@ class DataError(ValueError):
 
 
 class ImageSet(NamedTuple):
-    """Labelled images: file paths or uint8 arrays (H, W) or (H, W, 3), of any sizes.
+    """Labelled images: file paths, uint8 arrays (H, W) or (H, W, 3), of any sizes, or members.
 
-    ``labels`` int64 (N,), indices into ``classes``; or bool (N, classes), True for each label of an
+    ``images`` may be any sequence; one that does not hold its images, because there are millions,
+    has a method ``take(indices)``, which returns another. ``labels`` int64 (N,), indices into ``classes``; or bool (N, classes), True for each label of an
     image that may have several, or none: a multi-label set.
     """
 
@@ -37,11 +52,12 @@ class ImageSet(NamedTuple):
 
     def subset(self, indices: Any) -> "ImageSet":
         """The images at these indices."""
-        return ImageSet([self.images[i] for i in indices], self.labels[indices], self.classes)
+        take = getattr(self.images, "take", lambda indices: [self.images[i] for i in indices])
+        return ImageSet(take(indices), self.labels[indices], self.classes)
 
 
 def read_image(source: Source) -> "Image.Image":
-    """The image of a path or uint8 array (H, W) or (H, W, 3) as an RGB ``PIL.Image``.
+    """The image of a path, member or uint8 array (H, W) or (H, W, 3) as an RGB ``PIL.Image``.
 
     A file's is turned upright, as its EXIF orientation says. Raises :class:`DataError`, naming the
     file, if it cannot be decoded.
@@ -51,7 +67,8 @@ def read_image(source: Source) -> "Image.Image":
     if isinstance(source, np.ndarray):
         return Image.fromarray(source).convert("RGB")
     try:
-        with Image.open(source) as image:
+        file = source if isinstance(source, str | Path) else io.BytesIO(source.read())
+        with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):
                 # Pillow would clip these to 255 instead of scaling them.
                 raise ValueError(f"mode {image.mode}, expected 8 bits per channel")
