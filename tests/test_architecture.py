@@ -60,12 +60,19 @@ INSIDE = {
     ),
     "transfer.recipes": (("mixup",), ("hyperrule",)),
     "transfer.report": (("outcome", "style"), ("intervals",), ("numbers", "pictures"), ("page",)),
-    "transfer.data": (("images",), ("folder", "subsets", "loader"), ("digits", "table")),
+    "transfer.data": (
+        ("images", "memory", "threads"),
+        ("decoders", "folder", "subsets"),
+        ("digits", "resized", "table"),
+        ("cache",),
+        ("opening",),
+        ("loader",),
+    ),
     "export": (("common",), ("aoti", "npz", "onnx", "timm", "transformers")),
     "demo": (("letters", "pictures"),),
     "cli": (
         ("options",),
-        ("demo", "evaluate", "export", "finetune", "info", "predict", "weights"),
+        ("cache", "demo", "evaluate", "export", "finetune", "info", "predict", "weights"),
     ),
 }
 

@@ -21,7 +21,7 @@ from bitkern.export import ExportError, export, transformers
 from bitkern.models import ARCHITECTURES, create_model, save_safetensors
 from bitkern.models.resnetv2 import ResNetV2
 from bitkern.transfer import load_run
-from bitkern.transfer.data.loader import EvalView
+from bitkern.transfer.data.decoders import pillow
 from tests.cli.commands import call, error_of
 
 CLASSES = ["ant", "b|e", 'c "at"', "dück"]
@@ -72,7 +72,9 @@ def photograph(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
     image = Image.fromarray(pixels).resize((130, 90), Image.Resampling.BICUBIC)
     image.save(tmp_path / "photo.png")
-    return image, EvalView([tmp_path / "photo.png"], CROP)[0].float() / 127.5 - 1
+    return image, torch.from_numpy(pillow(tmp_path / "photo.png", CROP)).permute(
+        2, 0, 1
+    ) / 127.5 - 1
 
 
 def test_timm(r50, tmp_path, images, capsys):

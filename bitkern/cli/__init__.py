@@ -11,13 +11,13 @@ from typing import NoReturn
 
 import torch
 
-from bitkern.cli import demo, evaluate, export, finetune, info, predict, weights
+from bitkern.cli import cache, demo, evaluate, export, finetune, info, predict, weights
 from bitkern.export import ExportError
 from bitkern.transfer import ranks
 from bitkern.transfer.setup import TrainingError
 
 # Each adds its parser, runs, and says whether it does so under torchrun as well.
-COMMANDS = (finetune, evaluate, predict, export, weights, demo, info)
+COMMANDS = (finetune, evaluate, predict, export, weights, cache, demo, info)
 
 
 class Parser(argparse.ArgumentParser):

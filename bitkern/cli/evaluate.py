@@ -10,6 +10,7 @@ from bitkern.cli import options
 from bitkern.transfer import ranks
 from bitkern.transfer.compute import Compute, require
 from bitkern.transfer.data import DataError, check_same_classes, load_split
+from bitkern.transfer.data.opening import Reading, open_resized
 from bitkern.transfer.finished import load_run
 from bitkern.transfer.inference import gathered, metrics_of, predict_share
 from bitkern.transfer.report import check_report, write_report
@@ -27,6 +28,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "--report", metavar="PATH.html", help="a page; report.json and predictions.csv beside it"
     )
     options.add_running(parser)
+    options.add_cache(parser, "auto: images that are on disk already, or none")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,26 +40,29 @@ def run(args: argparse.Namespace) -> None:
         device = options.usable_device(args.device)
         compute = Compute.of(device, args.precision, args.workers)
         finished = load_run(args.run)
-    loading = {"skip_corrupt": args.skip_corrupt, "classes": finished.classes}
-    test_set, skipped = ranks.from_first(load_split, args.data, "test", **loading)
+    test_set = ranks.from_first(load_split, args.data, "test", finished.classes)
     check_same_classes(test_set.classes, finished.classes, args.data, args.run)
     if test_set.multi_label != finished.multi_label:
         kinds = ("one label an image", "several")
         expected, found = kinds[finished.multi_label], kinds[test_set.multi_label]
         raise DataError(f"{args.data}: expected {expected} as {args.run} has learnt, found {found}")
-    share = predict_share(compute, finished.model, test_set, finished.crop, args.batch_size)
+    reading = Reading.of(args.cache, finished.decoder, args.skip_corrupt)
+    resized, _ = open_resized(test_set.images, finished.crop, reading, again=False)
+    parts = resized, test_set, args.batch_size, args.skip_corrupt
+    share = predict_share(compute, finished.model, *parts)
     metrics = metrics_of(share, test_set)
+    outputs, evaluated = gathered(share, test_set)
+    count = len(evaluated.images)
+    skipped = len(test_set.images) - count
     options.report_skipped(skipped)
-    count = len(test_set.images)
     if page:
-        outputs = gathered(share, count)
         about = {"run": args.run, "data": args.data, "skipped_images": skipped}
         about |= {"precision": compute.precision, "device": device, "torch": torch.__version__}
         about["training"] = finished.summary
         history = [record for record in finished.history if "run" not in record]  # of a demo
         with ranks.together():
             if ranks.rank() == 0:
-                write_report(page, outputs, test_set, history=history, about=about)
+                write_report(page, outputs, evaluated, history=history, about=about)
     if args.json:
         print(json.dumps({**metrics, "images": count}))
         return

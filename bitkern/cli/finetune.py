@@ -22,6 +22,7 @@ from bitkern.transfer.data import (
     image_size,
     load_split,
 )
+from bitkern.transfer.data.decoders import DECODERS
 from bitkern.transfer.loop import train
 from bitkern.transfer.recipes.hyperrule import HyperRule, hyperrule
 from bitkern.transfer.run import REPORT, check_out, read_checkpoint
@@ -70,6 +71,21 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="default: a tenth of the run",
     )
     options.add_running(parser)
+    options.add_cache(
+        parser,
+        "where resized images are kept, so that each is decoded once; auto: where there is room",
+    )
+    add(
+        "--decoder",
+        choices=DECODERS,
+        default="pillow",
+        help="pixels differ, so results do (default: pillow)",
+    )
+    add(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        help="read all images before training, where no cache does (default: up to 100 000)",
+    )
     add(
         "--cuda-graph",
         choices=CUDA_GRAPH,
@@ -96,6 +112,9 @@ def run(args: argparse.Namespace) -> None:
     with ranks.together():
         device = options.usable_device(args.device)
         precision, why = _precision(args, device)
+    train_set, eval_set, split = ranks.from_first(_load_data, args)
+    rule = ranks.from_first(_rule, args, train_set)
+    with ranks.together():
         torch.manual_seed(args.seed)
         weights = _weights(args)
         # The other processes then find it in the cache.
@@ -103,13 +122,10 @@ def run(args: argparse.Namespace) -> None:
             file_of(weights, args.model)
     with ranks.together():
         model = create_model(args.model, 0, weights=None if args.resume else weights)
-    train_set, eval_set, split, skipped = ranks.from_first(_load_data, args)
-    rule = ranks.from_first(_rule, args, train_set)
     # Never the head of the weights: as many classes need not be the same ones.
     model.reset_classifier(len(train_set.classes))
     if args.freeze:
         model.freeze_backbone()
-    options.report_skipped(skipped)
     several = ", several an image" if train_set.multi_label else ""
     print(
         f"{args.model} from {weights or 'random weights'}: {len(train_set.images)} training "
@@ -117,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
     )
     print(f"{rule}, {precision} on {device} ({why})")
     about = {"model": args.model, "weights": weights, "data": args.data}
-    about |= {"evaluated_on": split, "skipped_images": skipped}
+    about["evaluated_on"] = split
     result = train(
         model,
         train_set,
@@ -135,8 +151,13 @@ def run(args: argparse.Namespace) -> None:
         device=device,
         precision=precision,
         cuda_graph=args.cuda_graph,
+        cache=args.cache,
+        decoder=args.decoder,
+        skip_corrupt=args.skip_corrupt,
+        check=args.check,
         about=about | {"shots": args.shots, "freeze": args.freeze},
     )
+    options.report_skipped(result.skipped)
     assert result.metrics is not None
     print(f"top-1 {result.metrics['top1']:.4f} on {split}; results in {out}, look at {REPORT}")
 
@@ -160,22 +181,21 @@ def _precision(args: argparse.Namespace, device: str) -> tuple[str, str]:
     return args.precision, f"asked for; the run began in {began}" if other else "asked for"
 
 
-def _load_data(args: argparse.Namespace) -> tuple[ImageSet, ImageSet, str, int]:
-    """(training set, evaluation set, what the latter is, number of corrupt images skipped)."""
-    train_set, skipped = load_split(args.data, "train", skip_corrupt=args.skip_corrupt)
+def _load_data(args: argparse.Namespace) -> tuple[ImageSet, ImageSet, str]:
+    """(training set, evaluation set, what the latter is)."""
+    train_set = load_split(args.data, "train")
     if args.holdout is not None:
         split = "holdout"
         train_set, eval_set = hold_out(train_set, args.holdout, args.seed)
     else:
         split = "test"
-        eval_set, more = load_split(args.data, split, skip_corrupt=args.skip_corrupt)
-        skipped += more
+        eval_set = load_split(args.data, split, train_set.classes)
         names = f"{args.data}/test", f"{args.data}/train"
         check_same_classes(eval_set.classes, train_set.classes, *names)
         check_apart(train_set, eval_set, args.data)
     if args.shots is not None:
         train_set = few_shot(train_set, args.shots, args.seed)
-    return train_set, eval_set, split, skipped
+    return train_set, eval_set, split
 
 
 def _rule(args: argparse.Namespace, train_set: ImageSet) -> HyperRule:

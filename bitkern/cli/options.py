@@ -10,6 +10,7 @@ import torch
 from bitkern.transfer import ranks
 from bitkern.transfer.compute import PRECISIONS
 from bitkern.transfer.data import SOURCES
+from bitkern.transfer.data.opening import CACHE
 
 
 def batch_split(text: str) -> int | Literal["auto"]:
@@ -50,11 +51,16 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=not_negative,
         default=min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-        help="processes that load images; results do not depend on it (default: %(default)s)",
+        help="threads that load images; results do not depend on it (default: %(default)s)",
     )
     parser.add_argument(
         "--skip-corrupt", action="store_true", help="leave out images that cannot be read"
     )
+
+
+def add_cache(parser: argparse.ArgumentParser, help: str) -> None:
+    """The option that says where resized images are kept."""
+    parser.add_argument("--cache", choices=CACHE, default="auto", help=help)
 
 
 def usable_device(name: str | None) -> str:

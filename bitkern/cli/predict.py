@@ -12,7 +12,9 @@ from bitkern import files
 from bitkern.cli import options
 from bitkern.transfer import inference
 from bitkern.transfer.compute import Compute, require
+from bitkern.transfer.data.decoders import find_decoder
 from bitkern.transfer.data.folder import find_images
+from bitkern.transfer.data.resized import Resized
 from bitkern.transfer.finished import FinishedRun, load_run
 
 DISTRIBUTED = False
@@ -67,9 +69,9 @@ def _predictions(
     """What the model says of each image, in order; corrupt ones are added to ``skipped``."""
     names, top_k = finished.classes, min(args.top_k, len(finished.classes))
     paths = iter(images)
-    batches = inference.predict_batches(
-        compute, finished.model, images, finished.crop, args.batch_size
-    )
+    resized = Resized(images, finished.crop, find_decoder(finished.decoder))
+    parts = resized, range(len(images)), args.batch_size
+    batches = inference.predict_batches(compute, finished.model, *parts)
     for logits, unreadable in batches:
         probabilities = logits.sigmoid() if finished.multi_label else logits.softmax(1)
         best = probabilities.topk(top_k) if len(logits) else None

@@ -18,7 +18,7 @@ class FinishedRun(NamedTuple):
     ``model`` maps images (N, 3, crop, crop) in [-1, 1] to logits (N, classes), of a softmax, or
     with ``multi_label`` of a sigmoid for each class. ``architecture`` is its bare name, such as
     ``"R50x1"``. ``summary`` is the content of summary.json, ``history`` that of
-    metrics.jsonl; empty where there is none.
+    metrics.jsonl; empty where there is none. ``decoder`` read the images it was trained on.
     """
 
     model: ResNetV2
@@ -28,6 +28,7 @@ class FinishedRun(NamedTuple):
     multi_label: bool
     summary: dict[str, Any]
     history: list[Record]
+    decoder: str = "pillow"
 
 
 def load_run(path: str | PathLike[str]) -> FinishedRun:
@@ -54,8 +55,8 @@ def load_run(path: str | PathLike[str]) -> FinishedRun:
     multi_label = metadata.get("multi_label", False)
     (summary,) = _read_objects(path.with_name(SUMMARY), lambda text: [text]) or [{}]
     history = _read_objects(path.with_name(METRICS), str.splitlines)
-    crop = metadata["crop"]
-    return FinishedRun(model, architecture, classes, crop, multi_label, summary, history)
+    crop, decoder = metadata["crop"], metadata.get("decoder", "pillow")
+    return FinishedRun(model, architecture, classes, crop, multi_label, summary, history, decoder)
 
 
 def _read_objects(path: Path, parts: Callable[[str], list[str]]) -> list[dict[str, Any]]:

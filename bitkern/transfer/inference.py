@@ -1,6 +1,7 @@
 """Evaluation and prediction, with the transforms of BiT."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -9,8 +10,11 @@ from torch import Tensor, nn
 
 from bitkern.transfer import ranks
 from bitkern.transfer.compute import Compute
-from bitkern.transfer.data.images import DataError, ImageSet, Source
+from bitkern.transfer.data.decoders import find_decoder
+from bitkern.transfer.data.images import DataError, ImageSet
 from bitkern.transfer.data.loader import eval_batches
+from bitkern.transfer.data.opening import Reading, open_resized
+from bitkern.transfer.data.resized import ADVICE, Resized
 from bitkern.transfer.graphs import Batch, Graphed
 from bitkern.transfer.recipes.mixup import cross_entropy
 
@@ -25,6 +29,9 @@ def evaluate(
     device: str | torch.device = "cpu",
     precision: str = "fp32",
     cuda_graph: str = "auto",
+    cache: str = "auto",
+    decoder: str = "pillow",
+    skip_corrupt: bool = False,
 ) -> dict[str, float]:
     """``{"top1", "top5", "eval_loss"}`` of ``model`` on ``eval_set``, resized to (crop, crop).
 
@@ -32,53 +39,80 @@ def evaluate(
     loss the mean cross-entropy. Where an image may have several labels, it counts as right if the
     surest class, or one of five, is one of them; the loss is that of sigmoids, summed over classes.
     The model is moved to ``device``, in channels_last, and computes in ``precision``, batches as
-    CUDA graphs with ``cuda_graph``: see :func:`train`. The processes of a group all make the call,
-    share the set, and get the same result.
+    CUDA graphs with ``cuda_graph``; ``workers``, ``cache`` and ``decoder`` are as in :func:`train`,
+    but that the cache "auto" is one that is on disk already, or none. Images that cannot be read
+    are left out with ``skip_corrupt``. The processes of a group all make the call, share the set,
+    and get the same result.
 
-    Raises ValueError for an empty set or a bad argument.
+    Raises ValueError for an empty set or a bad argument, :class:`DataError` for an image that
+    cannot be read.
     """
     compute = Compute.of(device, precision, workers, cuda_graph)
-    share = predict_share(compute, model, eval_set, crop, batch_size)
+    reading = Reading.of(cache, decoder, skip_corrupt)
+    resized, _ = open_resized(eval_set.images, crop, reading, again=False)
+    share = predict_share(compute, model, resized, eval_set, batch_size, skip_corrupt)
     return metrics_of(share, eval_set)
 
 
-def _rows(count: int) -> npt.NDArray[np.intp]:
-    """The images of a set that this process computes."""
-    return np.arange(ranks.rank(), count, ranks.world_size())
+class Share(NamedTuple):
+    """What a process computed of a set: the images it could read, int64 (M,), and their logits."""
+
+    rows: npt.NDArray[np.int64]
+    logits: Tensor
 
 
 def predict_share(
-    compute: Compute, model: nn.Module, data: ImageSet, crop: int, batch_size: int
-) -> Tensor:
-    """The logits of this process's share of a set, for :func:`metrics_of` and :func:`gathered`."""
+    compute: Compute,
+    model: nn.Module,
+    resized: Resized,
+    data: ImageSet,
+    batch_size: int,
+    skip_corrupt: bool,
+) -> Share:
+    """This process's share of a set, for :func:`metrics_of` and :func:`gathered`."""
     if not len(data.images):
         raise ValueError("images: expected at least one, got none")
     with ranks.together():
-        images = [data.images[i] for i in _rows(len(data.images))]
-        if not images:
-            return torch.empty(0, len(data.classes))
-        return _predict_on(compute, model, images, crop, batch_size)
+        rows = np.arange(ranks.rank(), len(data.images), ranks.world_size())
+        outputs, read = [torch.empty(0, len(data.classes))], np.ones(len(rows), np.bool_)
+        first = 0
+        for logits, unreadable in predict_batches(compute, model, resized, rows, batch_size):
+            for place, error in unreadable.items():
+                if not skip_corrupt:
+                    raise DataError(f"{error}: {ADVICE}")
+                read[first + place] = False
+            first += len(logits) + len(unreadable)
+            outputs += [logits] if len(logits) else []
+        share = Share(rows[read], torch.cat(outputs))
+    if ranks.sums_of(len(share.rows)) == [0]:
+        raise DataError(f"{data.images[0]}: nor can any other image be read; replace them")
+    return share
 
 
-def metrics_of(share: Tensor, data: ImageSet) -> dict[str, float]:
+def metrics_of(share: Share, data: ImageSet) -> dict[str, float]:
     """The metrics of :func:`evaluate`, from all shares of a set's logits."""
-    count = len(data.images)
     with ranks.together():
-        labels = torch.from_numpy(data.labels[_rows(count)])
-        best = share.topk(min(5, share.shape[1])).indices
+        rows, logits = share
+        labels = torch.from_numpy(data.labels[rows])
+        best = logits.topk(min(5, logits.shape[1])).indices
         right = labels.gather(1, best) if data.multi_label else best == labels[:, None]
-        loss = cross_entropy(share.double(), labels).item() * len(share) if len(share) else 0.0
-        sums = right[:, 0].sum().item(), right.any(1).sum().item(), loss
-    top1, top5, total_loss = ranks.sums_of(*sums)
+        loss = cross_entropy(logits.double(), labels).item() * len(rows) if len(rows) else 0.0
+        sums = right[:, 0].sum().item(), right.any(1).sum().item(), loss, len(rows)
+    top1, top5, total_loss, count = ranks.sums_of(*sums)
     return {"top1": top1 / count, "top5": top5 / count, "eval_loss": total_loss / count}
 
 
-def gathered(share: Tensor, count: int) -> Tensor:
-    """The logits (count, classes) of a whole set, from all processes' shares, in all of them."""
-    whole = torch.zeros(count, share.shape[1])
-    whole[_rows(count)] = share
-    ranks.add_up([whole])
-    return whole
+def gathered(share: Share, data: ImageSet) -> tuple[Tensor, ImageSet]:
+    """From all processes' shares the logits (N, classes) of the images that could be read.
+
+    And these images, in all processes.
+    """
+    whole = torch.zeros(len(data.images), share.logits.shape[1])
+    read = torch.zeros(len(data.images))
+    whole[share.rows], read[share.rows] = share.logits, 1.0
+    ranks.add_up([whole, read])
+    rows = read.nonzero()[:, 0]
+    return (whole, data) if len(rows) == len(read) else (whole[rows], data.subset(rows.numpy()))
 
 
 def predict(
@@ -91,23 +125,20 @@ def predict(
     device: str | torch.device = "cpu",
     precision: str = "fp32",
     cuda_graph: str = "auto",
+    decoder: str = "pillow",
 ) -> Tensor:
     """The logits (N, classes) of ``images`` resized to (crop, crop): fp32, on the CPU.
 
     How to run it as in :func:`evaluate`. Raises ValueError without images, DataError for one that
     cannot be read.
     """
-    compute = Compute.of(device, precision, workers, cuda_graph)
-    return _predict_on(compute, model, images.images, crop, batch_size)
-
-
-def _predict_on(
-    compute: Compute, model: nn.Module, images: Sequence[Source], crop: int, batch_size: int
-) -> Tensor:
-    if not len(images):
+    if not len(images.images):
         raise ValueError("images: expected at least one, got none")
+    compute = Compute.of(device, precision, workers, cuda_graph)
+    resized = Resized(images.images, crop, find_decoder(decoder))
+    rows = np.arange(len(resized))
     outputs = []
-    for logits, unreadable in predict_batches(compute, model, images, crop, batch_size):
+    for logits, unreadable in predict_batches(compute, model, resized, rows, batch_size):
         for error in unreadable.values():
             raise error
         outputs.append(logits)
@@ -115,7 +146,11 @@ def _predict_on(
 
 
 def predict_batches(
-    compute: Compute, model: nn.Module, images: Sequence[Source], crop: int, batch_size: int
+    compute: Compute,
+    model: nn.Module,
+    resized: Resized,
+    rows: Sequence[int] | npt.NDArray[np.int64],
+    batch_size: int,
 ) -> Iterator[tuple[Tensor, dict[int, DataError]]]:
     """Of each batch the logits fp32 (N, classes), on the CPU, and what is wrong with the rest.
 
@@ -130,7 +165,7 @@ def predict_batches(
         return result
 
     run = Graphed(logits, compute.device) if compute.cuda_graph else logits
-    for x, unreadable in eval_batches(images, crop, compute, batch_size=batch_size):
+    for x, unreadable in eval_batches(resized, rows, compute, batch_size=batch_size):
         outputs = torch.empty(0, 0)
         if len(x):
             with torch.inference_mode(), compute.autocast():

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from bitkern.transfer import ranks
 from bitkern.transfer.compute import Compute, require
 from bitkern.transfer.data.images import ImageSet
-from bitkern.transfer.data.loader import scheduled_batches
+from bitkern.transfer.data.loader import TrainBatches, kept_on
+from bitkern.transfer.data.opening import Reading, open_resized
+from bitkern.transfer.data.resized import Resized, check_classes
 from bitkern.transfer.inference import gathered, metrics_of, predict_share
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.report import check_report, write_report
@@ -49,12 +51,14 @@ class TrainResult(NamedTuple):
     ``metrics`` is the last evaluation (see :func:`evaluate`; None without ``eval_set``);
     ``history`` the lines of metrics.jsonl: ``{"step", "loss", "lr"}`` for each optimizer step and
     ``{"step", "top1", "top5", "eval_loss"}`` for each evaluation, where step counts finished
-    steps; ``seconds`` the wall time, evaluations and earlier parts of a resumed run included.
+    steps; ``seconds`` the wall time, evaluations and earlier parts of a resumed run included;
+    ``skipped`` the number of images that could not be read.
     """
 
     metrics: dict[str, float] | None
     history: list[Record]
     seconds: float
+    skipped: int
 
 
 def train(
@@ -76,6 +80,10 @@ def train(
     device: str | torch.device = "cpu",
     precision: str = "fp32",
     cuda_graph: str = "auto",
+    cache: str = "auto",
+    decoder: str = "pillow",
+    skip_corrupt: bool = False,
+    check: bool | None = None,
     progress: bool = True,
     on_record: Callable[[Record], object] | None = None,
     about: Mapping[str, Any] | None = None,
@@ -94,6 +102,15 @@ def train(
     is "on" to replay steps and evaluations as CUDA graphs, on one GPU, for a model that does the
     same in every step; "auto" is "off" until it has been measured on a GPU.
 
+    ``workers`` threads load images, 0 for none but the caller's. ``cache`` is "ram" to decode each
+    image once and keep it, resized, in memory that the processes of a machine share, "disk" in a
+    file that later runs find too, "off" to decode at every use, "auto" for what there is room for,
+    which it says. ``decoder`` is "pillow" or "torchvision", whose pixels differ. All images are
+    read before the training; not where there is no cache and ``check`` is False, or None with a
+    set of more than 100 000. With ``skip_corrupt`` the next image of the set takes the place of one
+    that cannot be read, and evaluations leave it out. None of these but the decoder changes a bit
+    of the result.
+
     ``eval_every`` and ``checkpoint_every`` are steps, by default a tenth of the run; the last step
     is always included. ``out`` is the folder of metrics.jsonl and last.pt, and in the end of
     model.safetensors, curves.png, with ``eval_set`` the files of :func:`write_report`, and
@@ -108,24 +125,28 @@ def train(
     get the same results, equal to those of a single process but for the rounding of sums; the first
     writes the files.
 
-    Raises ``ValueError`` for bad arguments, :class:`TrainingError` when the loss is not finite
+    Raises ``ValueError`` for bad arguments, :class:`~bitkern.transfer.DataError` for an image that
+    cannot be read, :class:`TrainingError` when the loss is not finite
     (``model`` is spoilt then, last.pt is not), :class:`~bitkern.transfer.ranks.RankError` when
     another process fails.
     """
-    rank, world_size = ranks.rank(), ranks.world_size()
+    rank, world_size, about = ranks.rank(), ranks.world_size(), {**(about or {})}
     for name, every in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
         if every is not None and every < 1:
             raise ValueError(f"{name}: expected a positive number of steps, got {every}")
     compute = Compute.of(device, precision, workers, cuda_graph)
     first_split = 1 if batch_split == "auto" else batch_split
-    setup = Setup(model, train_set, rule, compute, seed, first_split, balance, weight_decay, flip)
+    options = seed, first_split, balance, weight_decay, flip, decoder
+    setup = Setup(model, train_set, rule, compute, *options)
+    reading = Reading.of(cache, decoder, skip_corrupt, check)
+    shown = progress and rank == 0
     folder = None if out is None else Path(out)
     if folder is not None:
         require("matplotlib", "tqdm")
         ranks.from_first(check_out, folder, resume)
         if eval_set is not None:
             ranks.from_first(check_report, folder / REPORT)
-        _check_can_be_written(model, about or {})
+        _check_can_be_written(model, about)
     elif resume:
         raise ValueError("resume: expected out, the folder of the run to continue")
 
@@ -136,37 +157,56 @@ def train(
             compute = compute._replace(precision=checkpoint["settings"]["precision"])
             setup = dataclasses.replace(setup, compute=compute)
         compute.place(model)
+    train_images = _opened(train_set, rule.resize, reading, "training", shown)
+    evaluation = None
+    if eval_set is not None:
+        evaluation = _opened(eval_set, rule.crop, reading, "evaluation", shown), eval_set
+    with ranks.together():
+        on_device = kept_on(compute.device, train_images)
     scaler = compute.scaler()
     if batch_split == "auto" and checkpoint:
         setup = dataclasses.replace(setup, batch_split=checkpoint["settings"]["batch_split"])
     elif batch_split == "auto":
         setup = setup.fitted(optimizer, scaler)
-        if progress and rank == 0:
+        if shown:
             print(f"batch_split {setup.batch_split}, the smallest that fits on {compute.device}")
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     if folder and checkpoint:
         with ranks.together():
             done = load_checkpoint(folder, checkpoint, state, setup.settings)
+            about = checkpoint["about"]
             del checkpoint
+    for i in done.corrupt:  # so that others go on in their place, even if they can be read by now
+        train_images.corrupt.setdefault(i, f"{train_set.images[i]}: could not be read before")
     ranks.copy_from_first(model.state_dict().values())
 
-    run = Run(folder if rank == 0 else None, state, setup.settings, done)
+    run = Run(folder if rank == 0 else None, state, setup.settings, dict(about), done)
     with contextlib.ExitStack() as stack:
         with ranks.together():
             journal = stack.enter_context(run.recording(resume, on_record))
         interrupted = stack.enter_context(_deferred_interrupt())
         journal.records = ranks.from_first(lambda: journal.records)
         began = time.perf_counter() - done.seconds
-        batches = scheduled_batches(train_set, setup.schedule, compute, flip=flip, start=done.step)
-        take_step = setup.stepper(optimizer, scaler, iter(batches))
+        batches = TrainBatches(
+            train_set,
+            train_images,
+            setup.schedule,
+            compute,
+            flip=flip,
+            skip_corrupt=skip_corrupt,
+            start=done.step,
+            on_device=on_device,
+        )
+        loading = stack.enter_context(contextlib.closing(iter(batches)))
+        take_step = setup.stepper(optimizer, scaler, loading)
         losses = _Losses(rule, journal)
         share = None
-        for step, bar in _bar(done.step, rule.steps, progress and rank == 0):
+        for step, bar in _bar(done.step, rule.steps, shown):
             losses.add(step, take_step(step, rule.lr(step)), bar)
-            if eval_set is not None and _is_due(step + 1, eval_every, rule.steps):
+            if evaluation and _is_due(step + 1, eval_every, rule.steps):
                 losses.read()
-                share = predict_share(compute, model, eval_set, rule.crop, setup.micro_batch)
-                metrics = metrics_of(share, eval_set)
+                share = predict_share(compute, model, *evaluation, setup.micro_batch, skip_corrupt)
+                metrics = metrics_of(share, evaluation[1])
                 _check_finite(metrics["eval_loss"], "evaluation loss", step, rule)
                 journal.add(step=step + 1, **metrics)
                 if progress:
@@ -174,26 +214,31 @@ def train(
             (stop,) = ranks.sums_of(interrupted.is_set())
             if stop or _is_due(step + 1, checkpoint_every, rule.steps):
                 losses.read()  # so that no checkpoint holds a step that diverged
+                corrupt = _corrupt(train_images)
                 with ranks.together():
-                    run.save(Progress(step + 1, time.perf_counter() - began))
+                    seconds = time.perf_counter() - began
+                    run.save(Progress(step + 1, seconds, corrupt=corrupt))
             if stop:
                 raise KeyboardInterrupt
-        result = _result(journal.records, time.perf_counter() - began)
-        outputs = None
-        if folder and eval_set is not None:
+        skipped = len(_corrupt(train_images))
+        evaluated = None
+        if evaluation:
             if share is None:  # a run that was stopped between its last step and its end
-                share = predict_share(compute, model, eval_set, rule.crop, setup.micro_batch)
-            outputs = gathered(share, len(eval_set.images))
+                share = predict_share(compute, model, *evaluation, setup.micro_batch, skip_corrupt)
+            outputs, evaluated = gathered(share, evaluation[1])
+            skipped += len(evaluation[1].images) - len(evaluated.images)
+        result = _result(journal.records, time.perf_counter() - began, skipped)
         with ranks.together():
             summary = {
-                **(about or {}),
+                **about,
                 **(result.metrics or {}),
                 "steps": rule.steps,
                 "seconds": round(result.seconds, 1),
                 "classes": len(train_set.classes),
                 "training_images": len(train_set.images),
                 "multi_label": train_set.multi_label,
-                "evaluation_images": len(eval_set.images) if eval_set else 0,
+                "evaluation_images": len(evaluated.images) if evaluated else 0,
+                "skipped_images": skipped,
                 "rule": dataclasses.asdict(rule),
                 **setup.options,
                 "cuda_graph": compute.cuda_graph,
@@ -201,13 +246,14 @@ def train(
                 "processes": world_size,
                 "torch": torch.__version__,
             }
-            if run.out and eval_set is not None and outputs is not None:
+            if run.out and evaluated:
                 known = {"seconds", *(result.metrics or {})}  # and the report's are its own
                 settings = {name: value for name, value in summary.items() if name not in known}
                 page, history = run.out / REPORT, journal.records
-                write_report(page, outputs, eval_set, history=history, about=settings)
+                write_report(page, outputs, evaluated, history=history, about=settings)
             metadata = {"classes": list(train_set.classes), "crop": rule.crop}
-            run.finish(summary, **metadata, multi_label=train_set.multi_label)
+            metadata |= {"multi_label": train_set.multi_label, "decoder": decoder}
+            run.finish(summary, **metadata)
     return result
 
 
@@ -252,10 +298,23 @@ class _Losses:
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2g}")
 
 
-def _result(records: list[Record], seconds: float) -> TrainResult:
+def _opened(data: ImageSet, size: int, reading: Reading, name: str, shown: bool) -> Resized:
+    resized, chosen = open_resized(data.images, size, reading)
+    check_classes(data, resized)
+    if shown:
+        print(f"cache of the {name} images: {chosen}")
+    return resized
+
+
+def _corrupt(images: Resized) -> tuple[int, ...]:
+    """The images that some process could not read."""
+    return tuple(sorted({i for corrupt in ranks.everyones([*images.corrupt]) for i in corrupt}))
+
+
+def _result(records: list[Record], seconds: float, skipped: int) -> TrainResult:
     evaluated = [record for record in records if "top1" in record]
     metrics = {k: v for k, v in evaluated[-1].items() if k != "step"} if evaluated else None
-    return TrainResult(metrics, records, seconds)
+    return TrainResult(metrics, records, seconds, skipped)
 
 
 def _bar(start: int, steps: int, shown: bool) -> Iterator[tuple[int, Any]]:

@@ -151,3 +151,22 @@ def from_first(function: Callable[P, T], *arguments: P.args, **options: P.kwargs
         with _meeting():
             dist.broadcast_object_list(result)
     return result[0]  # type: ignore[return-value]
+
+
+def everyones(value: T) -> list[T]:
+    """The value of each process, in their order."""
+    if world_size() == 1:
+        return [value]
+    values: list[T] = [value] * world_size()
+    with _meeting():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def from_first_of_host(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """What ``function`` returns on the first process of this host, which alone calls it there."""
+    host = os.environ.get("GROUP_RANK", "0")
+    with together():
+        result = [function(*arguments, **options)] if is_first_of_host() else []
+    (own,) = (each for where, found in everyones((host, result)) if where == host for each in found)
+    return own

@@ -35,11 +35,15 @@ class RunError(ValueError):
 
 
 class Progress(NamedTuple):
-    """How far a run is: finished steps, seconds of wall time, bytes of metrics.jsonl."""
+    """How far a run is: finished steps, seconds of wall time, bytes of metrics.jsonl.
+
+    And the training images that could not be read.
+    """
 
     step: int = 0
     seconds: float = 0.0
     journal: int = 0
+    corrupt: tuple[int, ...] = ()
 
 
 def check_out(out: Path, resume: bool) -> None:
@@ -101,13 +105,18 @@ class Run:
     """A training and its folder; without one, and in all processes but the first, nothing is kept.
 
     ``state`` holds the ``model``, the ``optimizer`` and the ``scaler``, ``settings`` what may not
-    change on resuming.
+    change on resuming, ``about`` what a user says of the run when it begins.
     """
 
     def __init__(
-        self, out: Path | None, state: Mapping[str, Any], settings: dict[str, Any], done: Progress
+        self,
+        out: Path | None,
+        state: Mapping[str, Any],
+        settings: dict[str, Any],
+        about: dict[str, Any],
+        done: Progress,
     ) -> None:
-        self.out, self.state, self.settings = out, state, settings
+        self.out, self.state, self.settings, self.about = out, state, settings, about
         self.done = done
         self.journal = Journal(None)
 
@@ -145,7 +154,8 @@ class Run:
         done = done._replace(journal=self.journal.synced_size())
         state = {name: part.state_dict() for name, part in self.state.items()}
         with files.replacing(self.out / CHECKPOINT) as part:
-            torch.save({**state, "settings": self.settings, "progress": done._asdict()}, part)
+            kept = {"settings": self.settings, "about": self.about, "progress": done._asdict()}
+            torch.save({**state, **kept}, part)
         self.done = done
 
     def finish(self, summary: Mapping[str, Any], **metadata: Any) -> None:
@@ -169,6 +179,7 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
             state: dict[str, Any] = torch.load(path, "cpu", weights_only=True, mmap=True)
             Progress(**state["progress"])
             dict(state["settings"]["rule"], **state["model"], **state["optimizer"])
+            dict(state["about"])
             dict(state["scaler"], **state["settings"])["precision"]
     except ValueError as error:
         raise RunError(str(error)) from None

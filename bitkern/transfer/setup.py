@@ -39,6 +39,7 @@ class Setup:
     balance: str
     weight_decay: float
     flip: bool
+    decoder: str
 
     def __post_init__(self) -> None:
         if not self.trainable:
@@ -78,7 +79,7 @@ class Setup:
     @property
     def options(self) -> dict[str, Any]:
         """What summary.json says of the training, besides its recipe."""
-        names = ("seed", "batch_split", "balance", "weight_decay", "flip")
+        names = ("seed", "batch_split", "balance", "weight_decay", "flip", "decoder")
         return {name: getattr(self, name) for name in names} | {"precision": self.compute.precision}
 
     @property

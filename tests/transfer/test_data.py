@@ -23,8 +23,8 @@ def test_image_folder(tmp_path):
     deeper = folder / "train" / "bee" / "more"
     deeper.mkdir()
     Image.fromarray(picture(1, 9)).save(deeper / "9.png")
-    found, skipped = data.image_folder(folder, "train")
-    assert found.classes == CLASSES and skipped == 0
+    found = data.image_folder(folder, "train")
+    assert found.classes == CLASSES
     assert found.labels.tolist() == [0] * 4 + [1] * 5 + [2] * 4
     assert all(CLASSES[label] in path for path, label in zip(*found[:2], strict=True))
     assert data.image_size(found) == (13, 17)
@@ -121,27 +121,6 @@ def test_rejects_folders(tmp_path, damage, message):
     damage(folder)
     with pytest.raises(data.DataError, match=message):
         data.image_folder(folder, "test")
-
-
-@pytest.mark.parametrize("name", ["0.jpg", "1.png", "2.webp"])
-def test_corrupt_image(tmp_path, name):
-    folder = write_folder(tmp_path)
-    broken = folder / "train" / "bee" / name
-    truncate(broken)
-    with pytest.raises(data.DataError, match=f"{broken}: not a readable image .*skip_corrupt=True"):
-        data.image_folder(folder, "train")
-    found, skipped = data.image_folder(folder, "train", skip_corrupt=True)
-    assert skipped == 1
-    assert len(found.images) == 11 and str(broken) not in found.images
-    assert found.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
-
-
-def test_class_with_only_corrupt_images(tmp_path):
-    folder = write_folder(tmp_path)
-    for path in (folder / "train" / "cat").iterdir():
-        path.write_bytes(b"nothing")
-    with pytest.raises(data.DataError, match="cat: every image is corrupt"):
-        data.image_folder(folder, "train", skip_corrupt=True)
 
 
 def test_few_shot_is_drawn_by_the_seed():

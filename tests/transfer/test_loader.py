@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +12,10 @@ from PIL import Image
 
 from bitkern.transfer import HyperRule, ImageSet, train_batches
 from bitkern.transfer.compute import Compute
-from bitkern.transfer.data.loader import eval_batches
+from bitkern.transfer.data.decoders import pillow
+from bitkern.transfer.data.loader import AHEAD, cut_out, eval_batches
+from bitkern.transfer.data.resized import Resized
+from bitkern.transfer.data.threads import thread_pool
 from bitkern.transfer.schedule import Schedule
 from tests.transfer.images import image_set, picture
 
@@ -30,9 +35,53 @@ def assert_same(left, right):
         assert torch.equal(x, other_x) and torch.equal(y, other_y)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_worker_count_changes_nothing(workers):
-    assert_same(images_of(workers=workers), images_of())
+@pytest.mark.parametrize("cache", ["ram", "disk", "off"])
+@pytest.mark.parametrize("workers", [0, 1, 2, 7])
+def test_cache_and_threads_change_nothing(cache, workers, tmp_path, monkeypatch):
+    monkeypatch.setenv("BITKERN_CACHE", str(tmp_path))
+    assert_same(images_of(cache=cache, workers=workers), images_of(cache="off"))
+
+
+def test_images_that_stay_on_the_device_are_cut_out_there():
+    batches = train_batches(image_set(), RULE, seed=3, batch_split=3, cache="ram")
+    batches.on_device = torch.from_numpy(batches.resized.kept)
+    assert_same(list(batches), images_of())
+
+
+def test_images_are_a_view_in_channels_last():
+    for x, y in images_of():
+        assert x.shape == (len(y), 3, 8, 8) and x.dtype == torch.uint8
+        assert x.is_contiguous(memory_format=torch.channels_last)
+    images = torch.arange(2 * 3 * 4 * 3, dtype=torch.uint8).reshape(2, 3, 4, 3)
+    crops = torch.tensor([[1, 1, 2, 1], [0, 0, 1, 0]])
+    mirrored, plain = cut_out(images, crops, 2)
+    assert torch.equal(mirrored, images[1, 1:3, 2:4].flip(1).permute(2, 0, 1))
+    assert torch.equal(plain, images[0, 0:2, 1:3].permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_few_batches_are_made_ahead(workers):
+    """And an abandoned loader ends its threads."""
+    rule = dataclasses.replace(RULE, steps=50)
+    decoded, before = [], threading.active_count()
+    batches = train_batches(image_set(), rule, seed=0, workers=workers, cache="off", check=False)
+    decode = batches.resized.decode
+    batches.resized.decode = lambda *a: decoded.append(a) or decode(*a)
+    loading = iter(batches)
+    for number in range(1, 4):
+        next(loading)
+        time.sleep(0.05)
+        assert len(decoded) <= 10 * (number + (AHEAD if workers else 0))
+    loading.close()
+    assert threading.active_count() == before
+
+
+def test_threads_of_pytorch_stay_as_they_are():
+    before = torch.get_num_threads()
+    images_of(workers=2)
+    assert torch.get_num_threads() == before
+    with thread_pool(2) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 1
 
 
 def test_later_start_gives_the_tail():
@@ -99,7 +148,11 @@ def test_train_transform_crops_and_flips_the_resized_image():
 
 def test_eval_transform_resizes_straight_to_the_crop():
     data = image_set(per_class=3)
-    x = torch.cat([x for x, _ in eval_batches(data.images, 8, CPU, batch_size=4)])
+    resized = Resized(data.images, 8, pillow)
+    batches = list(eval_batches(resized, range(9), CPU, batch_size=4))
+    assert [len(x) for x, _ in batches] == [4, 4, 1]
+    x = torch.cat([x for x, _ in batches])
+    assert x.is_contiguous(memory_format=torch.channels_last)
     for image, ours in zip(data.images, x, strict=True):
         expected = np.asarray(Image.fromarray(image).resize((8, 8), Image.Resampling.BILINEAR))
         assert np.array_equal(ours.permute(1, 2, 0).numpy(), expected)

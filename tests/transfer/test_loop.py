@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitkern.transfer import inference, loop, train_batches
+from bitkern.transfer.data.decoders import pillow
 from bitkern.transfer.data.loader import eval_batches
+from bitkern.transfer.data.resized import Resized
 from bitkern.transfer.recipes.mixup import mix
 from tests.transfer.images import image_set
 from tests.transfer.net import (
@@ -138,7 +140,7 @@ def test_evaluate_against_a_plain_loop():
     for batch_size in (1, 4, 100):
         metrics = inference.evaluate(model, data, 8, batch_size=batch_size)
         with torch.no_grad():
-            batches = eval_batches(data.images, 8, CPU)
+            batches = eval_batches(Resized(data.images, 8, pillow), range(21), CPU)
             logits = torch.cat([model(CPU.to_input(x)) for x, _ in batches])
         labels = torch.from_numpy(data.labels)
         assert metrics["top1"] == (logits.argmax(1) == labels).double().mean().item()

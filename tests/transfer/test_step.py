@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import bitkern
-from bitkern.transfer import mixup, mixup_loss
+from bitkern.transfer import mixup, mixup_loss, train_batches
 from bitkern.transfer.compute import Compute
-from bitkern.transfer.data.loader import scheduled_batches
 from bitkern.transfer.recipes.mixup import mix, mixed_loss
 from bitkern.transfer.schedule import Schedule
 from bitkern.transfer.step import Later, Stepper
@@ -25,7 +24,8 @@ def stepper(model, rule, device="cpu:0", precision="fp32", batch_split=2, weight
         model.parameters(), lr=0.0, momentum=0.9, weight_decay=weight_decay, fused=True
     )
     schedule = Schedule(15, rule, 0, batch_split)
-    batches = scheduled_batches(image_set(), schedule, compute, flip=True, start=0)
+    how = {"batch_split": batch_split, "device": device}
+    batches = train_batches(image_set(), rule, seed=0, **how)
     return Stepper(model, optimizer, schedule, compute, iter(batches))
 
 

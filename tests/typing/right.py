@@ -46,8 +46,8 @@ def models(path: Path) -> list[Tensor]:
 
 
 def finetune(data: Path) -> float:
-    train_set, _ = transfer.image_folder(data, "train")
-    test_set, skipped = transfer.image_folder(data, "test", skip_corrupt=True)
+    train_set = transfer.image_folder(data, "train")
+    test_set = transfer.image_folder(data, "test")
     rule = transfer.hyperrule(len(train_set.images), (480, 480)).with_steps(100)
     model = bitkern.create_model("BiT-M-R50x1", num_classes=len(train_set.classes))
     result = transfer.train(
@@ -62,4 +62,4 @@ def finetune(data: Path) -> float:
     transfer.write_report(data / "r.html", outputs, test_set, history=result.history, about=about)
     print(transfer.scores(outputs, test_set)["macro_f1"])
     best = outputs.argmax(1)
-    return metrics["top1"] + rule.lr(3) + result.seconds + float(best[0]) + skipped
+    return metrics["top1"] + rule.lr(3) + result.seconds + float(best[0]) + result.skipped

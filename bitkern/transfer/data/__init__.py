@@ -24,19 +24,15 @@ SOURCES: dict[str, Callable[[str], ImageSet]] = {"digits": digits}
 
 
 def load_split(
-    source: str | os.PathLike[str],
-    split: str,
-    *,
-    skip_corrupt: bool = False,
-    classes: Sequence[str] | None = None,
-) -> tuple[ImageSet, int]:
-    """The images of a named source, CSV file or folder, and the number of corrupt ones skipped.
+    source: str | os.PathLike[str], split: str, classes: Sequence[str] | None = None
+) -> ImageSet:
+    """The images of a named source, CSV file or folder.
 
     A CSV file need not have images of all ``classes``. Raises :class:`DataError`: see
     :func:`image_folder` and :func:`image_table`.
     """
     if str(source) in SOURCES:
-        return SOURCES[str(source)](split), 0
+        return SOURCES[str(source)](split)
     if Path(source).suffix.lower() == ".csv":
-        return image_table(source, split, skip_corrupt=skip_corrupt, classes=classes)
-    return image_folder(source, split, skip_corrupt=skip_corrupt)
+        return image_table(source, split, classes)
+    return image_folder(source, split)

@@ -37,8 +37,9 @@ class ImageSet(NamedTuple):
     """Labelled images: file paths, uint8 arrays (H, W) or (H, W, 3), of any sizes, or members.
 
     ``images`` may be any sequence; one that does not hold its images, because there are millions,
-    has a method ``take(indices)``, which returns another. ``labels`` int64 (N,), indices into ``classes``; or bool (N, classes), True for each label of an
-    image that may have several, or none: a multi-label set.
+    has a method ``take(indices)``, which returns another. ``labels`` int64 (N,), indices into
+    ``classes``; or bool (N, classes), True for each label of an image that may have several, or
+    none: a multi-label set.
     """
 
     images: Sequence[Source]
@@ -93,9 +94,18 @@ def _turn_upright(image: "Image.Image") -> None:
 
 
 def image_size(data: ImageSet) -> tuple[int, int]:
-    """(height, width) of the median image by area, among at most 101 spread over the set."""
-    some = np.unique(np.linspace(0, len(data.images) - 1, 101).astype(int))
-    sizes = [read_image(data.images[i]).size for i in some]
+    """(height, width) of the median image by area, among at most 101 spread over the set.
+
+    Those that cannot be read are left out; raises :class:`DataError` if none can.
+    """
+    sizes, errors = [], []
+    for i in np.unique(np.linspace(0, len(data.images) - 1, 101).astype(int)):
+        try:
+            sizes.append(read_image(data.images[i]).size)
+        except DataError as error:
+            errors.append(error)
+    if not sizes:
+        raise errors[0]
     width, height = sorted(sizes, key=lambda size: size[0] * size[1])[len(sizes) // 2]
     return height, width
 

@@ -1,118 +1,151 @@
-"""Batches of images as BiT transforms them.
+"""Batches of images as BiT transforms them, made by threads ahead of their use.
 
-Images leave here as uint8 (N, 3, crop, crop) and are scaled to [-1, 1] on the device.
+Images leave here as uint8 (N, 3, crop, crop), a view of (N, crop, crop, 3) and so channels_last,
+and are scaled to [-1, 1] on the device.
 """
 
-import signal
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from bitkern.transfer.compute import Compute
-from bitkern.transfer.data.images import DataError, ImageSet, Pixels, Source, read_image
+from bitkern.transfer.data.images import DataError, ImageSet
+from bitkern.transfer.data.opening import Reading, open_resized
+from bitkern.transfer.data.resized import SPAN, Resized
+from bitkern.transfer.data.threads import begun_ahead, thread_pool
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.schedule import Schedule
-from bitkern.transfer.streams import AUGMENT, random_stream
+from bitkern.transfer.streams import AUGMENT, uniforms
+
+AHEAD = 2  # batches that are begun before they are asked for
+Key = TypeVar("Key")
+Told = TypeVar("Told")
 
 
-def _to_tensor(pixels: Pixels) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+def made_batches(
+    keys: Iterable[Sequence[Key]],
+    write: Callable[[Tensor, Key], Told],
+    size: int,
+    compute: Compute,
+) -> Iterator[tuple[Tensor, list[Told]]]:
+    """A batch uint8 (N, 3, size, size) for each list of keys, and what ``write`` told of each.
+
+    ``write`` puts the image of a key into a tensor (size, size, 3), in a thread.
+    """
+    pinned = compute.device.type == "cuda"
+
+    def write_span(images: Tensor, span: Sequence[Key]) -> list[Told]:
+        return [write(image, key) for image, key in zip(images, span, strict=True)]
+
+    def begin(batch: Sequence[Key]) -> Callable[[], tuple[Tensor, list[Told]]]:
+        images = torch.empty(len(batch), size, size, 3, dtype=torch.uint8, pin_memory=pinned)
+        spans = [slice(first, first + SPAN) for first in range(0, len(batch), SPAN)]
+        if pool:
+            pending = [pool.submit(write_span, images[span], batch[span]) for span in spans]
+            told = (future.result() for future in pending)
+        else:
+            told = (write_span(images[span], batch[span]) for span in spans)
+        return lambda: (images.permute(0, 3, 1, 2), [each for span in told for each in span])
+
+    pool = thread_pool(compute.workers) if compute.workers else None
+    try:
+        yield from begun_ahead(begin, keys, AHEAD if pool else 0)
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
 
 
-class TrainView(Dataset[tuple[Tensor, Any]]):
-    """What the recipe makes of images, half of them mirrored. Asked for as (index, position).
+class Crop(NamedTuple):
+    """Which image, the corner of its crop, and whether it is mirrored."""
 
-    ``position`` counts the examples since the start of training; with the seed it decides on all
-    that is left to chance.
+    image: int
+    top: int
+    left: int
+    flip: bool
+
+
+class TrainBatches:
+    """The micro-batches of a schedule, those of this process, from optimizer step ``start`` on.
+
+    (images uint8 (N, 3, crop, crop), labels of the set's dtype). The position of an example since
+    the start of training decides, with the seed, on all that is left to chance. ``corrupt`` are the
+    images in whose place others were taken. ``on_device`` uint8 (N, resize, resize, 3) are the
+    images, if they stay there.
     """
 
-    def __init__(self, data: ImageSet, recipe: Recipe, seed: int, flip: bool) -> None:
-        self.data = data
-        self.recipe = recipe
-        self.seed = seed
-        self.flip = flip
+    def __init__(
+        self,
+        data: ImageSet,
+        resized: Resized,
+        schedule: Schedule,
+        compute: Compute,
+        *,
+        flip: bool,
+        skip_corrupt: bool,
+        start: int,
+        on_device: Tensor | None,
+    ) -> None:
+        self.data, self.resized, self.schedule, self.compute = data, resized, schedule, compute
+        self.flip, self.skip_corrupt, self.start = flip, skip_corrupt, start
+        self.on_device = on_device
+        self.labels = torch.from_numpy(np.ascontiguousarray(data.labels))
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any]:
-        index, position = key
-        pixels = self.recipe.prepare(read_image(self.data.images[index]))
-        random = random_stream(AUGMENT, position, self.seed)
-        pixels = self.recipe.augment(pixels, random)
-        if self.flip and random.integers(2):
-            pixels = pixels[:, ::-1]
-        return _to_tensor(pixels), self.data.labels[index]
+    def __iter__(self) -> Generator[tuple[Tensor, Tensor]]:
+        crops = map(self._crops, self.schedule.micro_batches(self.start))
+        batches = self._gathered(crops) if self.on_device is not None else self._copied(crops)
+        for images, indices in batches:
+            yield images, self.labels[indices]
 
+    def _copied(self, crops: Iterable[list[Crop]]) -> Iterator[tuple[Tensor, list[int]]]:
+        size = self.schedule.recipe.crop
 
-class EvalView(Dataset[Tensor | DataError]):
-    """Images resized straight to (crop, crop); in place of an unreadable one, what is wrong."""
+        def write(image: Tensor, crop: Crop) -> int:
+            index, pixels = self.resized.replaced(crop.image, self.skip_corrupt)
+            cut = torch.from_numpy(pixels)[crop.top : crop.top + size, crop.left : crop.left + size]
+            image.copy_(cut.flip(1) if crop.flip else cut)
+            return index
 
-    def __init__(self, images: Sequence[Source], crop: int) -> None:
-        self.images = images
-        self.crop = crop
+        return made_batches(crops, write, size, self.compute)
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def _gathered(self, batches: Iterable[list[Crop]]) -> Iterator[tuple[Tensor, list[int]]]:
+        assert self.on_device is not None
+        for batch in batches:
+            indices = [self.resized.replaced(crop.image, self.skip_corrupt)[0] for crop in batch]
+            crops = torch.tensor(batch)
+            crops[:, 0] = torch.tensor(indices)
+            yield cut_out(self.on_device, crops, self.schedule.recipe.crop), indices
 
-    def __getitem__(self, index: int) -> Tensor | DataError:
-        from PIL.Image import Resampling
-
-        try:
-            image = read_image(self.images[index])
-        except DataError as error:
-            return error
-        image = image.resize((self.crop, self.crop), Resampling.BILINEAR)
-        return _to_tensor(np.asarray(image))
-
-
-class EvalBatch(NamedTuple):
-    """uint8 images (N, 3, crop, crop), and by their places in the batch those that are missing."""
-
-    images: Tensor
-    unreadable: dict[int, DataError]
-
-
-def _eval_batch(items: Sequence[Tensor | DataError]) -> EvalBatch:
-    unreadable = {i: item for i, item in enumerate(items) if isinstance(item, DataError)}
-    images = [item for item in items if isinstance(item, Tensor)]
-    empty = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-    return EvalBatch(torch.stack(images) if images else empty, unreadable)
-
-
-class _MicroBatches:
-    """The batch sampler of a schedule."""
-
-    def __init__(self, schedule: Schedule, start: int) -> None:
-        self.schedule, self.start = schedule, start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self.schedule.micro_batches(self.start)
+    def _crops(self, batch: Sequence[tuple[int, int]]) -> list[Crop]:
+        recipe = self.schedule.recipe
+        chance = uniforms(AUGMENT, self.schedule.seed, [position for _, position in batch], 3)
+        corners = recipe.corners(chance[:, :2]).tolist()
+        flips = (self.flip & (chance[:, 2] < 0.5)).tolist()
+        rows = zip(batch, corners, flips, strict=True)
+        return [Crop(image, top, left, flip) for (image, _), (top, left), flip in rows]
 
 
-def _ignore_interrupt(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process decides when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def cut_out(images: Tensor, crops: Tensor, size: int) -> Tensor:
+    """Crops uint8 (M, 3, size, size) of images uint8 (N, H, W, 3), on their device.
+
+    ``crops`` int64 (M, 4) are the rows of :class:`Crop`. The result is in channels_last.
+    """
+    image, top, left, flip = crops.to(images.device).unbind(1)
+    along = torch.arange(size, device=images.device)
+    rows = top[:, None] + along
+    columns = left[:, None] + torch.where(flip[:, None] > 0, along.flip(0), along)
+    return images[image[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _loader(dataset: Dataset[Any], compute: Compute, **batching: Any) -> DataLoader[Any]:
-    return DataLoader(
-        dataset,
-        num_workers=compute.workers,
-        worker_init_fn=_ignore_interrupt,
-        pin_memory=compute.device.type == "cuda",
-        generator=torch.Generator(),  # its own, so that the caller's stays as it was
-        **batching,
-    )
-
-
-def scheduled_batches(
-    data: ImageSet, schedule: Schedule, compute: Compute, *, flip: bool, start: int
-) -> DataLoader[Any]:
-    """The micro-batches of a schedule, those of this process, from optimizer step ``start`` on."""
-    view = TrainView(data, schedule.recipe, schedule.seed, flip)
-    return _loader(view, compute, batch_sampler=_MicroBatches(schedule, start))
+def kept_on(device: torch.device, resized: Resized) -> Tensor | None:
+    """The images on a GPU with room for them, a quarter of its free memory; None if it has not."""
+    if device.type != "cuda" or resized.kept is None:
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return torch.from_numpy(resized.kept).to(device) if resized.kept.nbytes <= free // 4 else None
 
 
 def train_batches(
@@ -127,20 +160,62 @@ def train_batches(
     world_size: int = 1,
     workers: int = 0,
     device: str | torch.device = "cpu",
-) -> DataLoader[Any]:
+    cache: str = "auto",
+    decoder: str = "pillow",
+    skip_corrupt: bool = False,
+    check: bool | None = None,
+) -> TrainBatches:
     """Micro-batches (images uint8 (N, 3, crop, crop), labels), ``batch_split`` to a step.
 
-    Those of :func:`train` for the same data, recipe and seed, for steps from ``start`` on. Of
-    ``world_size`` processes, number ``rank`` loads its part of each.
+    Those of :func:`train` for the same data, recipe and seed, for steps from ``start`` on: a view
+    of (N, crop, crop, 3), so in channels_last. Of ``world_size`` processes, number ``rank`` loads
+    its part of each. ``workers`` threads make them, 0 for none but the caller's; these and
+    ``cache`` decide on the speed alone, ``decoder`` on pixels: see :func:`train`.
+
+    Raises :class:`DataError` for an image that cannot be read, ValueError for a bad argument.
     """
+    reading = Reading.of(cache, decoder, skip_corrupt, check)
+    resized, _ = open_resized(data.images, rule.resize, reading)
     schedule = Schedule(len(data.images), rule, seed, batch_split, rank, world_size)
     compute = Compute.of(device, "fp32", workers)
-    return scheduled_batches(data, schedule, compute, flip=flip, start=start)
+    return TrainBatches(
+        data,
+        resized,
+        schedule,
+        compute,
+        flip=flip,
+        skip_corrupt=skip_corrupt,
+        start=start,
+        on_device=kept_on(compute.device, resized),
+    )
+
+
+class EvalBatch(NamedTuple):
+    """uint8 images (N, 3, crop, crop), and by their places in the batch those that are missing."""
+
+    images: Tensor
+    unreadable: dict[int, DataError]
 
 
 def eval_batches(
-    images: Sequence[Source], crop: int, compute: Compute, *, batch_size: int = 64
-) -> DataLoader[Any]:
-    """Each :class:`EvalBatch` of the images, in order."""
-    view = EvalView(images, crop)
-    return _loader(view, compute, batch_size=batch_size, collate_fn=_eval_batch)
+    resized: Resized,
+    rows: Sequence[int] | npt.NDArray[np.int64],
+    compute: Compute,
+    *,
+    batch_size: int = 64,
+) -> Iterator[EvalBatch]:
+    """Each :class:`EvalBatch` of the images of these rows, in order."""
+
+    def write(image: Tensor, row: int) -> DataError | None:
+        try:
+            image.copy_(torch.from_numpy(resized.pixels(row)))
+        except DataError as error:
+            return error
+        return None
+
+    parts = (list(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size))
+    for images, errors in made_batches(parts, write, resized.size, compute):
+        unreadable = {place: error for place, error in enumerate(errors) if error}
+        if unreadable:
+            images = images[[place not in unreadable for place in range(len(images))]]
+        yield EvalBatch(images, unreadable)

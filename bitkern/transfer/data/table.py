@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 from bitkern import files
-from bitkern.transfer.data.folder import unreadable
 from bitkern.transfer.data.images import DataError, ImageSet
 
 SEPARATOR = ";"  # between the labels of an image that may have several
@@ -24,13 +23,9 @@ class _Row(NamedTuple):
 
 
 def image_table(
-    path: str | os.PathLike[str],
-    split: str,
-    *,
-    skip_corrupt: bool = False,
-    classes: Sequence[str] | None = None,
-) -> tuple[ImageSet, int]:
-    """The images of a CSV file with a header, and the number of corrupt ones skipped.
+    path: str | os.PathLike[str], split: str, classes: Sequence[str] | None = None
+) -> ImageSet:
+    """The images of a CSV file with a header.
 
     Columns: ``image``, a path, from the file's folder on; ``label``, or ``labels``, which holds
     several separated by ";", or none, and makes a multi-label set; and, if there is one, ``split``,
@@ -38,8 +33,7 @@ def image_table(
     the labels of all rows, sorted, unless they are given as ``classes``.
 
     Raises :class:`DataError`, naming the line, for a missing column, an empty label, one that is
-    not among ``classes``, an image named twice, a missing image and, unless ``skip_corrupt``, one
-    that cannot be decoded.
+    not among ``classes``, an image named twice and a missing image.
     """
     path = Path(path)
     columns, lines = _read(path)
@@ -55,19 +49,15 @@ def image_table(
     for row in rows:
         if not os.path.isfile(row.image):
             raise DataError(f"{row.where}: {row.image}: no such file")
-    skipped = unreadable([row.image for row in rows], skip_corrupt=skip_corrupt)
-    rows = [row for row in rows if row.image not in skipped]
-    if not rows:
-        raise DataError(f"{path}: every image of the split {split} is corrupt; replace them")
     images = [row.image for row in rows]
     place = {name: i for i, name in enumerate(names)}
     if "label" in columns:
         labels = np.array([place[row.labels[0]] for row in rows], np.int64)
-        return ImageSet(images, labels, names), len(skipped)
+        return ImageSet(images, labels, names)
     several = np.zeros((len(rows), len(names)), np.bool_)
     for i, row in enumerate(rows):
         several[i, [place[name] for name in row.labels]] = True
-    return ImageSet(images, several, names), len(skipped)
+    return ImageSet(images, several, names)
 
 
 def _read(path: Path) -> tuple[Sequence[str], list[tuple[int, dict[str, str]]]]:

@@ -7,17 +7,12 @@ google-research/big_transfer.
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from bitkern.transfer.recipes.mixup import cross_entropy
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from bitkern.transfer.data.images import Pixels
 
 
 def _check(valid: bool, name: str, expected: str, got: object) -> None:
@@ -84,16 +79,9 @@ class HyperRule:
             warmup_steps=round(self.warmup_steps * ratio),
         )
 
-    def prepare(self, image: "Image.Image") -> "Pixels":
-        """The image resized to (resize, resize), without keeping its aspect ratio."""
-        from PIL.Image import Resampling
-
-        return np.asarray(image.resize((self.resize, self.resize), Resampling.BILINEAR))
-
-    def augment(self, pixels: "Pixels", random: np.random.Generator) -> "Pixels":
-        """A random crop."""
-        top, left = random.integers(self.resize - self.crop, size=2, endpoint=True)
-        return pixels[top : top + self.crop, left : left + self.crop]
+    def corners(self, chance: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+        """The corners (top, left) of random crops, from numbers (N, 2) in [0, 1): int64 (N, 2)."""
+        return (chance * (self.resize - self.crop + 1)).astype(np.int64)
 
     def loss(self, logits: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:
         """Cross-entropy, of a softmax or, for several labels an image, of sigmoids."""

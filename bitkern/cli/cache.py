@@ -1,0 +1,62 @@
+"""``bitkern cache``: the resized images that runs have kept on disk."""
+
+import argparse
+import datetime
+import json
+from typing import Any
+
+from bitkern.transfer.data.cache import Entry, entries, images_folder
+
+DISTRIBUTED = False
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("cache", help="list the resized images on disk, or delete them")
+    actions = parser.add_subparsers(required=True, metavar="list|clear", dest="action")
+    listing = actions.add_parser("list", help="the entries, the last used first")
+    listing.add_argument("--json", action="store_true")
+    clearing = actions.add_parser("clear", help="delete entries, all unless some are named")
+    clearing.add_argument("key", nargs="*", help="as the list shows them")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.action == "list":
+        rows = [_row(entry) for entry in entries()]
+        print(json.dumps(rows, indent=2) if args.json else _table(rows))
+        return
+    every = {entry.folder.name: entry for entry in entries()}
+    for key in args.key:
+        if key not in every:
+            raise ValueError(f"{key}: no such entry in {images_folder()}")
+    chosen = [every[key] for key in args.key] if args.key else list(every.values())
+    freed = sum(entry.bytes() for entry in chosen)
+    for entry in chosen:
+        if not entry.remove():
+            raise ValueError(f"{entry.folder}: a process is filling it")
+    print(f"deleted {len(chosen)} of {len(every)} entries, {freed / 1e9:.1f} GB")
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    index = entry.read()
+    return {
+        "key": entry.folder.name,
+        "images": index.count if index else None,
+        "done": index.done if index else 0,
+        "size": index.size if index else None,
+        "decoder": index.decoder if index else None,
+        "bytes": entry.bytes(),
+        "used": datetime.datetime.fromtimestamp(entry.used()).isoformat(" ", "minutes"),
+        "data": index.data if index else None,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    line = "{:<32} {:>9} {:>5} {:>5} {:>8}  {:<16}  {}".format
+    lines = [line("key", "images", "done", "size", "GB", "used", "of")]
+    for row in rows:
+        count = row["images"]
+        done = f"{row['done'] / count:.0%}" if count else "?"
+        values = row["key"], count or "?", done, row["size"] or "?", f"{row['bytes'] / 1e9:.2f}"
+        lines.append(line(*values, row["used"], row["data"] or "damaged"))
+    total = sum(row["bytes"] for row in rows) / 1e9
+    return "\n".join([*lines, f"{len(rows)} entries, {total:.2f} GB in {images_folder()}"])

@@ -1,0 +1,58 @@
+"""Decoders: a function and a line each. Pixels differ between them, so a run keeps to one."""
+
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from bitkern import files
+from bitkern.transfer.compute import require
+from bitkern.transfer.data.images import DataError, Pixels, Source, read_image
+
+Decoder = Callable[[Source, int], Pixels]
+
+
+def pillow(source: Source, size: int) -> Pixels:
+    """uint8 (size, size, 3) by Pillow, resized bilinearly; its aspect ratio is not kept."""
+    from PIL.Image import Resampling
+
+    # A copy, since PyTorch warns of what it may not write to.
+    return np.array(read_image(source).resize((size, size), Resampling.BILINEAR))
+
+
+def torchvision(source: Source, size: int) -> Pixels:
+    """The same by torchvision (JPEG, PNG, GIF, WebP), resized with antialiasing."""
+    import torch
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms.v2.functional import resize
+
+    try:
+        if isinstance(source, np.ndarray):
+            pixels = torch.from_numpy(np.array(read_image(source))).permute(2, 0, 1)
+        else:
+            data = Path(source).read_bytes() if isinstance(source, str | Path) else source.read()
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            pixels = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+        pixels = pixels[0] if pixels.ndim == 4 else pixels  # the first picture of a GIF
+        resized: Pixels = resize(pixels, [size, size], antialias=True).permute(1, 2, 0).numpy()
+        return resized
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = files.in_a_line(error)
+        raise DataError(f"{source}: torchvision cannot read it ({reason})") from None
+
+
+DECODERS: dict[str, Decoder] = {"pillow": pillow, "torchvision": torchvision}
+
+
+def find_decoder(name: str) -> Decoder:
+    """The decoder of that name. Raises ValueError for another, and for one not installed."""
+    if name not in DECODERS:
+        raise ValueError(f"decoder: expected {' or '.join(DECODERS)}, got {name!r}")
+    require("PIL" if name == "pillow" else name)
+    return DECODERS[name]
+
+
+def decoder_version(name: str) -> str:
+    """The decoder and the version of its package: others may give other pixels."""
+    return f"{name} {importlib.metadata.version(name)}"

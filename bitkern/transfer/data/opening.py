@@ -1,0 +1,123 @@
+"""Open the images of a set at one size: check them, and keep their pixels where there is room."""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bitkern.transfer import ranks
+from bitkern.transfer.data import cache
+from bitkern.transfer.data.decoders import find_decoder
+from bitkern.transfer.data.images import DataError, Source
+from bitkern.transfer.data.memory import free_memory
+from bitkern.transfer.data.resized import ADVICE, Resized
+
+CACHE = ("auto", "ram", "disk", "off")
+CHECKED = 100_000  # images that are checked before they are used unless told otherwise, at most
+
+
+class Reading(NamedTuple):
+    """How images are read.
+
+    ``cache`` is "ram" to keep the resized pixels of a set in memory that the processes of a machine
+    share, "disk" in a file that later runs use too, "off" to decode images at every use, "auto" for
+    what there is room for. ``decoder`` is one of :data:`DECODERS`. With ``skip_corrupt`` the next
+    image that can be read takes the place of one that cannot. ``check`` has all images read before
+    they are used, where no cache does; None means sets of up to 100 000.
+    """
+
+    cache: str = "auto"
+    decoder: str = "pillow"
+    skip_corrupt: bool = False
+    check: bool | None = None
+
+    @classmethod
+    def of(
+        cls, cache: str, decoder: str, skip_corrupt: bool, check: bool | None = None
+    ) -> "Reading":
+        """Of a user's arguments. Raises ValueError for a value that there is not."""
+        if cache not in CACHE:
+            raise ValueError(f"cache: expected {', '.join(CACHE)}, got {cache!r}")
+        find_decoder(decoder)
+        return cls(cache, decoder, skip_corrupt, check)
+
+
+class _Found(NamedTuple):
+    """The file of the pixels, None without one; the corrupt images; what was chosen, in words."""
+
+    path: str | None
+    corrupt: dict[int, str]
+    chosen: str
+
+
+def open_resized(
+    images: Sequence[Source], size: int, reading: Reading, *, again: bool = True
+) -> tuple[Resized, str]:
+    """The images resized to (size, size), and in a line which cache was chosen and why.
+
+    Unless they are used ``again``, "auto" means a file that is there, or none, and nothing is
+    checked before. The processes of a group all make the call; the first of each machine reads.
+    Raises :class:`DataError` for a corrupt image, and where there is no room.
+    """
+    resized = Resized(images, size, find_decoder(reading.decoder))
+    with contextlib.ExitStack() as memory:
+        found = ranks.from_first_of_host(_find, resized, reading, again, memory)
+        with ranks.together():
+            resized.corrupt = found.corrupt
+            if found.path:
+                resized.kept = cache.mapped(found.path, resized)
+            for error in [] if reading.skip_corrupt else found.corrupt.values():
+                raise DataError(f"{error}: {ADVICE}")
+    return resized, found.chosen
+
+
+def _find(resized: Resized, reading: Reading, again: bool, memory: contextlib.ExitStack) -> _Found:
+    if not len(resized):
+        return _Found(None, {}, "off, no images")
+    mode, why = _chosen(resized, reading, again)
+    path = None
+    if mode == "disk":
+        entry, fresh = cache.entry_of(resized, reading.decoder)
+        index = cache.usable(entry, resized)
+        index = index or cache.fill(entry, fresh, resized, reading.skip_corrupt)
+        resized.corrupt = {int(i): message for i, message in index.corrupt.items()}
+        path = str(entry.pixels)
+        why = f"{why}, {entry.folder}"
+    elif mode == "ram":
+        # A file without a name: others map it by its number, and it ends with the last of them.
+        descriptor = os.memfd_create("bitkern-images")
+        memory.callback(os.close, descriptor)
+        os.ftruncate(descriptor, cache.bytes_of(resized))
+        path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        pixels = cache.mapped(path, resized, writable=True)
+        for _ in resized.read_all(pixels.__setitem__, skip_corrupt=reading.skip_corrupt):
+            pass
+    elif again and (len(resized) <= CHECKED if reading.check is None else reading.check):
+        for _ in resized.read_all(lambda *_: None, skip_corrupt=reading.skip_corrupt):
+            pass
+    return _Found(path, resized.corrupt, f"{mode}, {why}")
+
+
+def _chosen(resized: Resized, reading: Reading, again: bool) -> tuple[str, str]:
+    """The cache, and why."""
+    if reading.cache == "off":
+        return "off", "as asked for"
+    needed, free = cache.bytes_of(resized), free_memory()
+    need = f"{needed / 1e9:.2g} GB for {len(resized)} images of {resized.size}x{resized.size}"
+    if reading.cache == "disk":
+        return "disk", need
+    memory = f"{free / 1e9:.2g} GB of memory free"
+    if reading.cache == "ram":
+        if needed > free:
+            raise DataError(f"cache: expected disk, off or auto, got ram: needs {need}, {memory}")
+        return "ram", need
+    if cache.entries() and cache.usable(cache.entry_of(resized, reading.decoder)[0], resized):
+        return "disk", f"{need}, made before"
+    if not again:
+        return "off", "images are read once"
+    if needed <= free / 2:
+        return "ram", f"{need}, {memory}"
+    room = cache.room()
+    if needed <= room:
+        return "disk", f"{need}, {memory}"
+    return "off", f"{need}, {memory}, {room / 1e9:.2g} GB of disk"
