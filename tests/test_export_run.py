@@ -72,9 +72,8 @@ def photograph(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
     image = Image.fromarray(pixels).resize((130, 90), Image.Resampling.BICUBIC)
     image.save(tmp_path / "photo.png")
-    return image, torch.from_numpy(pillow(tmp_path / "photo.png", CROP)).permute(
-        2, 0, 1
-    ) / 127.5 - 1
+    resized = torch.from_numpy(pillow(tmp_path / "photo.png", CROP))
+    return image, resized.permute(2, 0, 1) / 127.5 - 1
 
 
 def test_timm(r50, tmp_path, images, capsys):

@@ -50,7 +50,9 @@ def test_skip_corrupt_goes_on_with_a_count(run, tmp_path, capsys):
     out = tmp_path / "out"
     assert call("finetune", "--data", folder, "--out", out, "--skip-corrupt", *SMALL) == 0
     assert capsys.readouterr().err == "skipped 2 corrupt images\n"
-    assert json.loads((out / "summary.json").read_text())["training_images"] == 11
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["training_images"], summary["evaluation_images"]) == (12, 5)
+    assert summary["skipped_images"] == 2
     assert call("evaluate", out, "--data", folder, "--skip-corrupt", "--workers", 0) == 0
     shown = capsys.readouterr()
     assert "on 5 images" in shown.out and shown.err == "skipped 1 corrupt image\n"

@@ -4,13 +4,15 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import signal
 
 import torch
 import torch.distributed as dist
 
 from bitkern.cli import main
-from bitkern.transfer import HyperRule, inference, loop, ranks
+from bitkern.transfer import HyperRule, image_folder, inference, loop, ranks
+from bitkern.transfer.data import decoders
 from tests.transfer.images import image_set, write_folder
 from tests.transfer.net import Net
 
@@ -60,6 +62,27 @@ def interrupted_run_resumes_with_the_same_bits(folder):
     assert result.history == expected.history and result.metrics == expected.metrics
     for name, tensor in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def images_are_decoded_once_on_a_machine(folder):
+    """By the first process; the others map what it keeps, in memory and on disk."""
+    if not ranks.rank():
+        write_folder(folder / "data")
+    data = ranks.from_first(image_folder, folder / "data", "train")
+    decoded, pillow = [], decoders.pillow
+    decoders.DECODERS["pillow"] = lambda *a: decoded.append(a) or pillow(*a)
+    os.environ["BITKERN_CACHE"] = str(folder / "cache")
+    options, results = {**OPTIONS, "eval_set": data, "workers": 1}, []
+    try:
+        for cache, count in (("off", None), ("ram", 24), ("disk", 24), ("auto", 0)):
+            decoded.clear()
+            results.append(loop.train(net(), data, RULE, cache=cache, **options).history)
+            if count is not None:
+                assert len(decoded) == (0 if ranks.rank() else count), cache
+            assert results[-1] == results[0], cache
+    finally:
+        decoders.DECODERS["pillow"] = pillow
+        del os.environ["BITKERN_CACHE"]
 
 
 def gradients_are_summed_in_few_all_reduces(folder):
@@ -221,6 +244,7 @@ def command_line_evaluates_together(folder):
 CHECKS = (
     training_equals_one_process,
     interrupted_run_resumes_with_the_same_bits,
+    images_are_decoded_once_on_a_machine,
     gradients_are_summed_in_few_all_reduces,
     failure_of_one_process_stops_all,
     divergence_of_one_process_stops_all,

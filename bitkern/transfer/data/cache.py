@@ -217,17 +217,19 @@ def _fill(entry: Entry, fresh: Index, resized: Resized, skip_corrupt: bool) -> I
     every = max(1, BYTES_PER_SYNC // pixels[0].nbytes)
     done = index.done
 
+    def progress(count: int) -> None:
+        nonlocal done
+        done = count
+        if done % every == 0:
+            note()
+
     def note() -> None:
         index.done = done
         index.corrupt = {str(i): why for i, why in resized.corrupt.items() if i < done}
         entry.write(index)
 
-    reading = resized.read_all(pixels.__setitem__, skip_corrupt=skip_corrupt, start=done)
     try:
-        for image in reading:
-            done = image + 1
-            if done % every == 0:
-                note()
+        resized.read_all(pixels.__setitem__, skip_corrupt, done, progress)
     except (DataError, KeyboardInterrupt):
         note()
         raise

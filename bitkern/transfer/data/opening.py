@@ -74,15 +74,16 @@ def open_resized(
 def _find(resized: Resized, reading: Reading, again: bool, memory: contextlib.ExitStack) -> _Found:
     if not len(resized):
         return _Found(None, {}, "off, no images")
-    mode, why = _chosen(resized, reading, again)
-    path = None
-    if mode == "disk":
+    entry, fresh, made = None, None, None
+    if reading.cache in ("auto", "disk"):
         entry, fresh = cache.entry_of(resized, reading.decoder)
-        index = cache.usable(entry, resized)
-        index = index or cache.fill(entry, fresh, resized, reading.skip_corrupt)
+        made = cache.usable(entry, resized)
+    mode, why = ("disk", "made before") if made else _chosen(resized, reading, again)
+    path = None
+    if mode == "disk" and entry and fresh:
+        index = made or cache.fill(entry, fresh, resized, reading.skip_corrupt)
         resized.corrupt = {int(i): message for i, message in index.corrupt.items()}
-        path = str(entry.pixels)
-        why = f"{why}, {entry.folder}"
+        path, why = str(entry.pixels), f"{why}, {entry.folder}"
     elif mode == "ram":
         # A file without a name: others map it by its number, and it ends with the last of them.
         descriptor = os.memfd_create("bitkern-images")
@@ -90,29 +91,28 @@ def _find(resized: Resized, reading: Reading, again: bool, memory: contextlib.Ex
         os.ftruncate(descriptor, cache.bytes_of(resized))
         path = f"/proc/{os.getpid()}/fd/{descriptor}"
         pixels = cache.mapped(path, resized, writable=True)
-        for _ in resized.read_all(pixels.__setitem__, skip_corrupt=reading.skip_corrupt):
-            pass
+        resized.read_all(pixels.__setitem__, reading.skip_corrupt)
     elif again and (len(resized) <= CHECKED if reading.check is None else reading.check):
-        for _ in resized.read_all(lambda *_: None, skip_corrupt=reading.skip_corrupt):
-            pass
+        resized.read_all(lambda *_: None, reading.skip_corrupt)
+    if resized.corrupt:
+        why += f", {len(resized.corrupt)} cannot be read"
     return _Found(path, resized.corrupt, f"{mode}, {why}")
 
 
 def _chosen(resized: Resized, reading: Reading, again: bool) -> tuple[str, str]:
-    """The cache, and why."""
+    """Which cache to make, and why."""
     if reading.cache == "off":
         return "off", "as asked for"
-    needed, free = cache.bytes_of(resized), free_memory()
-    need = f"{needed / 1e9:.2g} GB for {len(resized)} images of {resized.size}x{resized.size}"
+    needed = cache.bytes_of(resized)
+    need = f"{needed / 1e9:.3f} GB for {len(resized)} images of {resized.size}x{resized.size}"
     if reading.cache == "disk":
         return "disk", need
-    memory = f"{free / 1e9:.2g} GB of memory free"
+    free = free_memory()
+    memory = f"{free / 1e9:.1f} GB of memory free"
     if reading.cache == "ram":
         if needed > free:
             raise DataError(f"cache: expected disk, off or auto, got ram: needs {need}, {memory}")
         return "ram", need
-    if cache.entries() and cache.usable(cache.entry_of(resized, reading.decoder)[0], resized):
-        return "disk", f"{need}, made before"
     if not again:
         return "off", "images are read once"
     if needed <= free / 2:
@@ -120,4 +120,4 @@ def _chosen(resized: Resized, reading: Reading, again: bool) -> tuple[str, str]:
     room = cache.room()
     if needed <= room:
         return "disk", f"{need}, {memory}"
-    return "off", f"{need}, {memory}, {room / 1e9:.2g} GB of disk"
+    return "off", f"{need}, {memory}, {room / 1e9:.1f} GB of disk"

@@ -1,7 +1,7 @@
 """The images of a set at one size: decoded at every use, or kept."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -56,12 +56,17 @@ class Resized:
         raise DataError(f"{self.images[index]}: nor can any other image be read; replace them")
 
     def read_all(
-        self, take: Callable[[int, Pixels], object], *, skip_corrupt: bool, start: int = 0
-    ) -> Iterator[int]:
-        """Decode every image once, on all cores: each index when ``take`` has had its pixels.
+        self,
+        take: Callable[[int, Pixels], object],
+        skip_corrupt: bool,
+        start: int = 0,
+        progress: Callable[[int], object] = lambda done: None,
+    ) -> None:
+        """Decode the images from ``start`` on, on all cores, and have ``take`` take their pixels.
 
-        What cannot be read is added to ``corrupt``; unless ``skip_corrupt``, :class:`DataError` is
-        raised for the first.
+        ``progress`` is told how many have been taken, counted from the set's first. What cannot be
+        read is added to ``corrupt``; unless ``skip_corrupt``, :class:`DataError` is raised for the
+        first.
         """
         from tqdm import tqdm
 
@@ -82,7 +87,7 @@ class Resized:
                     for index in span:
                         if index in self.corrupt and not skip_corrupt:
                             raise DataError(f"{self.corrupt[index]}: {ADVICE}")
-                        yield index
+                        progress(index + 1)
                     bar.update(len(span))
             finally:
                 pool.shutdown(cancel_futures=True)
