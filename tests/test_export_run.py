@@ -88,7 +88,8 @@ def test_timm(r50, tmp_path, images, capsys):
     x = timm.data.create_transform(**config, is_training=False)(image)
     assert x.shape == expected.shape and (x - expected).abs().max() < 2.1 / 127.5
     card = (out / "README.md").read_text()
-    assert "license: apache-2.0" in card and "| Top-1 | 0.8750 |" in card
+    assert "license:" not in card and "license" not in (out / "config.json").read_text()
+    assert "whoever publishes it decides" in card and "| Top-1 | 0.8750 |" in card
     assert "| Data | my \\| photos |" in card and "`dück`" in card
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "photo.png"]
 
