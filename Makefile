@@ -12,10 +12,9 @@ demo: .venv/installed
 test: .venv/installed build/triton-3.6.0
 	$(PYTEST) -m "not sweep"
 
-# The rest as well: what takes minutes, and the benchmarks on tiny shapes.
+# The rest as well: what takes minutes, the benchmarks on tiny shapes among it.
 test-all: test
-	$(PYTEST) -m sweep
-	$(BIN)/python -m pytest benchmarks/ --tiny
+	$(PYTEST) --dist worksteal -m sweep
 
 lint: .venv/installed
 	$(BIN)/ruff check .

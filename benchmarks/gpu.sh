@@ -23,7 +23,7 @@ python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
 status=0
 parallel=()
-"$python" -c "import xdist" 2>/dev/null && parallel=(-n 12)
+"$python" -c "import xdist" 2>/dev/null && parallel=(-n $(($(nproc) * 3 / 4)))
 
 section() { # section NAME SECONDS COMMAND…
   local name=$1 limit=$2 began=$SECONDS code

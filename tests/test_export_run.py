@@ -17,7 +17,7 @@ from transformers import (
     BitForImageClassification,
 )
 
-from bitkern.export import ExportError, export, transformers
+from bitkern.export import ExportError, export, npz, transformers
 from bitkern.models import ARCHITECTURES, create_model, save_safetensors
 from bitkern.models.resnetv2 import ResNetV2
 from bitkern.transfer import load_run
@@ -89,7 +89,8 @@ def test_timm(r50, tmp_path, images, capsys):
     x = timm.data.create_transform(**config, is_training=False)(image)
     assert x.shape == expected.shape and (x - expected).abs().max() < 2.1 / 127.5
     card = (out / "README.md").read_text()
-    assert "license: apache-2.0" in card and "| Top-1 | 0.8750 |" in card
+    assert "license:" not in card and "license" not in (out / "config.json").read_text()
+    assert "whoever publishes it decides" in card and "| Top-1 | 0.8750 |" in card
     assert "| Data | my \\| photos |" in card and "`dück`" in card
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "photo.png"]
 
@@ -166,6 +167,18 @@ def test_a_wrong_result_is_found_and_deleted(small, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match=r"out: logits differ by \d.*, expected 0.0001"):
         export(small, "transformers", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_are_all_zero(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, run = create_model("R26x0.5", num_classes=len(CLASSES)), tmp_path / "run.safetensors"
+    save_safetensors(model, run, classes=CLASSES, crop=CROP)
+    assert not load_run(run).model.eval()(torch.rand(1, 3, CROP, CROP)).any()
+    assert export(run, "npz", tmp_path / "a.npz") == 0
+    monkeypatch.setattr(npz, "logits", lambda *arguments: torch.full((2, len(CLASSES)), 1e-3))
+    with pytest.raises(ExportError, match="b.npz: logits differ by 1.0e-03, expected 0.0001"):
+        export(run, "npz", tmp_path / "b.npz")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "run.safetensors"]
 
 
 def test_bad_arguments(small, r50, tmp_path, capsys, monkeypatch):

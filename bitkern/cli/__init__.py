@@ -45,7 +45,9 @@ def _run(argv: Sequence[str] | None) -> int:
             raise ValueError(f"torchrun: expected {several}, the rest is for one process")
         command.run(args)
     except KeyboardInterrupt:
-        code, message = 130, "interrupted; finetune continues with --resume"
+        code, message = 130, "interrupted"
+        if command is finetune:
+            message += "; finetune continues with --resume"
     except BrokenPipeError:  # whoever reads the output has seen enough, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to flush
         return 128 + signal.SIGPIPE

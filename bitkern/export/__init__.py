@@ -56,7 +56,7 @@ def export(run: str | PathLike[str], to: str, out: str | PathLike[str]) -> float
 
     Returns:
         The largest difference of the logits of random images in float32, relative to the largest
-        logit.
+        logit unless all are 0.
 
     Raises:
         ValueError: for a bad argument, a package that is missing, or a model that the library
@@ -83,7 +83,8 @@ def export(run: str | PathLike[str], to: str, out: str | PathLike[str]) -> float
         target.write(finished, part)
         with torch.inference_mode():
             logits = target.logits(finished, part, images)
-        difference = float((logits - expected).abs().max() / expected.abs().max())
+        largest = float(expected.abs().max())
+        difference = float((logits - expected).abs().max()) / (largest or 1.0)
         if not difference <= TOLERANCE:
             raise ExportError(f"{out}: logits differ by {difference:.1e}, expected {TOLERANCE:g}")
     return difference

@@ -58,7 +58,6 @@ def write_card(run: FinishedRun, path: Path, library: str, snippet: str) -> None
     more = f" and {len(run.classes) - 50} more, see config.json" * (len(run.classes) > 50)
     text = f"""---
 library_name: {library}
-license: apache-2.0
 pipeline_tag: image-classification
 tags:
 - image-classification

@@ -47,7 +47,6 @@ def write(run: FinishedRun, out: Path) -> None:
             "pool_size": None,
             "first_conv": "stem.conv",
             "classifier": "head.fc",
-            "license": "apache-2.0",
         },
     }
     write_json(config, out / "config.json")

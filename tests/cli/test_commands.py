@@ -175,6 +175,25 @@ def test_interrupted_run_resumes_to_the_same_bits(run, tmp_path, monkeypatch, ca
         assert torch.equal(resumed[name], tensor), name
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("weights", "fetch", "BiT-M-R50x1"),
+        ("evaluate", "run", "--data", "digits"),
+        ("predict", "run", "photo.jpg"),
+        ("export", "run", "--to", "npz", "--out", "out.npz"),
+        ("demo", "--out", "out"),
+    ],
+)
+def test_only_an_interrupted_finetune_continues(monkeypatch, capsys, arguments):
+    def interrupted(args):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(f"bitkern.cli.{arguments[0]}.run", interrupted)
+    assert call(*arguments) == 130
+    assert capsys.readouterr().err == "bitkern: interrupted\n"
+
+
 def test_control_c_reaches_workers_too_and_leaves_a_checkpoint(tmp_path):
     """Ctrl-C goes to the whole process group; the workers must live until the step is done."""
     out = tmp_path / "out"

@@ -171,20 +171,22 @@ def compiled(kernel, types, constants, warps, target):
 
 
 def resources(binary, warps):
-    """Registers, bytes of spills, shared memory; of CUDA, how much goes on on a multiprocessor."""
+    """Registers, bytes of spills, shared memory; of PROVEN, what goes on on a multiprocessor."""
     found = {"shared": binary.metadata.shared}
     if binary.metadata.target.backend == "cuda":
         cubin, capability = binary.asm["cubin"], binary.metadata.target.arch
         registers, spills = machine_code.registers_and_spills(cubin)
+        found |= {"registers": registers, "spills": spills}
+        if f"sm_{capability}" not in PROVEN:  # disassembling takes longest
+            return found
         programs = machine_code.programs_per_multiprocessor(
             capability, registers, warps, binary.metadata.shared
         )
         code = machine_code.instructions(cubin)
         loops = machine_code.loops(code)
         least = min(max(loop.outstanding, loop.copies * (STAGES.value - 1)) for loop in loops)
-        found |= {"registers": registers, "spills": spills, "warps_there": programs * warps}
+        found |= {"warps_there": programs * warps, "wide": machine_code.wide_accesses(code)}
         found |= {"bytes_under_way": least * 16 * 32 * warps * programs}
-        found |= {"wide": machine_code.wide_accesses(code)}
         return found | {"loops": [loop._asdict() for loop in loops]}
     text = binary.asm["amdgcn"]
     number = {

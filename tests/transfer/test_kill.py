@@ -1,10 +1,10 @@
 """A run killed with SIGKILL, wherever, is resumed to the files of one that never was."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 
@@ -13,10 +13,12 @@ import safetensors.torch
 import torch
 
 from bitkern import files
+from bitkern.cli import main
 from bitkern.transfer import run
 from tests.transfer.images import image_set
 from tests.transfer.net import FILES, Net, train
 
+FORK = multiprocessing.get_context("fork")
 OPERATIONS = ("replace", "fsync", "open", "unlink", "mkdir")  # of os and pathlib
 
 
@@ -110,32 +112,38 @@ def lines(out):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def finetune(*arguments):
+    sys.exit(main([str(argument) for argument in ("finetune", *arguments)]))
+
+
 @pytest.mark.sweep
+@pytest.mark.usefixtures("one_thread")
 def test_finetune_killed_twenty_times_at_random(tmp_path):
-    command = [sys.executable, "-m", "bitkern", "finetune", "--data", "digits", "--shots", "3"]
-    command += ["--model", "R26x0.5", "--resize", "40", "--crop", "32", "--batch-size", "16"]
-    command += ["--steps", "150", "--holdout", "0.1", "--mixup-alpha", "0.1", "--base-lr", "0.01"]
-    command += ["--checkpoint-every", "3", "--eval-every", "20", "--workers", "1", "--out"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(tmp_path / "straight")], env=environment)
-    assert done.returncode == 0
+    arguments = ["--data", "digits", "--shots", 3, "--holdout", 0.1, "--steps", 100]
+    arguments += ["--model", "R26x0.5", "--resize", 40, "--crop", 32, "--batch-size", 16]
+    arguments += ["--mixup-alpha", 0.1, "--base-lr", 0.01, "--eval-every", 20, "--workers", 1]
+    with pytest.raises(SystemExit, match="^0$"):  # in this process: the others need not import
+        finetune(*arguments, "--out", tmp_path / "straight")
     out = tmp_path / "killed"
+    arguments += ["--checkpoint-every", 2, "--out", out]
     moments, kills = random.Random(0), 0
     while True:
         resume = ["--resume"] if (out / "last.pt").exists() else []
-        process = subprocess.Popen([*command, str(out), *resume], env=environment)
+        process = FORK.Process(target=finetune, args=[*arguments, *resume])
+        process.start()
         if kills < 20:
-            # At any moment of the imports, or within the steps up to the second checkpoint or so.
-            wanted = lines(out) + moments.randrange(8)
-            early = time.monotonic() + (moments.uniform(0, 4) if moments.random() < 0.2 else 60)
-            while process.poll() is None and time.monotonic() < early and lines(out) < wanted:
+            # At any moment of the start, or within the steps up to the second checkpoint or so.
+            wanted = lines(out) + moments.randrange(5)
+            early = time.monotonic() + (moments.uniform(0, 1) if moments.random() < 0.2 else 60)
+            while process.is_alive() and time.monotonic() < early and lines(out) < wanted:
                 time.sleep(0.002)
             time.sleep(moments.uniform(0, 0.1))
             process.kill()
-        kills += process.wait() == -signal.SIGKILL
-        if process.returncode == 0:
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        if process.exitcode == 0:
             break
-        assert process.returncode == -signal.SIGKILL
+        assert process.exitcode == -signal.SIGKILL
     assert kills == 20
     assert sorted(path.name for path in out.iterdir()) == FILES
     assert content(out) == content(tmp_path / "straight")

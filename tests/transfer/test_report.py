@@ -262,6 +262,18 @@ def test_refuses_bad_names_and_settings_before_any_work(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_refuses_a_folder_that_cannot_be_written_to_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "judge", pytest.fail)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    # Permissions do not bind root.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder or not mode & os.W_OK)
+    for page in (folder / "report.html", folder / "new" / "report.html"):
+        with pytest.raises(ValueError, match="folder: expected a folder that can be written to"):
+            write_report(page, torch.zeros(15, 3), image_set())
+    assert list(folder.iterdir()) == []
+
+
 def test_a_failure_leaves_no_part_behind(tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError("no space left on device")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,11 @@ def check_report(page: Path) -> None:
     require("sklearn", "matplotlib", "PIL")
     if page.suffix != ".html":
         raise ValueError(f"{page}: expected the name of an .html file to write")
-    for folder in page.parents:
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder}: expected a folder, found a file")
+    folder = next(folder for folder in page.parents if folder.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder, found a file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: expected a folder that can be written to")
     report, predictions = page.with_name(NUMBERS), page.with_name(PREDICTIONS)
     advice = "write into another folder, or move it away"
     if report.exists():

@@ -1,14 +1,14 @@
 """What a model made of each image of a set."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bitkern.transfer.data.images import ImageSet
+from bitkern.transfer.recipes.mixup import cross_entropy
 
 Bools = npt.NDArray[np.bool_]
 ROWS = 4096  # of logits taken to float64 at a time
@@ -43,22 +43,21 @@ def judge(outputs: Tensor, data: ImageSet) -> Outcome:
             f"outputs: expected floating-point logits {truth.shape}, "
             f"got {outputs.dtype} {tuple(outputs.shape)}"
         )
-    loss_of: Any
     outputs = outputs.detach().float().cpu()
     broken = (~outputs.isfinite()).any(1).nonzero()
     if len(broken):
         first = int(broken[0])
         raise ValueError(f"outputs: expected finite logits, got NaN or infinity for image {first}")
-    logits, labels = outputs.numpy(), torch.from_numpy(truth)
+    logits = outputs.numpy()
     if data.multi_label:
-        chances, loss_of = outputs.sigmoid(), F.binary_cross_entropy_with_logits
+        chances, labels = outputs.sigmoid(), torch.from_numpy(truth)
         predicted = (chances >= THRESHOLD).numpy()
     else:
-        chances, loss_of = outputs.softmax(1), F.cross_entropy
+        chances, labels = outputs.softmax(1), torch.from_numpy(data.labels.astype(np.int64))
         predicted = np.zeros_like(truth)
         predicted[np.arange(len(logits)), logits.argmax(1)] = True
     parts = zip(torch.split(outputs, ROWS), torch.split(labels, ROWS), strict=True)
-    losses = [loss_of(x.double(), y.double(), reduction="sum").item() for x, y in parts]
+    losses = [cross_entropy(x.double(), y).item() * len(x) for x, y in parts]
     loss = sum(losses) / len(logits)
     return Outcome(truth, predicted, chances.numpy(), _rank(logits, truth), loss)
 
