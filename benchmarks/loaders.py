@@ -6,20 +6,16 @@
 import glob
 import json
 import os
-import resource
 import sys
 import tarfile
 import threading
 import time
-from itertools import count, cycle, islice
 
 import numpy as np
-import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from bitkern import transfer
-from bitkern.transfer.data.decoders import pillow
 
 CORES = len(os.sched_getaffinity(0))
 SHARDS = 4
@@ -47,13 +43,8 @@ def _ours(cache):
     def load(folder, resize, crop, batch):
         data = transfer.image_folder(folder, "train")
         rule = transfer.HyperRule(resize, crop, 10**6, (), 0, 0.0, batch_size=batch)
-        options = {"seed": 0, "workers": CORES, "check": False}
-        batches = transfer.train_batches(data, rule, cache=cache, **options)
-        plain = transfer.train_batches(data, rule, seed=0, cache="off", check=False)
-        (x, y), (expected, labels) = next(iter(batches)), next(iter(plain))
-        assert torch.equal(x, expected) and torch.equal(y, labels)
-        assert x.shape == (batch, 3, crop, crop) and x.dtype == torch.uint8
-        return batches
+        how = {"seed": 0, "workers": CORES, "cache": cache, "check": False}
+        return transfer.train_batches(data, rule, **how)
 
     return load
 
@@ -114,8 +105,9 @@ def _webdataset(folder, resize, crop, batch):
     transform = _v2(resize, crop)
     shards = sorted(glob.glob(f"{folder}/*.tar"))
     dataset = webdataset.WebDataset(shards, shardshuffle=SHARDS, nodesplitter=None)
-    decoded = dataset.shuffle(100).decode("torchrgb8").to_tuple("jpg", "cls")
-    return _endless(DataLoader(decoded.map_tuple(transform), batch, num_workers=CORES))
+    decoded = dataset.shuffle(100).decode("torchrgb8", only="jpg").to_tuple("jpg", "cls")
+    endless = decoded.map_tuple(transform, int).repeat()
+    return DataLoader(endless, batch, num_workers=CORES)
 
 
 LOADERS = {
@@ -125,3 +117,91 @@ LOADERS = {
     "timm": _timm,
     "webdataset": _webdataset,
 }
+
+
+def _tree(pid):
+    """A process and those that it started."""
+    yield pid
+    for path in glob.glob(f"/proc/{pid}/task/*/children"):
+        with open(path) as file:
+            for child in file.read().split():
+                yield from _tree(int(child))
+
+
+def memory_mb():
+    """What this process and its workers hold, shared pages counted once."""
+    total = 0
+    for pid in _tree(os.getpid()):
+        try:
+            with open(f"/proc/{pid}/smaps_rollup") as file:
+                (line,) = (line for line in file if line.startswith("Pss:"))
+        except (OSError, ValueError):  # it has ended
+            continue
+        total += int(line.split()[1])
+    return total / 1e3
+
+
+class Memory(threading.Thread):
+    """The most memory held during the block, beyond that before it."""
+
+    def __enter__(self):
+        self.before, self.peak, self.ended = memory_mb(), 0.0, threading.Event()
+        self.start()
+        return self
+
+    def run(self):
+        while not self.ended.wait(0.2):
+            self.peak = max(self.peak, memory_mb() - self.before)
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.join()
+
+
+def cpu_seconds():
+    """Of this process, those that it started, and those of them that have ended."""
+    total = 0
+    for pid in _tree(os.getpid()):
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        total += sum(map(int, fields[11:15]))
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+class Spent:
+    """Seconds of wall and of processor time in the block."""
+
+    def __enter__(self):
+        self.began = time.perf_counter(), cpu_seconds()
+        return self
+
+    def __exit__(self, *_):
+        wall, cores = self.began
+        self.wall, self.cores = time.perf_counter() - wall, cpu_seconds() - cores
+
+
+def measured(name, folder, resize, crop, batch, seconds):
+    """Milliseconds an image, of wall and of core time, in the first epoch and in later ones.
+
+    The first begins with what the loader does before its first batch. And the MB it held at most.
+    """
+    images = len(glob.glob(f"{folder}/train/*/*.jpg"))
+    with Memory() as memory:
+        with Spent() as first:
+            batches = iter(LOADERS[name](folder, resize, crop, batch))
+            for _ in range(-(-images // batch)):
+                next(batches)
+        count, end = 0, time.perf_counter() + seconds
+        with Spent() as later:
+            while time.perf_counter() < end:
+                next(batches)
+                count += batch
+    spent = {"first": (first, images), "later": (later, count)}
+    ms = {f"{epoch}/wall": 1e3 * s.wall / n for epoch, (s, n) in spent.items()}
+    ms |= {f"{epoch}/core": 1e3 * s.cores / n for epoch, (s, n) in spent.items()}
+    return {"ms": ms, "peak_mb": memory.peak}
+
+
+if __name__ == "__main__":
+    name, folder, *numbers = sys.argv[1:]
+    print(json.dumps(measured(name, folder, *map(int, numbers))))
