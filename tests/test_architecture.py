@@ -60,7 +60,11 @@ INSIDE = {
     ),
     "transfer.recipes": (("mixup",), ("hyperrule",)),
     "transfer.report": (("outcome", "style"), ("intervals",), ("numbers", "pictures"), ("page",)),
-    "transfer.data": (("images",), ("folder", "subsets", "loader"), ("digits", "table")),
+    "transfer.data": (
+        ("images",),
+        ("folder", "subsets", "loader", "members", "tar"),
+        ("digits", "huggingface", "shards", "table"),
+    ),
     "export": (("common",), ("aoti", "npz", "onnx", "timm", "transformers")),
     "demo": (("letters", "pictures"),),
     "cli": (
