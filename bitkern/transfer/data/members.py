@@ -65,7 +65,9 @@ def image_set(
     else:
         classes = names if classes is None else classes
         place = {name: i for i, name in enumerate(classes)}
-        places = np.array([place.get(name, -1) for name in names], np.int64)[values]
+        # A -1 behind the names is for what lies outside them.
+        known = np.array([*(place.get(name, -1) for name in names), -1], np.int64)
+        places = known[np.where((0 <= values) & (values < len(names)), values, -1)]
     wrong = np.flatnonzero(places < 0)
     if len(wrong):
         first = int(wrong[0])
@@ -82,7 +84,7 @@ def image_set(
 
 def _reason(value: int, names: Sequence[str] | None, classes: int) -> str:
     """Why a label is none of the classes."""
-    if names is not None:
+    if names is not None and 0 <= value < len(names):
         return f"label: expected one of {classes} classes, got {names[value]!r}"
     try:
         check_number(value)
