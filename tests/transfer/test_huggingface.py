@@ -19,6 +19,7 @@ from bitkern.transfer.data import check_apart
 from bitkern.transfer.data.huggingface import image_dataset, is_dataset
 from bitkern.transfer.data.images import read_image
 from bitkern.transfer.data.loader import eval_batches
+from bitkern.transfer.data.shards import image_shards
 from tests.transfer.shards import jpeg
 
 NAMES = ["bee", "ant", "cät"]
@@ -312,7 +313,9 @@ def test_the_environment_stays(tmp_path):
     assert (dict(os.environ), datasets.config.HF_HUB_OFFLINE) == before
 
 
-def test_without_datasets(tmp_path, monkeypatch):
+def test_without_the_libraries(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"datasets is not .*: pip install 'bitkern\[large\]"):
+    with pytest.raises(ValueError, match=r"datasets is not .*: pip install 'bitkern\[large\]'"):
         image_dataset(f"hfds:{tmp_path}", "train")
+    with pytest.raises(ValueError, match=r"webdataset is not .*: pip install 'bitkern\[large\]'"):
+        image_shards(tmp_path / "train-{0..1}.tar", "train")

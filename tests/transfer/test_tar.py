@@ -101,14 +101,55 @@ def test_pax_fields_and_sizes(tmp_path):
     assert [m.read() for m in image_shards(path, "train").images] == [jpeg(0), jpeg(1)]
 
 
-def test_size_in_binary(tmp_path):
-    path = write_tar(tmp_path / "x.tar", TWO)
-    data = bytearray(path.read_bytes())
-    data[124:136] = b"\x80" + len(jpeg(0)).to_bytes(11)
-    data[148:156] = b"        "
-    data[148:156] = b"%06o\0 " % sum(data[:512])
-    path.write_bytes(data)
-    assert image_shards(path, "train").images[0].read() == jpeg(0)
+def entry(name, data, kind=tarfile.REGTYPE, size=None):
+    """A header and what follows it; ``size`` is 12 bytes in place of what the header says."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, len(data)
+    header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    if size:
+        header[124:136], header[148:156] = size, b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + data + bytes(-len(data) % 512)
+
+
+def write_entries(path, *first):
+    """A tar file of these entries and a sample of class 1."""
+    entries = [*first, *(entry(name, data) for name, data in sample("b", 1))]
+    path.write_bytes(b"".join(entries) + bytes(1024))
+    return path
+
+
+JPEG = jpeg(0)
+BINARY = b"\x80" + len(JPEG).to_bytes(11)
+
+
+@pytest.mark.parametrize(
+    ("before", "size"),
+    [([], BINARY), ([], b" %9o  " % len(JPEG)), ([b"12 size=%d\n" % len(JPEG)], b"0" * 12)],
+)
+def test_sizes(tmp_path, before, size):
+    before = [entry("x", data, tarfile.XHDTYPE) for data in before]
+    image = entry("a.jpg", JPEG, size=size)
+    path = write_entries(tmp_path / "x.tar", *before, image, entry("a.cls", b"0"))
+    found = image_shards(path, "train")
+    assert [m.read() for m in found.images] == [JPEG, jpeg(1)]
+
+
+BAD = [b"8 path=a\n", b"11 path=a\n", b"0 path=a\n", b"-9 path=a\n", b"path=a\n", b"9 size=x\n"]
+
+
+@pytest.mark.parametrize("record", [*BAD, b"11 size=-5\n", b"12 size=1e9\n"])
+def test_bad_extended_headers(tmp_path, record):
+    path = write_entries(tmp_path / "x.tar", entry("x", record, tarfile.XHDTYPE))
+    with pytest.raises(DataError, match="x.tar: (damaged at byte|not a tar file)"):
+        image_shards(path, "train")
+
+
+def test_sparse_files(tmp_path):
+    record = b"22 GNU.sparse.major=1\n"
+    path = write_entries(tmp_path / "x.tar", entry("x", record, tarfile.XHDTYPE))
+    with pytest.raises(DataError, match="x.tar: b.jpg: expected a file"):
+        image_shards(path, "train")
 
 
 @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE])

@@ -253,8 +253,9 @@ class _Scan:
         samples: dict[bytes, _Sample] = {}
         suffixes: set[bytes] = set()
         try:
-            file = _Descriptor(shard.path)
-            for name, offset, length in tar.members(file.number, shard.name):
+            opened = _Descriptor(shard.path)
+            file = tar.Reader(opened.number)
+            for name, offset, length in tar.members(file, shard.name):
                 start = name.rfind(b"/") + 1
                 dot = name.find(b".", start)
                 if dot <= start:  # hidden, or without a suffix
@@ -272,7 +273,7 @@ class _Scan:
                     elif suffix in (b"cls", b"json"):
                         if length > LONGEST_LABEL:
                             raise ValueError(f"label: expected a short file, got {length} bytes")
-                        data = os.pread(file.number, length, offset)
+                        data = file.read(offset, length)
                         labels = self._number(data) if suffix == b"cls" else self._in_json(data)
                         if labels is not None and sample.labels is not None:
                             raise ValueError(f"two labels, .{suffix.decode()} the second")

@@ -1,6 +1,7 @@
 """The members of a tar file, by its headers alone: ustar, GNU and pax."""
 
 import os
+import re
 import zlib
 from collections.abc import Iterator
 
@@ -9,9 +10,11 @@ from bitkern.transfer.data.images import DataError
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
-_PIECE = 1 << 20  # bytes read at once; no extended header is longer
+_PAGE = 4096
+_LONGEST = 1 << 20  # bytes; no extended header is longer
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _PLAIN = (b"0", b"\0", b"7", b"5")  # files, and folders
+_TELLING = re.compile(rb"path=|size=|GNU.sparse")  # what is of use here
 _BEFORE = (b"x", b"L", b"K", b"g")  # what tells more of the next member, or of all
 
 
@@ -20,33 +23,50 @@ def shown(name: bytes) -> str:
     return files.in_a_line(name.decode(errors="replace"))
 
 
-def members(file: int, path: str) -> Iterator[tuple[bytes, int, int]]:
-    """(name, offset, length) of each plain file in the tar file that a descriptor has open.
+class Reader:
+    """A file that is open, of which the last page is kept: small members lie close together."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.size = os.fstat(descriptor).st_size
+        self.page = b""
+        self.start = 0
+
+    def read(self, position: int, length: int) -> bytes:
+        """Bytes from a position on, fewer at the end of the file."""
+        begin = position - self.start
+        if begin < 0 or begin + length > len(self.page):
+            page = os.pread(self.descriptor, max(length, _PAGE), position)
+            self.page, self.start, begin = page, position, 0
+        return self.page[begin : begin + length]
+
+
+def members(file: Reader, path: str) -> Iterator[tuple[bytes, int, int]]:
+    """(name, offset, length) of each plain file in a tar file.
 
     Raises :class:`DataError`, naming ``path``, for what is no tar file or damaged, for one that
     does not reach to the end that every tar file has, and for members that are links.
     """
-    size = os.fstat(file).st_size
     position, extended = 0, dict[bytes, bytes]()
-    while (header := os.pread(file, BLOCK, position)) != _ZEROS:
+    while (header := file.read(position, BLOCK)) != _ZEROS:
         kind = header[156:157]
         offset = position + BLOCK
         try:
             length = _checked_length(header)
-            if kind not in _BEFORE:
+            if extended and kind not in _BEFORE:
                 length = int(extended.get(b"size", length))
-            if length < 0 or kind in _BEFORE and length > _PIECE:
+            if length < 0 or kind in _BEFORE and length > _LONGEST:
                 raise ValueError
-            following = offset + -(-length // BLOCK) * BLOCK
-            if following <= size and kind == b"x":
-                extended |= _pax(os.pread(file, length, offset))
+            following = (offset + length + BLOCK - 1) // BLOCK * BLOCK
+            if kind == b"x" and following <= file.size:
+                extended |= _pax(file.read(offset, length))
         except ValueError:
             raise DataError(_wrong(path, header, position)) from None
-        if following > size:
-            raise _early(path, size)
+        if following > file.size:
+            raise _early(path, file.size)
         position = following
         if kind == b"L":
-            extended[b"path"] = os.pread(file, length, offset).rstrip(b"\0")
+            extended[b"path"] = file.read(offset, length).rstrip(b"\0")
         if kind in _BEFORE:
             continue
         name = extended.get(b"path") or _name(header)
@@ -56,9 +76,9 @@ def members(file: int, path: str) -> Iterator[tuple[bytes, int, int]]:
             yield name, offset, length
         if extended:
             extended = {}
-    if size - position < 2 * BLOCK:
-        raise _early(path, size)
-    while piece := os.pread(file, _PIECE, position):
+    if file.size - position < 2 * BLOCK:
+        raise _early(path, file.size)
+    while piece := file.read(position, _LONGEST):
         if piece.strip(b"\0"):
             raise DataError(f"{path}: goes on behind the end of the archive at byte {position}")
         position += len(piece)
@@ -90,7 +110,9 @@ def _name(header: bytes) -> bytes:
 
 def _pax(data: bytes) -> dict[bytes, bytes]:
     """The fields of an extended header, of which each is "LENGTH NAME=VALUE" and a line's end."""
-    fields = {}
+    fields: dict[bytes, bytes] = {}
+    if not _TELLING.search(data):  # but the time, as of all that webdataset writes
+        return fields
     while data:
         length = int(data[: data.index(b" ")])
         if length < 1 or data[length - 1 : length] != b"\n":
