@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import pytest
 import torch
 
 from benchmarks import loaders, measure, record
@@ -47,7 +46,9 @@ def gate(folder, case):
     """What is cut out of the cache is what is decoded anew."""
     data = transfer.image_folder(folder, "train")
     rule = transfer.HyperRule(case.resize, case.crop, 3, (), 0, 0.0, batch_size=case.batch)
-    caches = [transfer.train_batches(data, rule, seed=0, cache=c, workers=2) for c in ("ram", "off")]
+    caches = [
+        transfer.train_batches(data, rule, seed=0, cache=c, workers=2) for c in ("ram", "off")
+    ]
     for (x, y), (expected, labels) in zip(*caches, strict=True):
         assert torch.equal(x, expected) and torch.equal(y, labels)
 

@@ -64,9 +64,7 @@ class _Files(Dataset):
 def _v2(resize, crop):
     from torchvision.transforms import v2
 
-    return v2.Compose(
-        [v2.Resize((resize, resize)), v2.RandomCrop(crop), v2.RandomHorizontalFlip()]
-    )
+    return v2.Compose([v2.Resize((resize, resize)), v2.RandomCrop(crop), v2.RandomHorizontalFlip()])
 
 
 def _endless(loader):

@@ -62,8 +62,8 @@ INSIDE = {
     "transfer.report": (("outcome", "style"), ("intervals",), ("numbers", "pictures"), ("page",)),
     "transfer.data": (
         ("images", "memory", "threads"),
-        ("decoders", "folder", "subsets"),
-        ("digits", "resized", "table"),
+        ("decoders", "folder", "members", "subsets", "tar"),
+        ("digits", "huggingface", "resized", "shards", "table"),
         ("cache",),
         ("opening",),
         ("loader",),

@@ -7,7 +7,9 @@ from bitkern.transfer.data import (
     digits,
     few_shot,
     hold_out,
+    image_dataset,
     image_folder,
+    image_shards,
     image_table,
 )
 from bitkern.transfer.data.loader import train_batches
@@ -39,7 +41,9 @@ __all__ = [
     "few_shot",
     "hold_out",
     "hyperrule",
+    "image_dataset",
     "image_folder",
+    "image_shards",
     "image_table",
     "load_run",
     "mixup",

@@ -13,6 +13,9 @@ CUDA_GRAPH = ("auto", "on", "off")
 # Instructions that multiply bfloat16: on x86, on Arm. Without them it is slower than float32.
 _BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
+# What installs the modules that bitkern[train] does not.
+_EXTRAS = {"datasets": "large", "webdataset": "large"}
+
 
 def default_precision(device: str | torch.device) -> tuple[str, str]:
     """The precision for a device, and why.
@@ -34,7 +37,8 @@ def require(*modules: str) -> None:
     """Raise ValueError, saying how to install them, unless all modules can be imported."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise ValueError(f"{module} is not installed: pip install 'bitkern[train]'")
+            extra = _EXTRAS.get(module, "train")
+            raise ValueError(f"{module} is not installed: pip install 'bitkern[{extra}]'")
 
 
 def use_graph(cuda_graph: str, device: torch.device) -> bool:

@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from bitkern.transfer.data.digits import digits
 from bitkern.transfer.data.folder import image_folder
+from bitkern.transfer.data.huggingface import image_dataset, is_dataset
 from bitkern.transfer.data.images import (
     DataError,
     ImageSet,
@@ -13,26 +13,37 @@ from bitkern.transfer.data.images import (
     check_same_classes,
     image_size,
 )
+from bitkern.transfer.data.shards import image_shards, is_shards
 from bitkern.transfer.data.subsets import few_shot, hold_out
-from bitkern.transfer.data.table import image_table
+from bitkern.transfer.data.table import image_table, is_table
 
 __all__ = ["DataError", "ImageSet", "check_same_classes", "digits", "few_shot", "hold_out"]
-__all__ += ["check_apart", "image_folder", "image_size", "image_table", "load_split"]
+__all__ += ["check_apart", "image_dataset", "image_folder", "image_shards", "image_size"]
+__all__ += ["image_table", "load_split"]
 
-# Sources by name; anything else is a CSV file or a folder.
+# Sources by name. Then those that are told by what they are called; anything else is a folder.
 SOURCES: dict[str, Callable[[str], ImageSet]] = {"digits": digits}
+Load = Callable[[str, str, Sequence[str] | None], ImageSet]
+KINDS: tuple[tuple[Callable[[str], bool], Load], ...] = (
+    (is_dataset, image_dataset),
+    (is_shards, image_shards),
+    (is_table, image_table),
+)
 
 
 def load_split(
     source: str | os.PathLike[str], split: str, classes: Sequence[str] | None = None
 ) -> ImageSet:
-    """The images of a named source, CSV file or folder.
+    """The images of a named source, Hugging Face dataset, tar shards, CSV file or folder.
 
-    A CSV file need not have images of all ``classes``. Raises :class:`DataError`: see
-    :func:`image_folder` and :func:`image_table`.
+    All but named sources and folders need not have images of all ``classes``, those of the set
+    that was trained on. Raises :class:`DataError`: see :func:`image_folder`, :func:`image_table`,
+    :func:`image_shards` and :func:`image_dataset`.
     """
-    if str(source) in SOURCES:
-        return SOURCES[str(source)](split)
-    if Path(source).suffix.lower() == ".csv":
-        return image_table(source, split, classes)
+    name = os.fspath(source)
+    if name in SOURCES:
+        return SOURCES[name](split)
+    for is_kind, load in KINDS:
+        if is_kind(name):
+            return load(name, split, classes)
     return image_folder(source, split)

@@ -4,6 +4,7 @@ Images leave here as uint8 (N, 3, crop, crop), a view of (N, crop, crop, 3) and 
 and are scaled to [-1, 1] on the device.
 """
 
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -55,7 +56,7 @@ def made_batches(
     try:
         yield from begun_ahead(begin, keys, AHEAD if pool else 0)
     finally:
-        if pool:
+        if pool and not sys.is_finalizing():
             pool.shutdown(cancel_futures=True)
 
 

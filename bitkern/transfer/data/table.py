@@ -22,6 +22,11 @@ class _Row(NamedTuple):
     split: str | None
 
 
+def is_table(source: str) -> bool:
+    """Whether a source is a CSV file, by its name."""
+    return Path(source).suffix.lower() == ".csv"
+
+
 def image_table(
     path: str | os.PathLike[str], split: str, classes: Sequence[str] | None = None
 ) -> ImageSet:

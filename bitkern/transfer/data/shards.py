@@ -1,0 +1,367 @@
+"""Images in tar files, as the webdataset library lays them out."""
+
+import dataclasses
+import functools
+import glob
+import hashlib
+import json
+import os
+import re
+import stat
+import sys
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bitkern import files
+from bitkern.models.weights import cache_folder
+from bitkern.transfer.compute import require
+from bitkern.transfer.data import tar
+from bitkern.transfer.data.folder import EXTENSIONS
+from bitkern.transfer.data.images import DataError, ImageSet
+from bitkern.transfer.data.members import Labels, Members, check_number, image_set
+
+FORMAT = 1  # of the index in the cache
+OPEN_SHARDS = 64  # in each process; systems allow 256 files and more
+LONGEST_LABEL = 1 << 20  # bytes
+_IMAGES = {extension[1:].encode() for extension in EXTENSIONS}
+
+
+class Shard(NamedTuple):
+    """A tar file, as it was when it was indexed; ``name`` is what the user calls it."""
+
+    name: str
+    path: str
+    size: int
+    mtime_ns: int
+
+
+class ShardMember(NamedTuple):
+    """An image in a tar file."""
+
+    shard: Shard
+    name: str
+    offset: int
+    length: int
+
+    @property
+    def version(self) -> str:
+        """The file it is in, as it was when it was indexed, and where in there it is."""
+        return ":".join(str(part) for part in (*self.shard[1:], self.offset, self.length))
+
+    def __str__(self) -> str:
+        return f"{self.shard.name}: {self.name}"
+
+    def read(self) -> bytes:
+        """Its bytes. Raises OSError if the tar file is not what it was."""
+        file = _opened(self.shard)  # kept until the end: another thread may drop it from the cache
+        data = os.pread(file.number, self.length, self.offset)
+        found = os.fstat(file.number)
+        if (found.st_size, found.st_mtime_ns) != self.shard[2:] or len(data) < self.length:
+            raise OSError("the shard has changed since it was indexed")
+        return data
+
+
+class _Descriptor:
+    """An open file, closed when the last thread that reads from it lets go of it."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+@functools.lru_cache(OPEN_SHARDS)
+def _opened(shard: Shard) -> _Descriptor:
+    return _Descriptor(shard.path)
+
+
+class _Index(NamedTuple):
+    """The images of shards, in order, in arrays; also the names of the fields in the cache.
+
+    ``names`` are those of the members, one after the other, UTF-8, of ``name_lengths``;
+    ``label_names`` is empty if labels are numbers.
+    """
+
+    shard: npt.NDArray[np.int32]
+    offset: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int64]
+    names: npt.NDArray[np.uint8]
+    name_lengths: npt.NDArray[np.int32]
+    values: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+    several: npt.NDArray[np.bool_]
+    label_names: npt.NDArray[np.str_]
+
+
+class _Indexed:
+    """The images of shards by number."""
+
+    def __init__(self, shards: Sequence[Shard], index: _Index) -> None:
+        self.shards = shards
+        self.index = index
+        self.name_ends = np.cumsum(index.name_lengths, dtype=np.int64)
+
+    def member(self, row: int) -> ShardMember:
+        index, end = self.index, self.name_ends[row]
+        name = index.names[end - index.name_lengths[row] : end].tobytes()
+        offset, length = int(index.offset[row]), int(index.length[row])
+        return ShardMember(self.shards[index.shard[row]], tar.shown(name), offset, length)
+
+
+def is_shards(source: str | os.PathLike[str]) -> bool:
+    """Whether a source is meant to be tar files: its name has ``.tar`` in it."""
+    return re.search(r"\.tar\b", os.path.basename(source)) is not None
+
+
+def image_shards(
+    source: str | os.PathLike[str], split: str, classes: Sequence[str] | None = None
+) -> ImageSet:
+    """The images of tar files: one, ``DIR/train-{000000..000146}.tar`` or ``DIR/train-*.tar``.
+
+    Members whose paths agree up to the first dot of the file name are a sample: an image, and its
+    label in ``.cls``, a number, or ``.json``, ``{"label": 3}`` or ``{"labels": ["ant", "bee"]}``,
+    numbers or names; ``labels`` makes a multi-label set. Classes are ``classes``, else the lines of
+    a ``classes.txt`` beside the shards, else the names found, sorted, or numbers. The split "test"
+    is in the shards with "test" in their names in place of "train".
+
+    Images are found once and then in an index in the cache. Raises :class:`DataError`, naming shard
+    and key, for what is no such sample, and a shard that is missing, damaged or not a plain tar.
+    """
+    shards = _shards(os.fspath(source), split)
+    index = _cached_index(shards)
+    listed = Path(shards[0].name).with_name("classes.txt")
+    if classes is None and listed.is_file():
+        classes = _listed(listed)
+    names = index.label_names.tolist() or None
+    labels = Labels(index.values, index.counts if index.several else None, names)
+    images = Members(_Indexed(shards, index).member, np.arange(len(index.shard)))
+    return image_set(images, labels, classes, os.fspath(source))
+
+
+def _shards(source: str, split: str) -> list[Shard]:
+    """The shards of a split."""
+    folder, name = os.path.split(source)
+    if split != "test" or "train" not in name:
+        found = _expanded(source)
+        if not found:
+            raise DataError(f"{source}: no such shards")
+        return [_shard(path) for path in found]
+    beside = os.path.join(folder, re.sub(r"\{[^{}]*\}", "*", name.replace("train", "test")))
+    found = [path for path in _expanded(beside) if os.path.exists(path)]
+    if not found:
+        raise DataError(f"{source}: no shards to test with: expected {beside}, or holdout")
+    return [_shard(path) for path in found]
+
+
+def _expanded(source: str) -> list[str]:
+    """Paths, from one whose braces, and wildcards in the name of the file, stand for several."""
+    patterns = [source]
+    if "{" in source:
+        require("webdataset")
+        from webdataset.shardlists import expand_urls
+
+        try:
+            patterns = expand_urls(source)
+        except (ValueError, AssertionError) as error:
+            raise DataError(f"{source}: {files.in_a_line(error)}") from None
+    found = []
+    for pattern in patterns:
+        folder, name = os.path.split(pattern)
+        if glob.has_magic(name) and not os.path.exists(pattern):
+            names = sorted(glob.glob(name, root_dir=folder or None))
+            found += [os.path.join(folder, name) for name in names]
+        else:
+            found.append(pattern)
+    return found
+
+
+def _shard(path: str) -> Shard:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: no such shard ({error.strerror})") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path}: expected a tar file, got a folder or the like")
+    return Shard(path, os.path.realpath(path), status.st_size, status.st_mtime_ns)
+
+
+def _listed(path: Path) -> list[str]:
+    """The names of classes, one a line."""
+    try:
+        with files.reading(path, "a list of classes"):
+            names = path.read_text("utf-8-sig").rstrip().split("\n")
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    numbers: dict[str, int] = {}
+    for number, name in enumerate(map(str.strip, names), 1):
+        if not name or numbers.setdefault(name, number) != number:
+            raise DataError(f"{path}: line {number}: expected another class, got {name!r}")
+    return list(numbers)
+
+
+def _cached_index(shards: Sequence[Shard]) -> _Index:
+    """The index of shards, which is kept in the cache."""
+    from tqdm import tqdm
+
+    key = json.dumps([FORMAT, [shard[1:] for shard in shards]])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+    path = cache_folder() / "images" / f"index-{digest}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return _Index(*(arrays[field] for field in _Index._fields))
+    except Exception:  # of a damaged file anything
+        pass
+    scan = _Scan()
+    for shard in tqdm(shards, "indexing shards", leave=False, disable=None):
+        scan.add(shard)
+    index = scan.index()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.replacing(path) as part:
+            np.savez(part, **index._asdict())
+    except OSError as error:
+        reason = error.strerror or error
+        print(f"{path}: the index of the shards is not kept: {reason}", file=sys.stderr)
+    return index
+
+
+@dataclasses.dataclass(slots=True)
+class _Sample:
+    name: bytes = b""  # of the member that is the image
+    offset: int = 0
+    length: int = 0
+    labels: tuple[int, ...] | None = None
+
+
+class _Scan:
+    """What shards hold, one after the other."""
+
+    def __init__(self) -> None:
+        self.parts: list[_Index] = []
+        self.names: dict[str, int] = {}  # of labels, numbered as they are found
+        self.forms: dict[str, str] = {}  # in which labels are given, all of them alike
+
+    def add(self, shard: Shard) -> None:
+        """Read the headers and labels of one more shard. Raises :class:`DataError`."""
+        samples: dict[bytes, _Sample] = {}
+        suffixes: set[bytes] = set()
+        try:
+            opened = _Descriptor(shard.path)
+            file = tar.Reader(opened.number)
+            for name, offset, length in tar.members(file, shard.name):
+                start = name.rfind(b"/") + 1
+                dot = name.find(b".", start)
+                if dot <= start:  # hidden, or without a suffix
+                    continue
+                key, suffix = name[:dot], name[dot + 1 :].lower()
+                suffixes.add(suffix)
+                sample = samples.get(key)
+                if sample is None:
+                    sample = samples[key] = _Sample()
+                try:
+                    if suffix in _IMAGES:
+                        if sample.name:
+                            raise ValueError(f"two images, .{tar.shown(suffix)} the second")
+                        sample.name, sample.offset, sample.length = name, offset, length
+                    elif suffix in (b"cls", b"json"):
+                        if length > LONGEST_LABEL:
+                            raise ValueError(f"label: expected a short file, got {length} bytes")
+                        data = file.read(offset, length)
+                        labels = self._number(data) if suffix == b"cls" else self._in_json(data)
+                        if labels is not None and sample.labels is not None:
+                            raise ValueError(f"two labels, .{suffix.decode()} the second")
+                        sample.labels = sample.labels if labels is None else labels
+                except ValueError as error:
+                    raise DataError(f"{shard.name}: {tar.shown(key)}: {error}") from None
+        except OSError as error:
+            raise DataError(f"{shard.name}: cannot be read: {error.strerror}") from None
+        if not any(sample.name for sample in samples.values()):
+            found = ", ".join(sorted(tar.shown(suffix) for suffix in suffixes)) or "no files"
+            raise DataError(
+                f"{shard.name}: no images: expected names that end in .jpg, .png, .webp or the "
+                f"like, found {files.in_a_line(found)}"
+            )
+        for key, sample in samples.items():
+            if not sample.name or sample.labels is None:
+                missing = "label, in .cls or .json" if sample.name else "image"
+                raise DataError(f"{shard.name}: {tar.shown(key)}: expected an {missing}, got none")
+        self._keep(list(samples.values()))
+
+    def _number(self, data: bytes) -> tuple[int, ...]:
+        """The label of a ``.cls``."""
+        if not re.fullmatch(rb"\s*-?\d{1,18}\s*", data):
+            raise ValueError(f"label: expected an integer, got {tar.shown(data)!r}")
+        return self._labels([int(data)], several=False)
+
+    def _in_json(self, data: bytes) -> tuple[int, ...] | None:
+        """The label or labels of a ``.json``, which may hold other things only."""
+        try:
+            stated = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not JSON: {files.in_a_line(error)}") from None
+        found = [k for k in ("label", "labels") if isinstance(stated, dict) and k in stated]
+        if len(found) > 1:
+            raise ValueError("expected label or labels, got both")
+        if not found:
+            return None
+        several = found == ["labels"]
+        labels = stated["labels"] if several else [stated["label"]]
+        if not isinstance(labels, list):
+            raise ValueError(f"labels: expected a list, got {files.in_a_line(labels)}")
+        return self._labels(labels, several=several)
+
+    def _labels(self, stated: list[Any], *, several: bool) -> tuple[int, ...]:
+        """Labels by their numbers. Raises ValueError for what is none, or unlike those before."""
+        kinds = {type(label) for label in stated}
+        if not kinds <= {int, str} or "" in stated:
+            shown = files.in_a_line(stated if several else stated[0])
+            raise ValueError(f"label: expected an integer or a name, got {shown}")
+        self._alike("count", "several labels" if several else "one label")
+        for kind in kinds:
+            self._alike("kind", "names" if kind is str else "integers")
+        if kinds == {str}:
+            return tuple(self.names.setdefault(name, len(self.names)) for name in stated)
+        for number in stated:
+            check_number(number)
+        return tuple(stated)
+
+    def _alike(self, aspect: str, form: str) -> None:
+        first = self.forms.setdefault(aspect, form)
+        if form != first:
+            raise ValueError(f"expected {first}, as in the samples before, got {form}")
+
+    def _keep(self, samples: Sequence[_Sample]) -> None:
+        """Of the samples of one more shard only arrays."""
+        labels = [sample.labels or () for sample in samples]
+        self.parts.append(
+            _Index(
+                shard=np.full(len(samples), len(self.parts), np.int32),
+                offset=np.array([sample.offset for sample in samples], np.int64),
+                length=np.array([sample.length for sample in samples], np.int64),
+                names=np.frombuffer(b"".join(sample.name for sample in samples), np.uint8),
+                name_lengths=np.array([len(sample.name) for sample in samples], np.int32),
+                values=np.fromiter(chain.from_iterable(labels), np.int64),
+                counts=np.array([len(some) for some in labels], np.int64),
+                several=np.empty(0, np.bool_),
+                label_names=np.empty(0, np.str_),
+            )
+        )
+
+    def index(self) -> _Index:
+        """That of all shards, the names of labels sorted."""
+        fields = zip(*self.parts, strict=True)
+        index = _Index(*(np.concatenate(arrays) for arrays in fields))
+        several = np.array(self.forms.get("count") == "several labels")
+        names = sorted(self.names)
+        if names:
+            place = {self.names[name]: i for i, name in enumerate(names)}
+            places = np.array([place[i] for i in range(len(names))], np.int64)
+            index = index._replace(values=places[index.values])
+        return index._replace(several=several, label_names=np.array(names, np.str_))
