@@ -84,7 +84,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add(
         "--check",
         action=argparse.BooleanOptionalAction,
-        help="read all images before training, where no cache does (default: up to 100 000)",
+        help="read all images before training (default: of sets of up to 100 000)",
     )
     add(
         "--cuda-graph",

@@ -105,9 +105,9 @@ def train(
     ``workers`` threads load images, 0 for none but the caller's. ``cache`` is "ram" to decode each
     image once and keep it, resized, in memory that the processes of a machine share, "disk" in a
     file that later runs find too, "off" to decode at every use, "auto" for what there is room for,
-    which it says. ``decoder`` is "pillow" or "torchvision", whose pixels differ. All images are
-    read before the training; not where there is no cache and ``check`` is False, or None with a
-    set of more than 100 000. With ``skip_corrupt`` the next image of the set takes the place of one
+    which it says. ``decoder`` is "pillow" or "torchvision", whose pixels differ. ``check`` has all
+    images read before the training, None those of sets of up to 100 000; other sets are kept only
+    on "ram" or "disk". With ``skip_corrupt`` the next image of the set takes the place of one
     that cannot be read, and evaluations leave it out. None of these but the decoder changes a bit
     of the result.
 

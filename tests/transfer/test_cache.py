@@ -293,8 +293,9 @@ def test_every_image_is_corrupt(folder, mode, check):
 
 def test_large_sets_are_not_checked(folder, decoded, monkeypatch):
     monkeypatch.setattr(opening, "CHECKED", 11)
-    batches(sources.image_folder(folder, "train"), "off", None)
-    assert not decoded
+    for mode in ("off", "auto"):
+        batches(sources.image_folder(folder, "train"), mode, None)
+        assert not decoded
     batches(sources.image_folder(folder, "test"), "off", None)
     assert len(decoded) == 6
 

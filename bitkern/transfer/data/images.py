@@ -128,9 +128,9 @@ def check_same_classes(
 
 def check_apart(train_set: ImageSet, test_set: ImageSet, source: str) -> None:
     """Raise :class:`DataError` if an image file of the test set is also one of the training set."""
-    known = {image for image in train_set.images if not isinstance(image, np.ndarray)}
-    for image in test_set.images:
-        if not isinstance(image, np.ndarray) and image in known:
+    tested = {image for image in test_set.images if not isinstance(image, np.ndarray)}
+    for image in train_set.images if tested else ():
+        if not isinstance(image, np.ndarray) and image in tested:
             raise DataError(
                 f"{source}: {image} is both to train on and to test with: name the split of each "
                 "image, or hold out part of them"

@@ -38,6 +38,7 @@ def made_batches(
     ``write`` puts the image of a key into a tensor (size, size, 3), in a thread.
     """
     pinned = compute.device.type == "cuda"
+    at_exit = sys.is_finalizing  # not a global, which Python may have dropped by then
 
     def write_span(images: Tensor, span: Sequence[Key]) -> list[Told]:
         return [write(image, key) for image, key in zip(images, span, strict=True)]
@@ -56,7 +57,7 @@ def made_batches(
     try:
         yield from begun_ahead(begin, keys, AHEAD if pool else 0)
     finally:
-        if pool and not sys.is_finalizing():
+        if pool and not at_exit():
             pool.shutdown(cancel_futures=True)
 
 

@@ -23,7 +23,7 @@ class Reading(NamedTuple):
     share, "disk" in a file that later runs use too, "off" to decode images at every use, "auto" for
     what there is room for. ``decoder`` is one of :data:`DECODERS`. With ``skip_corrupt`` the next
     image that can be read takes the place of one that cannot. ``check`` has all images read before
-    they are used, where no cache does; None means sets of up to 100 000.
+    they are used; None means those of sets of up to 100 000. "auto" keeps what is checked.
     """
 
     cache: str = "auto"
@@ -40,6 +40,10 @@ class Reading(NamedTuple):
             raise ValueError(f"cache: expected {', '.join(CACHE)}, got {cache!r}")
         find_decoder(decoder)
         return cls(cache, decoder, skip_corrupt, check)
+
+    def checks(self, count: int) -> bool:
+        """Whether so many images are all read before they are used."""
+        return count <= CHECKED if self.check is None else self.check
 
 
 class _Found(NamedTuple):
@@ -75,12 +79,14 @@ def _find(resized: Resized, reading: Reading, again: bool, memory: contextlib.Ex
     if not len(resized):
         return _Found(None, {}, "off, no images")
     entry, fresh, made = None, None, None
-    if reading.cache in ("auto", "disk"):
+    if reading.cache == "disk" or reading.cache == "auto" and cache.entries():
         entry, fresh = cache.entry_of(resized, reading.decoder)
         made = cache.usable(entry, resized)
     mode, why = ("disk", "made before") if made else _chosen(resized, reading, again)
     path = None
-    if mode == "disk" and entry and fresh:
+    if mode == "disk":
+        if not entry or not fresh:
+            entry, fresh = cache.entry_of(resized, reading.decoder)
         index = made or cache.fill(entry, fresh, resized, reading.skip_corrupt)
         resized.corrupt = {int(i): message for i, message in index.corrupt.items()}
         path, why = str(entry.pixels), f"{why}, {entry.folder}"
@@ -92,7 +98,7 @@ def _find(resized: Resized, reading: Reading, again: bool, memory: contextlib.Ex
         path = f"/proc/{os.getpid()}/fd/{descriptor}"
         pixels = cache.mapped(path, resized, writable=True)
         resized.read_all(pixels.__setitem__, reading.skip_corrupt)
-    elif again and (len(resized) <= CHECKED if reading.check is None else reading.check):
+    elif again and reading.checks(len(resized)):
         resized.read_all(lambda *_: None, reading.skip_corrupt)
     if resized.corrupt:
         why += f", {len(resized.corrupt)} cannot be read"
@@ -115,6 +121,8 @@ def _chosen(resized: Resized, reading: Reading, again: bool) -> tuple[str, str]:
         return "ram", need
     if not again:
         return "off", "images are read once"
+    if not reading.checks(len(resized)):
+        return "off", f"{len(resized)} images are not all read before the training"
     if needed <= free / 2:
         return "ram", f"{need}, {memory}"
     room = cache.room()
