@@ -16,9 +16,11 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, LargeLis
 from bitkern.transfer import DataError, hold_out
 from bitkern.transfer.compute import Compute
 from bitkern.transfer.data import check_apart
+from bitkern.transfer.data.decoders import pillow
 from bitkern.transfer.data.huggingface import image_dataset, is_dataset
 from bitkern.transfer.data.images import read_image
 from bitkern.transfer.data.loader import eval_batches
+from bitkern.transfer.data.resized import Resized
 from bitkern.transfer.data.shards import image_shards
 from tests.transfer.shards import jpeg
 
@@ -299,9 +301,11 @@ def test_threads_processes_and_copies(tmp_path):
     expected = [jpeg(i % 3, i) for i in range(40)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda m: m.read(), list(found.images) * 5)) == expected * 5
-    batches = [list(eval_batches(found.images, 8, Compute.of("cpu", "fp32", n))) for n in (0, 2)]
-    for here, forked in zip(*batches, strict=True):
-        assert not forked.unreadable and (here.images == forked.images).all()
+    resized, rows = Resized(found.images, 8, pillow), range(len(found.images))
+    computes = (Compute.of("cpu", "fp32", n) for n in (0, 2))
+    batches = [list(eval_batches(resized, rows, compute)) for compute in computes]
+    for here, threaded in zip(*batches, strict=True):
+        assert not threaded.unreadable and (here.images == threaded.images).all()
     assert [m.read() for m in pickle.loads(pickle.dumps(found)).images] == expected
     kept, held = hold_out(found, 0.25, seed=0)
     assert {m.row for m in kept.images} | {m.row for m in held.images} == set(range(40))

@@ -16,8 +16,10 @@ import webdataset
 from bitkern.transfer import DataError, hold_out
 from bitkern.transfer.compute import Compute
 from bitkern.transfer.data import shards, tar
+from bitkern.transfer.data.decoders import pillow
 from bitkern.transfer.data.images import Member, read_image
 from bitkern.transfer.data.loader import eval_batches
+from bitkern.transfer.data.resized import Resized
 from bitkern.transfer.data.shards import image_shards, is_shards
 from tests.transfer.shards import jpeg, sample, write_shards, write_tar
 
@@ -190,8 +192,8 @@ def test_any_order_and_what_is_no_sample(tmp_path):
         ([*TWO, ("c.txt", b"")], "train.tar: c: expected an image, got none"),
         ([*TWO, ("ü/a.png", b""), ("ü/a.jpg", b"")], "train.tar: ü/a: two images, .jpg the second"),
         ([*TWO, *sample("a", 0)], "train.tar: a: two images"),
-        ([*TWO, ("a.cls", b"0")], "train.tar: a: two labels, .cls the second"),
-        ([*TWO, ("a.json", b'{"label": 0}')], "train.tar: a: two labels, .json the second"),
+        ([*TWO, ("a.cls", b"0")], "train.tar: a: two labels, both .cls"),
+        ([*TWO, *[("c.json", b"{}")] * 2], "train.tar: c: two labels, both .json"),
         ([("a.cls", b"0"), ("a.exr", b""), ("b.cls", b"")], "expected an integer"),
         ([("a.cls", b"0"), ("a.exr", b"")], "no images: .* found cls, exr"),
         ([], "no images: .* found no files"),
@@ -342,9 +344,11 @@ def test_threads_processes_and_copies(tmp_path):
     expected = [jpeg(i % 3) for i in range(120)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda m: m.read(), list(found.images) * 5)) == expected * 5
-    batches = [list(eval_batches(found.images, 8, Compute.of("cpu", "fp32", n))) for n in (0, 2)]
-    for here, forked in zip(*batches, strict=True):
-        assert not forked.unreadable and (here.images == forked.images).all()
+    resized, rows = Resized(found.images, 8, pillow), range(len(found.images))
+    computes = (Compute.of("cpu", "fp32", n) for n in (0, 2))
+    batches = [list(eval_batches(resized, rows, compute)) for compute in computes]
+    for here, threaded in zip(*batches, strict=True):
+        assert not threaded.unreadable and (here.images == threaded.images).all()
     copy = pickle.loads(pickle.dumps(found))
     assert [m.read() for m in copy.images] == expected
 

@@ -232,12 +232,20 @@ def _cached_index(shards: Sequence[Shard]) -> _Index:
     return index
 
 
+def _read(file: tar.Reader, offset: int, length: int) -> bytes:
+    """The file of a label."""
+    if length > LONGEST_LABEL:
+        raise ValueError(f"label: expected a short file, got {length} bytes")
+    return file.read(offset, length)
+
+
 @dataclasses.dataclass(slots=True)
 class _Sample:
     name: bytes = b""  # of the member that is the image
     offset: int = 0
     length: int = 0
     labels: tuple[int, ...] | None = None
+    json: tuple[int, int] | None = None  # where it is, and its length
 
 
 class _Scan:
@@ -270,16 +278,17 @@ class _Scan:
                         if sample.name:
                             raise ValueError(f"two images, .{tar.shown(suffix)} the second")
                         sample.name, sample.offset, sample.length = name, offset, length
-                    elif suffix in (b"cls", b"json"):
-                        if length > LONGEST_LABEL:
-                            raise ValueError(f"label: expected a short file, got {length} bytes")
-                        data = file.read(offset, length)
-                        labels = self._number(data) if suffix == b"cls" else self._in_json(data)
-                        if labels is not None and sample.labels is not None:
-                            raise ValueError(f"two labels, .{suffix.decode()} the second")
-                        sample.labels = sample.labels if labels is None else labels
+                    elif suffix == b"cls":
+                        if sample.labels is not None:
+                            raise ValueError("two labels, both .cls")
+                        sample.labels = self._number(_read(file, offset, length))
+                    elif suffix == b"json":
+                        if sample.json:
+                            raise ValueError("two labels, both .json")
+                        sample.json = offset, length
                 except ValueError as error:
                     raise DataError(f"{shard.name}: {tar.shown(key)}: {error}") from None
+            self._take_from_json(shard, file, samples)
         except OSError as error:
             raise DataError(f"{shard.name}: cannot be read: {error.strerror}") from None
         if not any(sample.name for sample in samples.values()):
@@ -293,6 +302,17 @@ class _Scan:
                 missing = "label, in .cls or .json" if sample.name else "image"
                 raise DataError(f"{shard.name}: {tar.shown(key)}: expected an {missing}, got none")
         self._keep(list(samples.values()))
+
+    def _take_from_json(
+        self, shard: Shard, file: tar.Reader, samples: dict[bytes, _Sample]
+    ) -> None:
+        """The labels of samples without a ``.cls``, which often says what the ``.json`` repeats."""
+        for key, sample in samples.items():
+            if sample.labels is None and sample.json:
+                try:
+                    sample.labels = self._in_json(_read(file, *sample.json))
+                except ValueError as error:
+                    raise DataError(f"{shard.name}: {tar.shown(key)}: {error}") from None
 
     def _number(self, data: bytes) -> tuple[int, ...]:
         """The label of a ``.cls``."""
