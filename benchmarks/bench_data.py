@@ -24,7 +24,7 @@ class Case(NamedTuple):
     resize: int
     crop: int
     images: int
-    batch: int = 32
+    batch: int = 128
     kind: str = "data"
     modes: tuple = ()  # that compile
 
@@ -35,8 +35,8 @@ class Case(NamedTuple):
 CASES = [Case(500, 375, 512, 480, 256)]
 FULL = [
     Case(500, 375, 256, 224, 256),
-    Case(2000, 1500, 512, 480, 64),
-    Case(2000, 1500, 256, 224, 64),
+    Case(2000, 1500, 512, 480, 128),
+    Case(2000, 1500, 256, 224, 128),
 ]
 TINY = [Case(60, 40, 20, 16, 12, batch=4)]
 ROOT = Path(__file__).parents[1]

@@ -48,7 +48,7 @@ def test_dry_run(tmp_path):
     assert {"device", "commit", "torch", "copy_gb_s", "matrix_bf16_tflop_s"} <= written.keys()
     assert written["stopped"] is None
     rows = {(row["kind"], row["case"]): row for row in written["rows"]}
-    assert {kind for kind, _ in rows} == {"op", "train_step", "infer"}
+    assert {kind for kind, _ in rows} == {"op", "train_step", "infer", "data"}
     for row in rows.values():
         assert row.keys() == ROW
         assert row["ours_ms"] > 0 and row["fraction_of_floor"] > 0

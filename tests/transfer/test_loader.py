@@ -59,6 +59,19 @@ def test_images_are_a_view_in_channels_last():
     assert torch.equal(plain, images[0, 0:2, 1:3].permute(2, 0, 1))
 
 
+def test_memory_of_batches_is_used_again_once_nobody_holds_them():
+    rule = dataclasses.replace(RULE, steps=30)
+    expected = [x.clone() for x, _ in train_batches(image_set(), rule, seed=0)]
+    addresses, kept = set(), []
+    for number, (x, _) in enumerate(train_batches(image_set(), rule, seed=0, workers=1)):
+        addresses.add(x.data_ptr())
+        if number in (3, 9):
+            kept.append((number, x[2:4, 1]))  # a view holds all of it
+    assert len(addresses) <= 4 + len(kept)
+    for number, part in kept:
+        assert torch.equal(part, expected[number][2:4, 1])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_few_batches_are_made_ahead(workers):
     """And an abandoned loader ends its threads."""

@@ -4,7 +4,9 @@ Images leave here as uint8 (N, 3, crop, crop), a view of (N, crop, crop, 3) and 
 and are scaled to [-1, 1] on the device.
 """
 
+import math
 import sys
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitkern.transfer.compute import Compute
-from bitkern.transfer.data.images import DataError, ImageSet
+from bitkern.transfer.data.images import DataError, ImageSet, Pixels
 from bitkern.transfer.data.opening import Reading, open_resized
 from bitkern.transfer.data.resized import SPAN, Resized
 from bitkern.transfer.data.threads import begun_ahead, thread_pool
@@ -27,6 +29,29 @@ Key = TypeVar("Key")
 Told = TypeVar("Told")
 
 
+class _Buffers:
+    """Memory for batches, used again once nobody holds a tensor in it: fresh pages cost more.
+
+    On a GPU's host PyTorch does the same for pinned memory.
+    """
+
+    def __init__(self, pinned: bool) -> None:
+        self.pinned = pinned
+        self.free: list[Pixels] = []
+
+    def empty(self, *shape: int) -> Tensor:
+        """A tensor uint8 of that shape."""
+        if self.pinned:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        size = math.prod(shape)
+        buffer = self.free.pop() if self.free else np.empty(size, np.uint8)
+        if buffer.size < size:
+            buffer = np.empty(size, np.uint8)
+        held = buffer[:size].reshape(shape)  # by the tensor, and by its views
+        weakref.finalize(held, self.free.append, buffer).atexit = False
+        return torch.from_numpy(held)
+
+
 def made_batches(
     keys: Iterable[Sequence[Key]],
     write: Callable[[Tensor, Key], Told],
@@ -37,14 +62,14 @@ def made_batches(
 
     ``write`` puts the image of a key into a tensor (size, size, 3), in a thread.
     """
-    pinned = compute.device.type == "cuda"
+    buffers = _Buffers(compute.device.type == "cuda")
     at_exit = sys.is_finalizing  # not a global, which Python may have dropped by then
 
     def write_span(images: Tensor, span: Sequence[Key]) -> list[Told]:
         return [write(image, key) for image, key in zip(images, span, strict=True)]
 
     def begin(batch: Sequence[Key]) -> Callable[[], tuple[Tensor, list[Told]]]:
-        images = torch.empty(len(batch), size, size, 3, dtype=torch.uint8, pin_memory=pinned)
+        images = buffers.empty(len(batch), size, size, 3)
         spans = [slice(first, first + SPAN) for first in range(0, len(batch), SPAN)]
         if pool:
             pending = [pool.submit(write_span, images[span], batch[span]) for span in spans]
