@@ -53,7 +53,8 @@ def gate(folder, case):
         assert torch.equal(x, expected) and torch.equal(y, labels)
 
 
-def test_loading(case, request, results, tmp_path):
+def test_loading(case, request, results, in_time, tmp_path):
+    in_time(case)
     loaders.write_images(tmp_path, case.width, case.height, case.images)
     gate(tmp_path, case)
     seconds = 0 if request.config.option.tiny else 6

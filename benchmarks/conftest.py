@@ -76,15 +76,25 @@ def results(request):
 
 
 @pytest.fixture
-def bench(request, benchmark, results):
+def in_time(request, results):
+    """in_time(case): skip it if the time budget is used up."""
+
+    def in_time(case):
+        if time.monotonic() > request.config.stash[DEADLINE]:
+            results.stop(f"the time budget was used up before {case.kind} {case}")
+            pytest.skip("the time budget was used up")
+
+    return in_time
+
+
+@pytest.fixture
+def bench(request, benchmark, results, in_time):
     """bench(case, …): the gate, then the race, then the row, which is written."""
     deadline = request.config.stash[DEADLINE]
 
     def bench(case, *, gate, contenders, floor, together, seconds, calls=1):
         """``gate()`` asserts that ours is right; ``floor(timings)`` is the least time, seconds."""
-        if time.monotonic() > deadline:
-            results.stop(f"the time budget was used up before {case.kind} {case}")
-            pytest.skip("the time budget was used up")
+        in_time(case)
 
         def add(timings):
             results.add(record.row(case.kind, str(case), timings, floor(timings)))

@@ -191,7 +191,7 @@ def measured(name, folder, resize, crop, batch, seconds):
                 next(batches)
         count, end = 0, time.perf_counter() + seconds
         with Spent() as later:
-            while time.perf_counter() < end:
+            while not count or time.perf_counter() < end:
                 next(batches)
                 count += batch
     spent = {"first": (first, images), "later": (later, count)}

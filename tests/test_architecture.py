@@ -63,7 +63,7 @@ INSIDE = {
     "transfer.data": (
         ("images", "memory", "threads"),
         ("decoders", "folder", "members", "subsets", "tar"),
-        ("digits", "huggingface", "resized", "shards", "table"),
+        ("digits", "entries", "huggingface", "resized", "shards", "table"),
         ("cache",),
         ("opening",),
         ("loader",),

@@ -5,7 +5,8 @@ import datetime
 import json
 from typing import Any
 
-from bitkern.transfer.data.cache import Entry, entries, images_folder
+from bitkern.transfer.data.entries import Entry, entries, images_folder
+from bitkern.transfer.data.shards import index_folder
 
 DISTRIBUTED = False
 
@@ -15,7 +16,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     actions = parser.add_subparsers(required=True, metavar="list|clear", dest="action")
     listing = actions.add_parser("list", help="the entries, the last used first")
     listing.add_argument("--json", action="store_true")
-    clearing = actions.add_parser("clear", help="delete entries, all unless some are named")
+    help = "delete entries: all, and the indexes of shards too, unless some are named"
+    clearing = actions.add_parser("clear", help=help)
     clearing.add_argument("key", nargs="*", help="as the list shows them")
 
 
@@ -29,11 +31,15 @@ def run(args: argparse.Namespace) -> None:
         if key not in every:
             raise ValueError(f"{key}: no such entry in {images_folder()}")
     chosen = [every[key] for key in args.key] if args.key else list(every.values())
-    freed = sum(entry.bytes() for entry in chosen)
-    for entry in chosen:
-        if not entry.remove():
-            raise ValueError(f"{entry.folder}: a process is filling it")
-    print(f"deleted {len(chosen)} of {len(every)} entries, {freed / 1e9:.1f} GB")
+    sizes = {entry: entry.bytes() for entry in chosen}
+    kept = [entry for entry in chosen if not entry.remove()]
+    freed = sum(size for entry, size in sizes.items() if entry not in kept)
+    print(f"deleted {len(chosen) - len(kept)} of {len(every)} entries, {freed / 1e9:.1f} GB")
+    if not args.key:
+        for path in index_folder().glob("*.npz"):
+            path.unlink(missing_ok=True)
+    for entry in kept:
+        raise ValueError(f"{entry.folder}: a process is filling it, or it may not be deleted")
 
 
 def _row(entry: Entry) -> dict[str, Any]:
@@ -57,6 +63,6 @@ def _table(rows: list[dict[str, Any]]) -> str:
         count = row["images"]
         done = f"{row['done'] / count:.0%}" if count else "?"
         values = row["key"], count or "?", done, row["size"] or "?", f"{row['bytes'] / 1e9:.2f}"
-        lines.append(line(*values, row["used"], row["data"] or "damaged"))
+        lines.append(line(*values, row["used"], row["data"] if count else "damaged"))
     total = sum(row["bytes"] for row in rows) / 1e9
     return "\n".join([*lines, f"{len(rows)} entries, {total:.2f} GB in {images_folder()}"])

@@ -40,14 +40,14 @@ def run(args: argparse.Namespace) -> None:
         device = options.usable_device(args.device)
         compute = Compute.of(device, args.precision, args.workers)
         finished = load_run(args.run)
-    test_set = ranks.from_first(load_split, args.data, "test", finished.classes)
+    test_set = ranks.from_first_of_host(load_split, args.data, "test", finished.classes)
     check_same_classes(test_set.classes, finished.classes, args.data, args.run)
     if test_set.multi_label != finished.multi_label:
         kinds = ("one label an image", "several")
         expected, found = kinds[finished.multi_label], kinds[test_set.multi_label]
         raise DataError(f"{args.data}: expected {expected} as {args.run} has learnt, found {found}")
     reading = Reading.of(args.cache, finished.decoder, args.skip_corrupt)
-    resized, _ = open_resized(test_set.images, finished.crop, reading, again=False)
+    resized = open_resized(test_set.images, finished.crop, reading, again=False)
     parts = resized, test_set, args.batch_size, args.skip_corrupt
     share = predict_share(compute, finished.model, *parts)
     metrics = metrics_of(share, test_set)
@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({**metrics, "images": count}))
         return
+    print(f"cache of the images: {resized.cache}")
     print(
         f"top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f}, "
         f"loss {metrics['eval_loss']:.4f} on {count} images"

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from bitkern.transfer import ranks
 from bitkern.transfer.balance import BALANCE
 from bitkern.transfer.compute import CUDA_GRAPH, default_precision, require
 from bitkern.transfer.data import (
+    DataError,
     ImageSet,
     check_apart,
     check_same_classes,
@@ -112,7 +114,8 @@ def run(args: argparse.Namespace) -> None:
     with ranks.together():
         device = options.usable_device(args.device)
         precision, why = _precision(args, device)
-    train_set, eval_set, split = ranks.from_first(_load_data, args)
+    train_set, eval_set, split = ranks.from_first_of_host(_load_data, args)
+    _check_same_everywhere(args.data, train_set, eval_set)
     rule = ranks.from_first(_rule, args, train_set)
     with ranks.together():
         torch.manual_seed(args.seed)
@@ -196,6 +199,13 @@ def _load_data(args: argparse.Namespace) -> tuple[ImageSet, ImageSet, str]:
     if args.shots is not None:
         train_set = few_shot(train_set, args.shots, args.seed)
     return train_set, eval_set, split
+
+
+def _check_same_everywhere(source: str, *sets: ImageSet) -> None:
+    """Raise DataError if the machines that train together have other data."""
+    mine = [(data.classes, hashlib.sha256(data.labels.tobytes()).hexdigest()) for data in sets]
+    if any(other != mine for other in ranks.everyones(mine)):
+        raise DataError(f"{source}: expected the same images on all machines, found others")
 
 
 def _rule(args: argparse.Namespace, train_set: ImageSet) -> HyperRule:

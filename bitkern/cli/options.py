@@ -50,7 +50,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=not_negative,
-        default=min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+        default=min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
         help="threads that load images; results do not depend on it (default: %(default)s)",
     )
     parser.add_argument(

@@ -49,7 +49,7 @@ def evaluate(
     """
     compute = Compute.of(device, precision, workers, cuda_graph)
     reading = Reading.of(cache, decoder, skip_corrupt)
-    resized, _ = open_resized(eval_set.images, crop, reading, again=False)
+    resized = open_resized(eval_set.images, crop, reading, again=False)
     share = predict_share(compute, model, resized, eval_set, batch_size, skip_corrupt)
     return metrics_of(share, eval_set)
 
@@ -74,8 +74,7 @@ def predict_share(
         raise ValueError("images: expected at least one, got none")
     with ranks.together():
         rows = np.arange(ranks.rank(), len(data.images), ranks.world_size())
-        outputs, read = [torch.empty(0, len(data.classes))], np.ones(len(rows), np.bool_)
-        first = 0
+        outputs, read, first = [], np.ones(len(rows), np.bool_), 0
         for logits, unreadable in predict_batches(compute, model, resized, rows, batch_size):
             for place, error in unreadable.items():
                 if not skip_corrupt:
@@ -83,7 +82,8 @@ def predict_share(
                 read[first + place] = False
             first += len(logits) + len(unreadable)
             outputs += [logits] if len(logits) else []
-        share = Share(rows[read], torch.cat(outputs))
+        empty = torch.empty(0, len(data.classes))
+        share = Share(rows[read], torch.cat(outputs) if outputs else empty)
     if ranks.sums_of(len(share.rows)) == [0]:
         raise DataError(f"{data.images[0]}: nor can any other image be read; replace them")
     return share

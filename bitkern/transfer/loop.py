@@ -52,7 +52,8 @@ class TrainResult(NamedTuple):
     ``history`` the lines of metrics.jsonl: ``{"step", "loss", "lr"}`` for each optimizer step and
     ``{"step", "top1", "top5", "eval_loss"}`` for each evaluation, where step counts finished
     steps; ``seconds`` the wall time, evaluations and earlier parts of a resumed run included;
-    ``skipped`` the number of images that could not be read.
+    ``skipped`` the number of images that could not be read, where not all were, of those that were
+    met.
     """
 
     metrics: dict[str, float] | None
@@ -102,14 +103,14 @@ def train(
     is "on" to replay steps and evaluations as CUDA graphs, on one GPU, for a model that does the
     same in every step; "auto" is "off" until it has been measured on a GPU.
 
-    ``workers`` threads load images, 0 for none but the caller's. ``cache`` is "ram" to decode each
-    image once and keep it, resized, in memory that the processes of a machine share, "disk" in a
-    file that later runs find too, "off" to decode at every use, "auto" for what there is room for,
-    which it says. ``decoder`` is "pillow" or "torchvision", whose pixels differ. ``check`` has all
-    images read before the training, None those of sets of up to 100 000; other sets are kept only
-    on "ram" or "disk". With ``skip_corrupt`` the next image of the set takes the place of one
-    that cannot be read, and evaluations leave it out. None of these but the decoder changes a bit
-    of the result.
+    ``workers`` threads load images, 0 for none but the caller's; all cores read them before.
+    ``cache`` is "ram" to decode each image once and keep it, resized, in memory that the processes
+    of a machine share, "disk" in a file that later runs find too, "off" to decode at every use,
+    "auto" for what there is room for, which it says. ``decoder`` is "pillow" or "torchvision",
+    whose pixels differ. ``check`` has all images read before the training, None those of sets of up
+    to 100 000; other sets are kept only on "ram" or "disk". With ``skip_corrupt`` the next image of
+    the set takes the place of one that cannot be read, and evaluations leave it out. None of these
+    but the decoder changes a bit of the result.
 
     ``eval_every`` and ``checkpoint_every`` are steps, by default a tenth of the run; the last step
     is always included. ``out`` is the folder of metrics.jsonl and last.pt, and in the end of
@@ -157,27 +158,29 @@ def train(
             compute = compute._replace(precision=checkpoint["settings"]["precision"])
             setup = dataclasses.replace(setup, compute=compute)
         compute.place(model)
+    scaler = compute.scaler()
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    if folder and checkpoint:
+        if batch_split == "auto":
+            setup = dataclasses.replace(setup, batch_split=checkpoint["settings"]["batch_split"])
+        with ranks.together():
+            done = load_checkpoint(folder, checkpoint, state, setup.settings)
+            about = checkpoint["about"]
+    if done.corrupt and not skip_corrupt:
+        raise ValueError("the run goes on without images that it could not read: skip_corrupt=True")
     train_images = _opened(train_set, rule.resize, reading, "training", shown)
+    for i in done.corrupt:  # so that others go on in their place, even if they can be read by now
+        train_images.corrupt.setdefault(i, f"{train_set.images[i]}: could not be read before")
     evaluation = None
     if eval_set is not None:
         evaluation = _opened(eval_set, rule.crop, reading, "evaluation", shown), eval_set
     with ranks.together():
         on_device = kept_on(compute.device, train_images)
-    scaler = compute.scaler()
-    if batch_split == "auto" and checkpoint:
-        setup = dataclasses.replace(setup, batch_split=checkpoint["settings"]["batch_split"])
-    elif batch_split == "auto":
+    if batch_split == "auto" and not checkpoint:
         setup = setup.fitted(optimizer, scaler)
         if shown:
             print(f"batch_split {setup.batch_split}, the smallest that fits on {compute.device}")
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    if folder and checkpoint:
-        with ranks.together():
-            done = load_checkpoint(folder, checkpoint, state, setup.settings)
-            about = checkpoint["about"]
-            del checkpoint
-    for i in done.corrupt:  # so that others go on in their place, even if they can be read by now
-        train_images.corrupt.setdefault(i, f"{train_set.images[i]}: could not be read before")
+    del checkpoint
     ranks.copy_from_first(model.state_dict().values())
 
     run = Run(folder if rank == 0 else None, state, setup.settings, dict(about), done)
@@ -299,10 +302,11 @@ class _Losses:
 
 
 def _opened(data: ImageSet, size: int, reading: Reading, name: str, shown: bool) -> Resized:
-    resized, chosen = open_resized(data.images, size, reading)
-    check_classes(data, resized)
+    resized = open_resized(data.images, size, reading)
+    with ranks.together():
+        check_classes(data, resized)
     if shown:
-        print(f"cache of the {name} images: {chosen}")
+        print(f"cache of the {name} images: {resized.cache}")
     return resized
 
 

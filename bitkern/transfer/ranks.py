@@ -8,8 +8,10 @@ import contextlib
 import datetime
 import importlib
 import os
+import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -163,10 +165,26 @@ def everyones(value: T) -> list[T]:
     return values
 
 
+def _host() -> str:
+    """What the processes have in common that see each other's files in /proc."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
 def from_first_of_host(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
     """What ``function`` returns on the first process of this host, which alone calls it there."""
-    host = os.environ.get("GROUP_RANK", "0")
+    if world_size() == 1:
+        return function(*arguments, **options)
+    hosts = everyones(_host())
+    first = hosts.index(hosts[rank()])
+    result = None
     with together():
-        result = [function(*arguments, **options)] if is_first_of_host() else []
-    (own,) = (each for where, found in everyones((host, result)) if where == host for each in found)
-    return own
+        if rank() == first:
+            result = function(*arguments, **options)
+            packed = pickle.dumps(result)  # which other hosts may not be able to unpack
+        else:
+            packed = b""
+    packed = everyones(packed)[first]
+    with together():
+        unpacked: T = result if rank() == first else pickle.loads(packed)  # type: ignore[assignment]
+    return unpacked

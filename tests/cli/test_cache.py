@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from bitkern.transfer.data import cache, decoders
+from bitkern.transfer.data import decoders
+from bitkern.transfer.data.entries import entries
 from tests.cli.commands import SMALL, call, digest, error_of
 from tests.transfer.images import write_folder
 
@@ -35,7 +36,7 @@ def test_list_and_clear(folder, tmp_path, capsys):
     assert call("cache", "list", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["images"], row["done"], row["size"]) for row in rows] == [(6, 6, 32), (12, 12, 40)]
-    assert rows[1]["bytes"] == 12 * 40 * 40 * 3 and rows[1]["data"] == f"{folder}/train/ant"
+    assert rows[1]["bytes"] == 12 * 40 * 40 * 3 and rows[1]["data"] == f"{folder}/train"
     (tmp_path / "cache" / "images" / rows[0]["key"] / "index.json").write_text("{")
     assert call("cache", "list") == 0
     table = capsys.readouterr().out.splitlines()
@@ -47,11 +48,11 @@ def test_list_and_clear(folder, tmp_path, capsys):
     assert missing == f"0123: no such entry in {tmp_path}/cache/images"
     assert call("cache", "clear", rows[0]["key"]) == 0
     assert capsys.readouterr().out == "deleted 1 of 2 entries, 0.0 GB\n"
-    (entry,) = cache.entries()
+    (entry,) = entries()
     with entry.lock:
         busy = error_of(capsys, "cache", "clear")
-    assert busy == f"{entry.folder}: a process is filling it"
-    assert call("cache", "clear") == 0 and not cache.entries()
+    assert busy == f"{entry.folder}: a process is filling it, or it may not be deleted"
+    assert call("cache", "clear") == 0 and not entries()
 
 
 def test_decoder_is_kept_to(folder, tmp_path, capsys, monkeypatch):

@@ -34,6 +34,8 @@ def torchvision(source: Source, size: int) -> Pixels:
             data = Path(source).read_bytes() if isinstance(source, str | Path) else source.read()
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             pixels = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+        if pixels.dtype != torch.uint8:
+            raise ValueError(f"{pixels.dtype}, expected 8 bits per channel")
         pixels = pixels[0] if pixels.ndim == 4 else pixels  # the first picture of a GIF
         resized: Pixels = resize(pixels, [size, size], antialias=True).permute(1, 2, 0).numpy()
         return resized

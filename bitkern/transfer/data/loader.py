@@ -194,15 +194,17 @@ def train_batches(
 ) -> TrainBatches:
     """Micro-batches (images uint8 (N, 3, crop, crop), labels), ``batch_split`` to a step.
 
-    Those of :func:`train` for the same data, recipe and seed, for steps from ``start`` on: a view
-    of (N, crop, crop, 3), so in channels_last. Of ``world_size`` processes, number ``rank`` loads
-    its part of each. ``workers`` threads make them, 0 for none but the caller's; these and
-    ``cache`` decide on the speed alone, ``decoder`` on pixels: see :func:`train`.
+    Those of :func:`train` with the same data, recipe and seed, ``balance`` apart, for steps from
+    ``start`` on. Images are a view of (N, crop, crop, 3), so in channels_last; for a GPU in pinned
+    memory, or there if the set is kept there; labels are in memory. Of ``world_size`` processes,
+    number ``rank`` loads its part of each. ``workers`` threads make them, 0 for none but the
+    caller's; these and ``cache`` change no pixel, ``decoder`` does: see :func:`train`. What "auto"
+    chose is in ``.resized.cache``.
 
     Raises :class:`DataError` for an image that cannot be read, ValueError for a bad argument.
     """
     reading = Reading.of(cache, decoder, skip_corrupt, check)
-    resized, _ = open_resized(data.images, rule.resize, reading)
+    resized = open_resized(data.images, rule.resize, reading)
     schedule = Schedule(len(data.images), rule, seed, batch_split, rank, world_size)
     compute = Compute.of(device, "fp32", workers)
     return TrainBatches(

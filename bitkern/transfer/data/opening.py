@@ -1,6 +1,5 @@
 """Open the images of a set at one size: check them, and keep their pixels where there is room."""
 
-import contextlib
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,6 +7,7 @@ from typing import NamedTuple
 from bitkern.transfer import ranks
 from bitkern.transfer.data import cache
 from bitkern.transfer.data.decoders import find_decoder
+from bitkern.transfer.data.entries import entries, room
 from bitkern.transfer.data.images import DataError, Source
 from bitkern.transfer.data.memory import free_memory
 from bitkern.transfer.data.resized import ADVICE, Resized
@@ -56,53 +56,51 @@ class _Found(NamedTuple):
 
 def open_resized(
     images: Sequence[Source], size: int, reading: Reading, *, again: bool = True
-) -> tuple[Resized, str]:
-    """The images resized to (size, size), and in a line which cache was chosen and why.
+) -> Resized:
+    """The images resized to (size, size).
 
     Unless they are used ``again``, "auto" means a file that is there, or none, and nothing is
     checked before. The processes of a group all make the call; the first of each machine reads.
     Raises :class:`DataError` for a corrupt image, and where there is no room.
     """
     resized = Resized(images, size, find_decoder(reading.decoder))
-    with contextlib.ExitStack() as memory:
-        found = ranks.from_first_of_host(_find, resized, reading, again, memory)
-        with ranks.together():
-            resized.corrupt = found.corrupt
-            if found.path:
-                resized.kept = cache.mapped(found.path, resized)
-            for error in [] if reading.skip_corrupt else found.corrupt.values():
-                raise DataError(f"{error}: {ADVICE}")
-    return resized, found.chosen
+    found = ranks.from_first_of_host(_find, resized, reading, again)
+    with ranks.together():
+        resized.corrupt, resized.cache = found.corrupt, found.chosen
+        if found.path:
+            with open(found.path, "rb") as file:
+                resized.kept = cache.mapped(file, resized)
+        for error in [] if reading.skip_corrupt else found.corrupt.values():
+            raise DataError(f"{error}: {ADVICE}")
+    return resized
 
 
-def _find(resized: Resized, reading: Reading, again: bool, memory: contextlib.ExitStack) -> _Found:
+def _find(resized: Resized, reading: Reading, again: bool) -> _Found:
+    """What there is, or was made. The file is told by the number under which it is held open.
+
+    For its name may be gone, or another's, before all processes have mapped it.
+    """
     if not len(resized):
         return _Found(None, {}, "off, no images")
-    entry, fresh, made = None, None, None
-    if reading.cache == "disk" or reading.cache == "auto" and cache.entries():
-        entry, fresh = cache.entry_of(resized, reading.decoder)
-        made = cache.usable(entry, resized)
-    mode, why = ("disk", "made before") if made else _chosen(resized, reading, again)
-    path = None
+    found = None
+    if reading.cache == "disk" or reading.cache == "auto" and entries():
+        found = cache.ready(cache.entry_of(resized, reading.decoder)[0], resized)
+    mode, why = ("disk", "made before") if found else _chosen(resized, reading, again)
     if mode == "disk":
-        if not entry or not fresh:
-            entry, fresh = cache.entry_of(resized, reading.decoder)
-        index = made or cache.fill(entry, fresh, resized, reading.skip_corrupt)
+        entry, fresh = cache.entry_of(resized, reading.decoder)
+        index, file = found or cache.fill(entry, fresh, resized, reading.skip_corrupt)
         resized.corrupt = {int(i): message for i, message in index.corrupt.items()}
-        path, why = str(entry.pixels), f"{why}, {entry.folder}"
+        resized.file, why = file, f"{why}, {entry.folder}"
     elif mode == "ram":
-        # A file without a name: others map it by its number, and it ends with the last of them.
-        descriptor = os.memfd_create("bitkern-images")
-        memory.callback(os.close, descriptor)
-        os.ftruncate(descriptor, cache.bytes_of(resized))
-        path = f"/proc/{os.getpid()}/fd/{descriptor}"
-        pixels = cache.mapped(path, resized, writable=True)
+        resized.file = os.fdopen(os.memfd_create("bitkern-images"), "r+b")
+        resized.file.truncate(cache.bytes_of(resized))
+        pixels = cache.mapped(resized.file, resized, writable=True)
         resized.read_all(pixels.__setitem__, reading.skip_corrupt)
     elif again and reading.checks(len(resized)):
         resized.read_all(lambda *_: None, reading.skip_corrupt)
-    if resized.corrupt:
-        why += f", {len(resized.corrupt)} cannot be read"
-    return _Found(path, resized.corrupt, f"{mode}, {why}")
+    path = f"/proc/{os.getpid()}/fd/{resized.file.fileno()}" if resized.file else None
+    count = f", {len(resized.corrupt)} cannot be read" if resized.corrupt else ""
+    return _Found(path, resized.corrupt, f"{mode}, {why}{count}")
 
 
 def _chosen(resized: Resized, reading: Reading, again: bool) -> tuple[str, str]:
@@ -125,7 +123,7 @@ def _chosen(resized: Resized, reading: Reading, again: bool) -> tuple[str, str]:
         return "off", f"{len(resized)} images are not all read before the training"
     if needed <= free / 2:
         return "ram", f"{need}, {memory}"
-    room = cache.room()
-    if needed <= room:
+    disk = room()
+    if needed <= disk:
         return "disk", f"{need}, {memory}"
-    return "off", f"{need}, {memory}, {room / 1e9:.1f} GB of disk"
+    return "off", f"{need}, {memory}, {disk / 1e9:.1f} GB of disk"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from typing import BinaryIO
 
 import numpy as np
 
@@ -16,13 +17,16 @@ SPAN = 4  # images that a thread takes at a time
 class Resized:
     """Images resized to (size, size), by their place in the set.
 
-    ``kept`` uint8 (N, size, size, 3) holds them all, where there is a cache. ``corrupt`` says what
-    is wrong with those that cannot be read, as far as that is known.
+    ``kept`` uint8 (N, size, size, 3) holds them all, where there is a cache, which ``cache`` tells
+    of in words. ``corrupt`` says what is wrong with those that cannot be read, as far as that is
+    known.
     """
 
     def __init__(self, images: Sequence[Source], size: int, decode: Decoder) -> None:
         self.images, self.size, self.decode = images, size, decode
         self.kept: Pixels | None = None
+        self.cache = "off"
+        self.file: BinaryIO | None = None  # of the pixels, where this process has made them
         self.corrupt: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -80,7 +84,7 @@ class Resized:
 
         spans = (range(i, min(i + SPAN, len(self))) for i in range(start, len(self), SPAN))
         bar = tqdm(desc="reading images", total=len(self), initial=start, leave=False, disable=None)
-        cores = os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
         with bar, thread_pool(cores) as pool:
             try:
                 for span in begun_ahead(lambda s: pool.submit(read, s).result, spans, 4 * cores):

@@ -206,13 +206,18 @@ def _listed(path: Path) -> list[str]:
     return list(numbers)
 
 
+def index_folder() -> Path:
+    """Where the indexes of shards are kept."""
+    return cache_folder() / "shards"
+
+
 def _cached_index(shards: Sequence[Shard]) -> _Index:
     """The index of shards, which is kept in the cache."""
     from tqdm import tqdm
 
     key = json.dumps([FORMAT, [shard[1:] for shard in shards]])
     digest = hashlib.sha256(key.encode()).hexdigest()[:32]
-    path = cache_folder() / "images" / f"index-{digest}.npz"
+    path = index_folder() / f"{digest}.npz"
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return _Index(*(arrays[field] for field in _Index._fields))
@@ -299,8 +304,8 @@ class _Scan:
             )
         for key, sample in samples.items():
             if not sample.name or sample.labels is None:
-                missing = "label, in .cls or .json" if sample.name else "image"
-                raise DataError(f"{shard.name}: {tar.shown(key)}: expected an {missing}, got none")
+                missing = "a label, in .cls or .json" if sample.name else "an image"
+                raise DataError(f"{shard.name}: {tar.shown(key)}: expected {missing}, got none")
         self._keep(list(samples.values()))
 
     def _take_from_json(
