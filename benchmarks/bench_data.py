@@ -57,7 +57,7 @@ def test_loading(case, request, results, in_time, tmp_path):
     in_time(case)
     loaders.write_images(tmp_path, case.width, case.height, case.images)
     gate(tmp_path, case)
-    seconds = 0 if request.config.option.tiny else 6
+    seconds = 0.5 if request.config.option.tiny else 6
     numbers = case.resize, case.crop, case.batch, seconds
     rows = {}
     for name in loaders.LOADERS:

@@ -191,7 +191,7 @@ def measured(name, folder, resize, crop, batch, seconds):
                 next(batches)
         count, end = 0, time.perf_counter() + seconds
         with Spent() as later:
-            while not count or time.perf_counter() < end:
+            while time.perf_counter() < end:
                 next(batches)
                 count += batch
     spent = {"first": (first, images), "later": (later, count)}
@@ -201,5 +201,5 @@ def measured(name, folder, resize, crop, batch, seconds):
 
 
 if __name__ == "__main__":
-    name, folder, *numbers = sys.argv[1:]
-    print(json.dumps(measured(name, folder, *map(int, numbers))))
+    name, folder, *numbers, seconds = sys.argv[1:]
+    print(json.dumps(measured(name, folder, *map(int, numbers), float(seconds))))
