@@ -51,11 +51,10 @@ def run(args: argparse.Namespace) -> None:
     parts = resized, test_set, args.batch_size, args.skip_corrupt
     share = predict_share(compute, finished.model, *parts)
     metrics = metrics_of(share, test_set)
-    outputs, evaluated = gathered(share, test_set)
-    count = len(evaluated.images)
-    skipped = len(test_set.images) - count
+    skipped = len(test_set.images) - share.readable
     options.report_skipped(skipped)
     if page:
+        outputs, evaluated = gathered(share, test_set)
         about = {"run": args.run, "data": args.data, "skipped_images": skipped}
         about |= {"precision": compute.precision, "device": device, "torch": torch.__version__}
         about["training"] = finished.summary
@@ -64,12 +63,12 @@ def run(args: argparse.Namespace) -> None:
             if ranks.rank() == 0:
                 write_report(page, outputs, evaluated, history=history, about=about)
     if args.json:
-        print(json.dumps({**metrics, "images": count}))
+        print(json.dumps({**metrics, "images": share.readable}))
         return
     print(f"cache of the images: {resized.cache}")
     print(
         f"top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f}, "
-        f"loss {metrics['eval_loss']:.4f} on {count} images"
+        f"loss {metrics['eval_loss']:.4f} on {share.readable} images"
     )
     if page:
         print(f"report in {page}")

@@ -54,7 +54,9 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         help="threads that load images; results do not depend on it (default: %(default)s)",
     )
     parser.add_argument(
-        "--skip-corrupt", action="store_true", help="leave out images that cannot be read"
+        "--skip-corrupt",
+        action="store_true",
+        help="leave out images that cannot be read; in training others take their place",
     )
 
 

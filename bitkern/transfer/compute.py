@@ -1,4 +1,4 @@
-"""How to run: the device, the precision, the processes that load images."""
+"""How to run: the device, the precision, the threads that load images."""
 
 import importlib.util
 from typing import NamedTuple
@@ -14,7 +14,11 @@ CUDA_GRAPH = ("auto", "on", "off")
 _BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 # What installs the modules that bitkern[train] does not.
-_EXTRAS = {"datasets": "large", "webdataset": "large"}
+_PACKAGES = {
+    "datasets": "bitkern[large]",
+    "torchvision": "torchvision",
+    "webdataset": "bitkern[large]",
+}
 
 
 def default_precision(device: str | torch.device) -> tuple[str, str]:
@@ -37,8 +41,8 @@ def require(*modules: str) -> None:
     """Raise ValueError, saying how to install them, unless all modules can be imported."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            extra = _EXTRAS.get(module, "train")
-            raise ValueError(f"{module} is not installed: pip install 'bitkern[{extra}]'")
+            package = _PACKAGES.get(module, "bitkern[train]")
+            raise ValueError(f"{module} is not installed: pip install '{package}'")
 
 
 def use_graph(cuda_graph: str, device: torch.device) -> bool:
@@ -56,7 +60,7 @@ def use_graph(cuda_graph: str, device: torch.device) -> bool:
 
 
 class Compute(NamedTuple):
-    """How to run: where, in which of :data:`PRECISIONS`, with how many processes that load images.
+    """How to run: where, in which of :data:`PRECISIONS`, with how many threads that load images.
 
     And whether as CUDA graphs.
     """

@@ -55,10 +55,14 @@ def evaluate(
 
 
 class Share(NamedTuple):
-    """What a process computed of a set: the images it could read, int64 (M,), and their logits."""
+    """What a process computed of a set: the images it could read, int64 (M,), and their logits.
+
+    ``readable`` is the number of images of the set that could be read, by all processes together.
+    """
 
     rows: npt.NDArray[np.int64]
     logits: Tensor
+    readable: int
 
 
 def predict_share(
@@ -83,23 +87,23 @@ def predict_share(
             first += len(logits) + len(unreadable)
             outputs += [logits] if len(logits) else []
         empty = torch.empty(0, len(data.classes))
-        share = Share(rows[read], torch.cat(outputs) if outputs else empty)
-    if ranks.sums_of(len(share.rows)) == [0]:
+        logits = torch.cat(outputs) if outputs else empty
+    (readable,) = ranks.sums_of(len(logits))
+    if not readable:
         raise DataError(f"{data.images[0]}: nor can any other image be read; replace them")
-    return share
+    return Share(rows[read], logits, int(readable))
 
 
 def metrics_of(share: Share, data: ImageSet) -> dict[str, float]:
     """The metrics of :func:`evaluate`, from all shares of a set's logits."""
     with ranks.together():
-        rows, logits = share
-        labels = torch.from_numpy(data.labels[rows])
+        logits, labels = share.logits, torch.from_numpy(data.labels[share.rows])
         best = logits.topk(min(5, logits.shape[1])).indices
         right = labels.gather(1, best) if data.multi_label else best == labels[:, None]
-        loss = cross_entropy(logits.double(), labels).item() * len(rows) if len(rows) else 0.0
-        sums = right[:, 0].sum().item(), right.any(1).sum().item(), loss, len(rows)
-    top1, top5, total_loss, count = ranks.sums_of(*sums)
-    return {"top1": top1 / count, "top5": top5 / count, "eval_loss": total_loss / count}
+        loss = cross_entropy(logits.double(), labels).item() * len(labels) if len(labels) else 0.0
+        sums = right[:, 0].sum().item(), right.any(1).sum().item(), loss
+    top1, top5, total_loss = (total / share.readable for total in ranks.sums_of(*sums))
+    return {"top1": top1, "top5": top5, "eval_loss": total_loss}
 
 
 def gathered(share: Share, data: ImageSet) -> tuple[Tensor, ImageSet]:

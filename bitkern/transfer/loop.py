@@ -131,7 +131,7 @@ def train(
     (``model`` is spoilt then, last.pt is not), :class:`~bitkern.transfer.ranks.RankError` when
     another process fails.
     """
-    rank, world_size, about = ranks.rank(), ranks.world_size(), {**(about or {})}
+    rank, world_size, said = ranks.rank(), ranks.world_size(), dict(about or {})
     for name, every in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
         if every is not None and every < 1:
             raise ValueError(f"{name}: expected a positive number of steps, got {every}")
@@ -147,7 +147,7 @@ def train(
         ranks.from_first(check_out, folder, resume)
         if eval_set is not None:
             ranks.from_first(check_report, folder / REPORT)
-        _check_can_be_written(model, about)
+        _check_can_be_written(model, said)
     elif resume:
         raise ValueError("resume: expected out, the folder of the run to continue")
 
@@ -165,7 +165,7 @@ def train(
             setup = dataclasses.replace(setup, batch_split=checkpoint["settings"]["batch_split"])
         with ranks.together():
             done = load_checkpoint(folder, checkpoint, state, setup.settings)
-            about = checkpoint["about"]
+            said = checkpoint["about"]
     if done.corrupt and not skip_corrupt:
         raise ValueError("the run goes on without images that it could not read: skip_corrupt=True")
     train_images = _opened(train_set, rule.resize, reading, "training", shown)
@@ -183,7 +183,7 @@ def train(
     del checkpoint
     ranks.copy_from_first(model.state_dict().values())
 
-    run = Run(folder if rank == 0 else None, state, setup.settings, dict(about), done)
+    run = Run(folder if rank == 0 else None, state, setup.settings, said, done)
     with contextlib.ExitStack() as stack:
         with ranks.together():
             journal = stack.enter_context(run.recording(resume, on_record))
@@ -224,23 +224,23 @@ def train(
             if stop:
                 raise KeyboardInterrupt
         skipped = len(_corrupt(train_images))
-        evaluated = None
+        outcome = None
         if evaluation:
             if share is None:  # a run that was stopped between its last step and its end
                 share = predict_share(compute, model, *evaluation, setup.micro_batch, skip_corrupt)
-            outputs, evaluated = gathered(share, evaluation[1])
-            skipped += len(evaluation[1].images) - len(evaluated.images)
+            skipped += len(evaluation[1].images) - share.readable
+            outcome = gathered(share, evaluation[1]) if folder else None
         result = _result(journal.records, time.perf_counter() - began, skipped)
         with ranks.together():
             summary = {
-                **about,
+                **said,
                 **(result.metrics or {}),
                 "steps": rule.steps,
                 "seconds": round(result.seconds, 1),
                 "classes": len(train_set.classes),
                 "training_images": len(train_set.images),
                 "multi_label": train_set.multi_label,
-                "evaluation_images": len(evaluated.images) if evaluated else 0,
+                "evaluation_images": share.readable if share else 0,
                 "skipped_images": skipped,
                 "rule": dataclasses.asdict(rule),
                 **setup.options,
@@ -249,11 +249,11 @@ def train(
                 "processes": world_size,
                 "torch": torch.__version__,
             }
-            if run.out and evaluated:
+            if run.out and outcome:
                 known = {"seconds", *(result.metrics or {})}  # and the report's are its own
                 settings = {name: value for name, value in summary.items() if name not in known}
                 page, history = run.out / REPORT, journal.records
-                write_report(page, outputs, evaluated, history=history, about=settings)
+                write_report(page, *outcome, history=history, about=settings)
             metadata = {"classes": list(train_set.classes), "crop": rule.crop}
             metadata |= {"multi_label": train_set.multi_label, "decoder": decoder}
             run.finish(summary, **metadata)

@@ -355,7 +355,7 @@ def test_a_cache_that_one_may_only_read(folder, monkeypatch):
     assert open_resized(images, 13, Reading("auto")).cache.startswith("off, ")
 
 
-def test_decoders(folder):
+def test_decoders(folder, monkeypatch):
     images = images_in(folder)
     for image in [*images, picture(0, 0, 40, 30), picture(1, 0)[..., 0]]:
         pillow, torchvision = (decode(image, 12) for decode in decoders.DECODERS.values())
@@ -368,6 +368,10 @@ def test_decoders(folder):
     for path, reason in ((broken, ""), (deep, r"\(torch.uint16, expected 8 bits per channel\)")):
         with pytest.raises(DataError, match=f"{path}: torchvision cannot read it.*{reason}"):
             decoders.torchvision(path, 12)
+    with monkeypatch.context() as without:
+        without.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ValueError, match="torchvision is not installed: pip install 'torch"):
+            decoders.find_decoder("torchvision")
     with pytest.raises(ValueError, match="decoder: expected pillow or torchvision, got 'PIL'"):
         train_batches(image_set(), RULE, seed=0, decoder="PIL")
     with pytest.raises(ValueError, match="cache: expected auto, ram, disk, off, got 'gpu'"):

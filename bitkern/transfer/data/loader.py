@@ -99,9 +99,8 @@ class TrainBatches:
     """The micro-batches of a schedule, those of this process, from optimizer step ``start`` on.
 
     (images uint8 (N, 3, crop, crop), labels of the set's dtype). The position of an example since
-    the start of training decides, with the seed, on all that is left to chance. ``corrupt`` are the
-    images in whose place others were taken. ``on_device`` uint8 (N, resize, resize, 3) are the
-    images, if they stay there.
+    the start of training decides, with the seed, on all that is left to chance. ``on_device`` uint8
+    (N, resize, resize, 3) are the images, if they stay there.
     """
 
     def __init__(
@@ -116,7 +115,7 @@ class TrainBatches:
         start: int,
         on_device: Tensor | None,
     ) -> None:
-        self.data, self.resized, self.schedule, self.compute = data, resized, schedule, compute
+        self.resized, self.schedule, self.compute = resized, schedule, compute
         self.flip, self.skip_corrupt, self.start = flip, skip_corrupt, start
         self.on_device = on_device
         self.labels = torch.from_numpy(np.ascontiguousarray(data.labels))

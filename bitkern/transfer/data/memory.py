@@ -28,7 +28,7 @@ def _within_limits() -> Iterator[int]:
         inner = Path(path.lstrip("/"))
         for part in (inner, *inner.parents):
             folder = CGROUPS[controller] / part
-            limit, usage, reclaimable = (NAMES[controller][i] for i in range(3))
+            limit, usage, reclaimable = NAMES[controller]
             try:
                 most, used = (int((folder / name).read_text()) for name in (limit, usage))
                 lines = (folder / "memory.stat").read_text().splitlines()

@@ -1,5 +1,6 @@
 """Open the images of a set at one size: check them, and keep their pixels where there is room."""
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -82,12 +83,13 @@ def _find(resized: Resized, reading: Reading, again: bool) -> _Found:
     """
     if not len(resized):
         return _Found(None, {}, "off, no images")
+    entry_of = functools.cache(lambda: cache.entry_of(resized, reading.decoder))
     found = None
     if reading.cache == "disk" or reading.cache == "auto" and entries():
-        found = cache.ready(cache.entry_of(resized, reading.decoder)[0], resized)
+        found = cache.ready(entry_of()[0], resized)
     mode, why = ("disk", "made before") if found else _chosen(resized, reading, again)
     if mode == "disk":
-        entry, fresh = cache.entry_of(resized, reading.decoder)
+        entry, fresh = entry_of()
         index, file = found or cache.fill(entry, fresh, resized, reading.skip_corrupt)
         resized.corrupt = {int(i): message for i, message in index.corrupt.items()}
         resized.file, why = file, f"{why}, {entry.folder}"
