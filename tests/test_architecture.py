@@ -58,7 +58,7 @@ INSIDE = {
         ("setup",),
         ("finished", "loop"),
     ),
-    "transfer.recipes": (("mixup",), ("hyperrule",)),
+    "transfer.recipes": (("mixup", "staircase"), ("hyperrule", "pretraining")),
     "transfer.report": (("outcome", "style"), ("intervals",), ("numbers", "pictures"), ("page",)),
     "transfer.data": (
         ("images", "memory", "threads"),
@@ -72,7 +72,9 @@ INSIDE = {
     "demo": (("letters", "pictures"),),
     "cli": (
         ("options",),
-        ("cache", "demo", "evaluate", "export", "finetune", "info", "predict", "weights"),
+        ("training",),
+        ("cache", "demo", "evaluate", "export", "finetune", "info", "predict", "pretrain"),
+        ("weights",),
     ),
 }
 

@@ -11,13 +11,13 @@ from typing import NoReturn
 
 import torch
 
-from bitkern.cli import cache, demo, evaluate, export, finetune, info, predict, weights
+from bitkern.cli import cache, demo, evaluate, export, finetune, info, predict, pretrain, weights
 from bitkern.export import ExportError
 from bitkern.transfer import ranks
 from bitkern.transfer.setup import TrainingError
 
 # Each adds its parser, runs, and says whether it does so under torchrun as well.
-COMMANDS = (finetune, evaluate, predict, export, weights, cache, demo, info)
+COMMANDS = (finetune, pretrain, evaluate, predict, export, weights, cache, demo, info)
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,8 +46,8 @@ def _run(argv: Sequence[str] | None) -> int:
         command.run(args)
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
-        if command is finetune:
-            message += "; finetune continues with --resume"
+        if command in (finetune, pretrain):
+            message += f"; {args.command} continues with --resume"
     except BrokenPipeError:  # whoever reads the output has seen enough, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to flush
         return 128 + signal.SIGPIPE

@@ -42,10 +42,12 @@ def run(args: argparse.Namespace) -> None:
         finished = load_run(args.run)
     test_set = ranks.from_first_of_host(load_split, args.data, "test", finished.classes)
     check_same_classes(test_set.classes, finished.classes, args.data, args.run)
-    if test_set.multi_label != finished.multi_label:
-        kinds = ("one label an image", "several")
-        expected, found = kinds[finished.multi_label], kinds[test_set.multi_label]
-        raise DataError(f"{args.data}: expected {expected} as {args.run} has learnt, found {found}")
+    if finished.multi_label:
+        test_set = test_set.as_multi_label()
+    elif test_set.multi_label:
+        raise DataError(
+            f"{args.data}: expected one label an image as {args.run} has learnt, found several"
+        )
     reading = Reading.of(args.cache, finished.decoder, args.skip_corrupt)
     resized = open_resized(test_set.images, finished.crop, reading, again=False)
     parts = resized, test_set, args.batch_size, args.skip_corrupt

@@ -44,6 +44,7 @@ def _names() -> dict[str, tuple[Architecture, int | None]]:
 
 
 NAMES = _names()
+SAVED = "model.safetensors"  # in the folder of a run, and of a model of the hub
 
 
 def _look_up(name: str) -> tuple[Architecture, int | None]:
@@ -61,14 +62,18 @@ def file_of(
     weights: str | PathLike[str], name: str, cache_dir: str | PathLike[str] | None = None
 ) -> str | PathLike[str]:
     """The path that ``weights`` is, or that of the file it names, for the model ``name``."""
-    if not isinstance(weights, str):
-        return weights
-    release = find_release(weights)
+    release = find_release(weights) if isinstance(weights, str) else None
     if release and ARCHITECTURES[release.architecture] != _look_up(name)[0]:
         raise ValueError(
             f"weights: expected some for {name}, got {weights} of another architecture"
         )
     path = Path(weights)
+    if path.is_dir() and not release:
+        if not (path / SAVED).exists():
+            raise ValueError(f"{path}: holds no {SAVED}; expected the folder of a finished run")
+        return path / SAVED
+    if not isinstance(weights, str):
+        return weights
     is_path = path.suffix in READERS or path.is_file()
     return weights if is_path and not weights.startswith(HUB) else fetch(weights, cache_dir)
 
@@ -130,8 +135,9 @@ def create_model(
             one that of ``name``.
         in_chans: channels of the images; RGB checkpoints are adapted, see
             :func:`~bitkern.models.load_state_dict`.
-        weights: path of a checkpoint, see :func:`~bitkern.models.read_checkpoint`; the name of
-            released weights; or ``"hf-hub:ORG/NAME"``, a repository of the Hugging Face hub.
+        weights: path of a checkpoint, see :func:`~bitkern.models.read_checkpoint`; the folder of a
+            run; the name of released weights; or ``"hf-hub:ORG/NAME"``, a repository of the Hugging
+            Face hub.
         zero_head: start a head that is not loaded at zero, as BiT does, and not at random.
         output_stride: 8, 16 or 32.
         features_only: return a :class:`~bitkern.models.FeatureNet` with the maps ``out_indices``.

@@ -20,6 +20,7 @@ from bitkern.transfer.ranks import RankError
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.recipes.hyperrule import HyperRule, hyperrule
 from bitkern.transfer.recipes.mixup import mixup, mixup_loss
+from bitkern.transfer.recipes.pretraining import Pretraining, pretraining
 from bitkern.transfer.report import check_report, scores, write_report
 from bitkern.transfer.run import RunError
 from bitkern.transfer.setup import TrainingError
@@ -29,6 +30,7 @@ __all__ = [
     "FinishedRun",
     "HyperRule",
     "ImageSet",
+    "Pretraining",
     "RankError",
     "Recipe",
     "RunError",
@@ -49,6 +51,7 @@ __all__ = [
     "mixup",
     "mixup_loss",
     "predict",
+    "pretraining",
     "scores",
     "train",
     "train_batches",

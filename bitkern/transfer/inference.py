@@ -37,7 +37,9 @@ def evaluate(
 
     The accuracies are fractions (with fewer than five classes, "top5" is among all of them), the
     loss the mean cross-entropy. Where an image may have several labels, it counts as right if the
-    surest class, or one of five, is one of them; the loss is that of sigmoids, summed over classes.
+    surest class, or one of five, is one of them ("top1" is then the precision at 1); the loss is
+    that of sigmoids, summed over classes; and "mean_average_precision" is that over the classes
+    that occur.
     The model is moved to ``device``, in channels_last, and computes in ``precision``, batches as
     CUDA graphs with ``cuda_graph``; ``workers``, ``cache`` and ``decoder`` are as in :func:`train`,
     but that the cache "auto" is one that is on disk already, or none. Images that cannot be read
@@ -96,6 +98,7 @@ def predict_share(
 
 def metrics_of(share: Share, data: ImageSet) -> dict[str, float]:
     """The metrics of :func:`evaluate`, from all shares of a set's logits."""
+    precision = _mean_average_precision(share, data) if data.multi_label else {}
     with ranks.together():
         logits, labels = share.logits, torch.from_numpy(data.labels[share.rows])
         best = logits.topk(min(5, logits.shape[1])).indices
@@ -103,7 +106,23 @@ def metrics_of(share: Share, data: ImageSet) -> dict[str, float]:
         loss = cross_entropy(logits.double(), labels).item() * len(labels) if len(labels) else 0.0
         sums = right[:, 0].sum().item(), right.any(1).sum().item(), loss
     top1, top5, total_loss = (total / share.readable for total in ranks.sums_of(*sums))
-    return {"top1": top1, "top5": top5, "eval_loss": total_loss}
+    return {"top1": top1, "top5": top5, "eval_loss": total_loss, **precision}
+
+
+def _mean_average_precision(share: Share, data: ImageSet) -> dict[str, float]:
+    """Over the classes that occur; none where none does."""
+    from sklearn.metrics import average_precision_score
+
+    logits, found = gathered(share, data)
+    occur = np.flatnonzero(found.labels.any(0))
+
+    def mean() -> float:
+        chances = logits.sigmoid().numpy()
+        return float(
+            np.mean([average_precision_score(found.labels[:, c], chances[:, c]) for c in occur])
+        )
+
+    return {"mean_average_precision": ranks.from_first(mean)} if len(occur) else {}
 
 
 def gathered(share: Share, data: ImageSet) -> tuple[Tensor, ImageSet]:

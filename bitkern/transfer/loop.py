@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bitkern.transfer import ranks
 from bitkern.transfer.compute import Compute, require
 from bitkern.transfer.data.images import ImageSet
-from bitkern.transfer.data.loader import TrainBatches, kept_on
+from bitkern.transfer.data.loader import TrainBatches, kept_on, open_for
 from bitkern.transfer.data.opening import Reading, open_resized
 from bitkern.transfer.data.resized import Resized, check_classes
 from bitkern.transfer.inference import gathered, metrics_of, predict_share
@@ -73,7 +73,6 @@ def train(
     seed: int = 0,
     batch_split: int | Literal["auto"] = 1,
     balance: str = "none",
-    weight_decay: float = 0.0,
     flip: bool = True,
     eval_every: int | None = None,
     checkpoint_every: int | None = None,
@@ -108,7 +107,8 @@ def train(
     of a machine share, "disk" in a file that later runs find too, "off" to decode at every use,
     "auto" for what there is room for, which it says. ``decoder`` is "pillow" or "torchvision",
     whose pixels differ. ``check`` has all images read before the training, None those of sets of up
-    to 100 000; other sets are kept only on "ram" or "disk". With ``skip_corrupt`` the next image of
+    to 100 000; other sets are kept only on "ram" or "disk", and where crops are cut out of whole
+    images (:class:`Pretraining`) those to evaluate alone. With ``skip_corrupt`` the next image of
     the set takes the place of one that cannot be read, and evaluations leave it out. None of these
     but the decoder changes a bit of the result.
 
@@ -137,10 +137,11 @@ def train(
             raise ValueError(f"{name}: expected a positive number of steps, got {every}")
     compute = Compute.of(device, precision, workers, cuda_graph)
     first_split = 1 if batch_split == "auto" else batch_split
-    options = seed, first_split, balance, weight_decay, flip, decoder
+    options = seed, first_split, balance, flip, decoder
     setup = Setup(model, train_set, rule, compute, *options)
     reading = Reading.of(cache, decoder, skip_corrupt, check)
     shown = progress and rank == 0
+    several = train_set.multi_label or rule.sigmoid
     folder = None if out is None else Path(out)
     if folder is not None:
         require("matplotlib", "tqdm")
@@ -168,12 +169,14 @@ def train(
             said = checkpoint["about"]
     if done.corrupt and not skip_corrupt:
         raise ValueError("the run goes on without images that it could not read: skip_corrupt=True")
-    train_images = _opened(train_set, rule.resize, reading, "training", shown)
+    train_images = _told(open_for(rule, train_set.images, reading), train_set, "training", shown)
     for i in done.corrupt:  # so that others go on in their place, even if they can be read by now
         train_images.corrupt.setdefault(i, f"{train_set.images[i]}: could not be read before")
     evaluation = None
     if eval_set is not None:
-        evaluation = _opened(eval_set, rule.crop, reading, "evaluation", shown), eval_set
+        eval_set = eval_set.as_multi_label() if rule.sigmoid else eval_set
+        opened = open_resized(eval_set.images, rule.crop, reading)
+        evaluation = _told(opened, eval_set, "evaluation", shown), eval_set
     with ranks.together():
         on_device = kept_on(compute.device, train_images)
     if batch_split == "auto" and not checkpoint:
@@ -239,7 +242,7 @@ def train(
                 "seconds": round(result.seconds, 1),
                 "classes": len(train_set.classes),
                 "training_images": len(train_set.images),
-                "multi_label": train_set.multi_label,
+                "multi_label": several,
                 "evaluation_images": share.readable if share else 0,
                 "skipped_images": skipped,
                 "rule": dataclasses.asdict(rule),
@@ -255,7 +258,7 @@ def train(
                 page, history = run.out / REPORT, journal.records
                 write_report(page, *outcome, history=history, about=settings)
             metadata = {"classes": list(train_set.classes), "crop": rule.crop}
-            metadata |= {"multi_label": train_set.multi_label, "decoder": decoder}
+            metadata |= {"multi_label": several, "decoder": decoder}
             run.finish(summary, **metadata)
     return result
 
@@ -301,13 +304,13 @@ class _Losses:
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2g}")
 
 
-def _opened(data: ImageSet, size: int, reading: Reading, name: str, shown: bool) -> Resized:
-    resized = open_resized(data.images, size, reading)
+def _told(images: Resized, data: ImageSet, name: str, shown: bool) -> Resized:
+    """The images that were opened, of which a user is told how."""
     with ranks.together():
-        check_classes(data, resized)
+        check_classes(data, images)
     if shown:
-        print(f"cache of the {name} images: {resized.cache}")
-    return resized
+        print(f"cache of the {name} images: {images.cache}")
+    return images
 
 
 def _corrupt(images: Resized) -> tuple[int, ...]:

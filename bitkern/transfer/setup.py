@@ -37,7 +37,6 @@ class Setup:
     seed: int
     batch_split: int
     balance: str
-    weight_decay: float
     flip: bool
     decoder: str
 
@@ -79,7 +78,7 @@ class Setup:
     @property
     def options(self) -> dict[str, Any]:
         """What summary.json says of the training, besides its recipe."""
-        names = ("seed", "batch_split", "balance", "weight_decay", "flip", "decoder")
+        names = ("seed", "batch_split", "balance", "flip", "decoder")
         return {name: getattr(self, name) for name in names} | {"precision": self.compute.precision}
 
     @property
@@ -105,11 +104,18 @@ class Setup:
         return Schedule(len(labels), self.rule, self.seed, self.batch_split, *group, weights)
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """SGD with momentum 0.9; each step sets its learning rate."""
+        """SGD with momentum 0.9; each step sets its learning rate.
+
+        The weights of convolutions and of the head decay, the biases and those of norms do not.
+        """
+        weights = [p for p in self.trainable if p.ndim > 1]
+        rest = [p for p in self.trainable if p.ndim <= 1]
+        groups = [
+            {"params": weights, "weight_decay": self.rule.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
         # Fused, it scales gradients and skips steps of fp16 without reading anything back.
-        return torch.optim.SGD(
-            self.trainable, lr=0.0, momentum=0.9, weight_decay=self.weight_decay, fused=True
-        )
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
 
     def stepper(
         self,

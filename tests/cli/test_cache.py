@@ -61,7 +61,7 @@ def test_decoder_is_kept_to(folder, tmp_path, capsys, monkeypatch):
     assert call(*finetune, out, "--decoder", "torchvision") == 0
     assert json.loads((out / "summary.json").read_text())["decoder"] == "torchvision"
 
-    def never(source, size):
+    def never(source, size, region=None):
         raise AssertionError("expected the decoder of the training")
 
     monkeypatch.setitem(decoders.DECODERS, "pillow", never)

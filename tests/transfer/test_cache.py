@@ -36,7 +36,7 @@ def decoded(monkeypatch):
     """The images that were decoded."""
     found = []
 
-    def decode(source, size):
+    def decode(source, size, region=None):
         found.append(str(source))
         return decoders.pillow(source, size)
 
@@ -161,7 +161,7 @@ def test_a_damaged_cache_is_made_again(folder, damage, decoded):
 def fill_and_die(images, killed_at):
     seen = []
 
-    def decode(source, size):
+    def decode(source, size, region=None):
         seen.append(source)
         if len(seen) == killed_at:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -193,7 +193,7 @@ def test_two_runs_at_once_fill_it_once(folder, tmp_path):
     images, log = images_in(folder), tmp_path / "log"
 
     def run(number):
-        def decode(source, size):
+        def decode(source, size, region=None):
             with open(log, "a") as file:
                 file.write("x")
             return decoders.pillow(source, size)
@@ -325,7 +325,7 @@ def test_an_entry_that_is_made_again_while_it_is_opened(folder, monkeypatch):
 def test_what_a_disk_did_not_give_is_asked_for_again(folder, monkeypatch):
     images = images_in(folder)
 
-    def fails(source, size):
+    def fails(source, size, region=None):
         if source == images[5]:
             raise DataError(f"{source}: not a readable image (Input/output error)")
         return decoders.pillow(source, size)

@@ -198,7 +198,10 @@ def test_what_cannot_be_written_is_told_before_the_training(tmp_path, change, me
         ),
         ({"seed": 1}, "the run has seed 0, got 1"),
         ({"batch_split": 2}, "the run has batch_split 1, got 2"),
-        ({"weight_decay": 0.1}, "the run has weight_decay 0.0, got 0.1"),
+        (
+            {"rule": dataclasses.replace(RULE, weight_decay=0.1)},
+            "the run has weight_decay 0.0, got 0.1",
+        ),
         ({"flip": False}, "the run has flip True, got False"),
         ({"train_set": image_set(4)}, "the run has training images 15, got 12"),
         ({"train_set": image_set()._replace(classes=("x", "y", "z"))}, "the run has classes"),

@@ -1,28 +1,46 @@
 """Decoders: a function and a line each. Pixels differ between them, so a run keeps to one."""
 
 import importlib.metadata
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from bitkern import files
 from bitkern.transfer.compute import require
-from bitkern.transfer.data.images import DataError, Pixels, Source, read_image
+from bitkern.transfer.data.images import (
+    DataError,
+    Pixels,
+    Region,
+    Source,
+    read_image,
+    read_region,
+)
 
-Decoder = Callable[[Source, int], Pixels]
+
+class Decoder(Protocol):
+    """Reads an image, or the ``region`` of it, resized to (size, size): uint8 (size, size, 3)."""
+
+    def __call__(self, source: Source, size: int, region: Region | None = None) -> Pixels: ...
 
 
-def pillow(source: Source, size: int) -> Pixels:
-    """uint8 (size, size, 3) by Pillow, resized bilinearly; its aspect ratio is not kept."""
+def pillow(source: Source, size: int, region: Region | None = None) -> Pixels:
+    """By Pillow, bilinearly, with antialiasing; the aspect ratio is not kept.
+
+    Of a region of a large JPEG fewer pixels are decoded: each the mean of 2x2, 4x4 or 8x8.
+    """
     from PIL.Image import Resampling
 
+    if region is None:
+        image, box = read_image(source), None
+    else:
+        image, box = read_region(source, size, region)
     # A copy, since PyTorch warns of what it may not write to.
-    return np.array(read_image(source).resize((size, size), Resampling.BILINEAR))
+    return np.array(image.resize((size, size), Resampling.BILINEAR, box))
 
 
-def torchvision(source: Source, size: int) -> Pixels:
-    """The same by torchvision (JPEG, PNG, GIF, WebP), resized with antialiasing."""
+def torchvision(source: Source, size: int, region: Region | None = None) -> Pixels:
+    """By torchvision (JPEG, PNG, GIF, WebP), bilinearly, with antialiasing."""
     import torch
     from torchvision.io import ImageReadMode, decode_image
     from torchvision.transforms.v2.functional import resize
@@ -37,6 +55,9 @@ def torchvision(source: Source, size: int) -> Pixels:
         if pixels.dtype != torch.uint8:
             raise ValueError(f"{pixels.dtype}, expected 8 bits per channel")
         pixels = pixels[0] if pixels.ndim == 4 else pixels  # the first picture of a GIF
+        if region:
+            top, left, height, width = region(*pixels.shape[1:])
+            pixels = pixels[:, top : top + height, left : left + width]
         resized: Pixels = resize(pixels, [size, size], antialias=True).permute(1, 2, 0).numpy()
         return resized
     except (OSError, RuntimeError, ValueError) as error:

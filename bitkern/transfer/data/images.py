@@ -2,7 +2,7 @@
 
 import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -27,6 +27,9 @@ class Member(Protocol):
 
 
 Source = str | Path | Pixels | Member
+# Of an image (height, width) the part that is wanted: top, left, height, width.
+Region = Callable[[int, int], tuple[int, int, int, int]]
+Box = tuple[float, float, float, float]  # left, top, right, bottom, as Pillow has it
 
 
 class DataError(ValueError):
@@ -51,28 +54,42 @@ class ImageSet(NamedTuple):
         """Whether an image may have several labels."""
         return self.labels.ndim == 2
 
+    def as_multi_label(self) -> "ImageSet":
+        """The same images, as ones that might have several labels."""
+        if self.multi_label:
+            return self
+        several = np.zeros((len(self.labels), len(self.classes)), np.bool_)
+        several[np.arange(len(self.labels)), self.labels] = True
+        return self._replace(labels=several)
+
     def subset(self, indices: Any) -> "ImageSet":
         """The images at these indices."""
         take = getattr(self.images, "take", lambda indices: [self.images[i] for i in indices])
         return ImageSet(take(indices), self.labels[indices], self.classes)
 
 
-def read_image(source: Source) -> "Image.Image":
+def read_image(
+    source: Source, before: "Callable[[Image.Image], object]" = lambda image: None
+) -> "Image.Image":
     """The image of a path, member or uint8 array (H, W) or (H, W, 3) as an RGB ``PIL.Image``.
 
-    A file's is turned upright, as its EXIF orientation says. Raises :class:`DataError`, naming the
-    file, if it cannot be decoded.
+    A file's is turned upright, as its EXIF orientation says. ``before`` is called with the image
+    that is opened, but not decoded. Raises :class:`DataError`, naming the file, if it cannot be
+    decoded.
     """
     from PIL import Image
 
     if isinstance(source, np.ndarray):
-        return Image.fromarray(source).convert("RGB")
+        image = Image.fromarray(source).convert("RGB")
+        before(image)
+        return image
     try:
         file = source if isinstance(source, str | Path) else io.BytesIO(source.read())
         with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):
                 # Pillow would clip these to 255 instead of scaling them.
                 raise ValueError(f"mode {image.mode}, expected 8 bits per channel")
+            before(image)
             _turn_upright(image)
             return image.convert("RGB")
     # What Pillow's decoders raise for broken files.
@@ -80,6 +97,45 @@ def read_image(source: Source) -> "Image.Image":
         raise DataError(f"{source}: not a readable image ({error})") from None
     except Image.DecompressionBombError as error:
         raise DataError(f"{source}: image too large ({error})") from None
+
+
+def read_region(source: Source, size: int, region: Region) -> "tuple[Image.Image, Box]":
+    """An RGB image and the box in it of a region, which has ``size`` pixels a side or more.
+
+    Of a JPEG Pillow decodes an eighth, a quarter or half of the pixels along a side, where that
+    leaves as many; not of an image with fewer. Raises as :func:`read_image`.
+    """
+    box: Box = (0, 0, 0, 0)
+
+    def choose(image: "Image.Image") -> None:
+        nonlocal box
+        orientation = _orientation(image)
+        turned = orientation in (5, 6, 7, 8)
+        width, height = image.size[::-1] if turned else image.size
+        top, left, tall, wide = region(height, width)
+        needed = -(-width * size // wide), -(-height * size // tall)
+        drafted = image.draft(None, needed[::-1] if turned else needed)
+        scale, x, y = 1.0, 0.0, 0.0
+        if drafted:  # (mode, the box of the whole image in the smaller one)
+            scale = drafted[1][3 if turned else 2] / width
+            # Of what does not fill a last pixel there is one, at another side when it is turned.
+            more = image.size[0] - drafted[1][2], image.size[1] - drafted[1][3]
+            right, below = more[::-1] if turned else more
+            x = right if orientation in (2, 3, 6, 7) else 0.0
+            y = below if orientation in (3, 4, 7, 8) else 0.0
+        x, y = x + left * scale, y + top * scale
+        box = x, y, x + wide * scale, y + tall * scale
+
+    image = read_image(source, choose)
+    return image, (*box[:2], min(box[2], image.width), min(box[3], image.height))
+
+
+def _orientation(image: "Image.Image") -> int:
+    """How the camera was held, of the numbers of EXIF; 1 is upright."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # of damaged EXIF data anything
+        return 1
 
 
 def _turn_upright(image: "Image.Image") -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitkern.transfer.compute import Compute
-from bitkern.transfer.data.images import DataError, ImageSet, Pixels
+from bitkern.transfer.data.images import DataError, ImageSet, Pixels, Region, Source
 from bitkern.transfer.data.opening import Reading, open_resized
 from bitkern.transfer.data.resized import SPAN, Resized
 from bitkern.transfer.data.threads import begun_ahead, thread_pool
@@ -95,6 +95,14 @@ class Crop(NamedTuple):
     flip: bool
 
 
+class Piece(NamedTuple):
+    """Which image, which region of it when it is whole, and whether it is mirrored."""
+
+    image: int
+    region: Region
+    flip: bool
+
+
 class TrainBatches:
     """The micro-batches of a schedule, those of this process, from optimizer step ``start`` on.
 
@@ -121,10 +129,23 @@ class TrainBatches:
         self.labels = torch.from_numpy(np.ascontiguousarray(data.labels))
 
     def __iter__(self) -> Generator[tuple[Tensor, Tensor]]:
-        crops = map(self._crops, self.schedule.micro_batches(self.start))
-        batches = self._gathered(crops) if self.on_device is not None else self._copied(crops)
+        wanted = self.schedule.micro_batches(self.start)
+        if self.schedule.recipe.resize is None:
+            batches = self._read(map(self._pieces, wanted))
+        elif self.on_device is None:
+            batches = self._copied(map(self._crops, wanted))
+        else:
+            batches = self._gathered(map(self._crops, wanted))
         for images, indices in batches:
             yield images, self.labels[indices]
+
+    def _read(self, pieces: Iterable[list[Piece]]) -> Iterator[tuple[Tensor, list[int]]]:
+        def write(image: Tensor, piece: Piece) -> int:
+            index, pixels = self.resized.replaced(piece.image, self.skip_corrupt, piece.region)
+            image.copy_(mirrored(torch.from_numpy(pixels), piece.flip))
+            return index
+
+        return made_batches(pieces, write, self.schedule.recipe.crop, self.compute)
 
     def _copied(self, crops: Iterable[list[Crop]]) -> Iterator[tuple[Tensor, list[int]]]:
         size = self.schedule.recipe.crop
@@ -132,7 +153,7 @@ class TrainBatches:
         def write(image: Tensor, crop: Crop) -> int:
             index, pixels = self.resized.replaced(crop.image, self.skip_corrupt)
             cut = torch.from_numpy(pixels)[crop.top : crop.top + size, crop.left : crop.left + size]
-            image.copy_(cut.flip(1) if crop.flip else cut)
+            image.copy_(mirrored(cut, crop.flip))
             return index
 
         return made_batches(crops, write, size, self.compute)
@@ -145,13 +166,39 @@ class TrainBatches:
             crops[:, 0] = torch.tensor(indices)
             yield cut_out(self.on_device, crops, self.schedule.recipe.crop), indices
 
+    def _chance(
+        self, batch: Sequence[tuple[int, int]], count: int
+    ) -> tuple[npt.NDArray[np.float64], list[bool]]:
+        """``count`` numbers in [0, 1) for each image, and whether it is mirrored."""
+        positions = [position for _, position in batch]
+        chance = uniforms(AUGMENT, self.schedule.seed, positions, count + 1)
+        return chance[:, :-1], (self.flip & (chance[:, -1] < 0.5)).tolist()
+
     def _crops(self, batch: Sequence[tuple[int, int]]) -> list[Crop]:
-        recipe = self.schedule.recipe
-        chance = uniforms(AUGMENT, self.schedule.seed, [position for _, position in batch], 3)
-        corners = recipe.corners(chance[:, :2]).tolist()
-        flips = (self.flip & (chance[:, 2] < 0.5)).tolist()
+        chance, flips = self._chance(batch, 2)
+        sizes = np.full((len(batch), 2), self.resized.size)
+        corners = self.schedule.recipe.regions(chance, sizes)[:, :2].tolist()
         rows = zip(batch, corners, flips, strict=True)
         return [Crop(image, top, left, flip) for (image, _), (top, left), flip in rows]
+
+    def _pieces(self, batch: Sequence[tuple[int, int]]) -> list[Piece]:
+        chance, flips = self._chance(batch, 4)
+
+        def region(row: int) -> Region:
+            def of(height: int, width: int) -> tuple[int, int, int, int]:
+                sizes = np.array([[height, width]])
+                ((top, left, tall, wide),) = self.schedule.recipe.regions(chance[row, None], sizes)
+                return int(top), int(left), int(tall), int(wide)
+
+            return of
+
+        rows = enumerate(zip(batch, flips, strict=True))
+        return [Piece(image, region(row), flip) for row, ((image, _), flip) in rows]
+
+
+def mirrored(image: Tensor, flip: bool) -> Tensor:
+    """An image (H, W, 3), mirrored if ``flip``."""
+    return image.flip(1) if flip else image
 
 
 def cut_out(images: Tensor, crops: Tensor, size: int) -> Tensor:
@@ -172,6 +219,11 @@ def kept_on(device: torch.device, resized: Resized) -> Tensor | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return torch.from_numpy(resized.kept).to(device) if resized.kept.nbytes <= free // 4 else None
+
+
+def open_for(rule: Recipe, images: Sequence[Source], reading: Reading) -> Resized:
+    """The training images of a recipe, at its size; or whole, of which crops are read."""
+    return open_resized(images, rule.resize or rule.crop, reading, whole=rule.resize is not None)
 
 
 def train_batches(
@@ -203,7 +255,7 @@ def train_batches(
     Raises :class:`DataError` for an image that cannot be read, ValueError for a bad argument.
     """
     reading = Reading.of(cache, decoder, skip_corrupt, check)
-    resized = open_resized(data.images, rule.resize, reading)
+    resized = open_for(rule, data.images, reading)
     schedule = Schedule(len(data.images), rule, seed, batch_split, rank, world_size)
     compute = Compute.of(device, "fp32", workers)
     return TrainBatches(

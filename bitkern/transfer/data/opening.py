@@ -56,16 +56,17 @@ class _Found(NamedTuple):
 
 
 def open_resized(
-    images: Sequence[Source], size: int, reading: Reading, *, again: bool = True
+    images: Sequence[Source], size: int, reading: Reading, *, again: bool = True, whole: bool = True
 ) -> Resized:
     """The images resized to (size, size).
 
     Unless they are used ``again``, "auto" means a file that is there, or none, and nothing is
-    checked before. The processes of a group all make the call; the first of each machine reads.
+    checked before. Unless they are used ``whole``, nothing is kept. The processes of a group all
+    make the call; the first of each machine reads.
     Raises :class:`DataError` for a corrupt image, and where there is no room.
     """
     resized = Resized(images, size, find_decoder(reading.decoder))
-    found = ranks.from_first_of_host(_find, resized, reading, again)
+    found = ranks.from_first_of_host(_find, resized, reading, again, whole)
     with ranks.together():
         resized.corrupt, resized.cache = found.corrupt, found.chosen
         if found.path:
@@ -76,7 +77,7 @@ def open_resized(
     return resized
 
 
-def _find(resized: Resized, reading: Reading, again: bool) -> _Found:
+def _find(resized: Resized, reading: Reading, again: bool, whole: bool) -> _Found:
     """What there is, or was made. The file is told by the number under which it is held open.
 
     For its name may be gone, or another's, before all processes have mapped it.
@@ -85,9 +86,11 @@ def _find(resized: Resized, reading: Reading, again: bool) -> _Found:
         return _Found(None, {}, "off, no images")
     entry_of = functools.cache(lambda: cache.entry_of(resized, reading.decoder))
     found = None
-    if reading.cache == "disk" or reading.cache == "auto" and entries():
+    if whole and (reading.cache == "disk" or reading.cache == "auto" and entries()):
         found = cache.ready(entry_of()[0], resized)
-    mode, why = ("disk", "made before") if found else _chosen(resized, reading, again)
+    mode, why = "off", "each crop is cut out of a whole image"
+    if whole:
+        mode, why = ("disk", "made before") if found else _chosen(resized, reading, again)
     if mode == "disk":
         entry, fresh = entry_of()
         index, file = found or cache.fill(entry, fresh, resized, reading.skip_corrupt)

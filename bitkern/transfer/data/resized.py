@@ -7,7 +7,7 @@ from typing import BinaryIO
 import numpy as np
 
 from bitkern.transfer.data.decoders import Decoder
-from bitkern.transfer.data.images import DataError, ImageSet, Pixels, Source
+from bitkern.transfer.data.images import DataError, ImageSet, Pixels, Region, Source
 from bitkern.transfer.data.threads import begun_ahead, thread_pool
 
 ADVICE = "repair or delete it, or pass skip_corrupt=True"
@@ -32,20 +32,25 @@ class Resized:
     def __len__(self) -> int:
         return len(self.images)
 
-    def pixels(self, index: int) -> Pixels:
-        """uint8 (size, size, 3). Raises :class:`DataError` if the image cannot be read."""
+    def pixels(self, index: int, region: Region | None = None) -> Pixels:
+        """uint8 (size, size, 3), of a region where there is no cache.
+
+        Raises :class:`DataError` if the image cannot be read.
+        """
         if index in self.corrupt:
             raise DataError(self.corrupt[index])
         if self.kept is not None:
             pixels: Pixels = self.kept[index]
             return pixels
         try:
-            return self.decode(self.images[index], self.size)
+            return self.decode(self.images[index], self.size, region)
         except DataError as error:
             self.corrupt[index] = str(error)
             raise
 
-    def replaced(self, index: int, skip_corrupt: bool) -> tuple[int, Pixels]:
+    def replaced(
+        self, index: int, skip_corrupt: bool, region: Region | None = None
+    ) -> tuple[int, Pixels]:
         """The image with its index; in place of a corrupt one the next of the set that is not.
 
         Raises :class:`DataError` unless ``skip_corrupt``, and if all are corrupt.
@@ -53,7 +58,7 @@ class Resized:
         for place in range(index, index + len(self)):
             place %= len(self)
             try:
-                return place, self.pixels(place)
+                return place, self.pixels(place, region)
             except DataError as error:
                 if not skip_corrupt:
                     raise DataError(f"{error}: {ADVICE}") from None

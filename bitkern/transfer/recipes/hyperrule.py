@@ -4,7 +4,6 @@ Source: "Big Transfer (BiT)", arXiv 1912.11370, section 3.3, and ``bit_hyperrule
 google-research/big_transfer.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -13,11 +12,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from bitkern.transfer.recipes.mixup import cross_entropy
-
-
-def _check(valid: bool, name: str, expected: str, got: object) -> None:
-    if not valid:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+from bitkern.transfer.recipes.staircase import check, check_staircase, stretched
 
 
 @dataclass(frozen=True)
@@ -27,6 +22,7 @@ class HyperRule:
     ``resize`` and ``crop`` are pixels (square images); ``steps``, ``decay_steps`` and
     ``warmup_steps`` optimizer steps; ``mixup_alpha`` the Beta parameter of MixUp, 0 for none;
     ``base_lr`` the learning rate at ``batch_size`` (it is not rescaled when either is replaced).
+    ``weight_decay``, which BiT does without, concerns the weights of convolutions and head.
     Raises ``ValueError`` for values that make no schedule, such as a crop larger than the image.
     """
 
@@ -38,31 +34,26 @@ class HyperRule:
     mixup_alpha: float
     base_lr: float = 0.003
     batch_size: int = 512
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.crop >= 1, "crop", "a positive number of pixels", self.crop)
-        _check(
+        check(self.crop >= 1, "crop", "a positive number of pixels", self.crop)
+        check(
             self.resize >= self.crop,
             "resize",
             f"at least the crop, {self.crop} (the resized image must not be smaller than the crop)",
             self.resize,
         )
-        _check(self.steps >= 1, "steps", "a positive number", self.steps)
-        ordered = list(self.decay_steps) == sorted(self.decay_steps)
-        positive = all(step >= 0 for step in self.decay_steps)
-        _check(ordered and positive, "decay_steps", "ascending steps", self.decay_steps)
-        _check(self.warmup_steps >= 0, "warmup_steps", "0 or more", self.warmup_steps)
         finite_alpha = 0 <= self.mixup_alpha < math.inf
-        _check(finite_alpha, "mixup_alpha", "a finite number, 0 or more", self.mixup_alpha)
-        _check(0 < self.base_lr < math.inf, "base_lr", "a positive finite number", self.base_lr)
-        _check(self.batch_size >= 1, "batch_size", "a positive number", self.batch_size)
+        check(finite_alpha, "mixup_alpha", "a finite number, 0 or more", self.mixup_alpha)
+        check_staircase(self)
 
     def lr(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0 (so the first is 0).
 
         Linear warm-up, then a tenth for each decay step strictly below ``step``.
         """
-        _check(step >= 0, "step", "0 or more", step)
+        check(step >= 0, "step", "0 or more", step)
         if step < self.warmup_steps:
             return self.base_lr * step / self.warmup_steps
         decays = sum(decay < step for decay in self.decay_steps)
@@ -70,18 +61,19 @@ class HyperRule:
 
     def with_steps(self, steps: int) -> "HyperRule":
         """The same schedule stretched or shrunk to ``steps``, warm-up and decays in proportion."""
-        _check(steps >= 1, "steps", "a positive number", steps)
-        ratio = steps / self.steps
-        return dataclasses.replace(
-            self,
-            steps=steps,
-            decay_steps=tuple(round(decay * ratio) for decay in self.decay_steps),
-            warmup_steps=round(self.warmup_steps * ratio),
-        )
+        return stretched(self, steps)
 
-    def corners(self, chance: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-        """The corners (top, left) of random crops, from numbers (N, 2) in [0, 1): int64 (N, 2)."""
-        return (chance * (self.resize - self.crop + 1)).astype(np.int64)
+    @property
+    def sigmoid(self) -> bool:
+        """The labels decide: sigmoids where an image may have several."""
+        return False
+
+    def regions(
+        self, chance: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Random crops (top, left, crop, crop), from numbers (N, 2) in [0, 1): int64 (N, 4)."""
+        corners = (chance * (sizes - self.crop + 1)).astype(np.int64)
+        return np.concatenate([corners, np.full_like(corners, self.crop)], 1)
 
     def loss(self, logits: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:
         """Cross-entropy, of a softmax or, for several labels an image, of sigmoids."""
@@ -94,9 +86,9 @@ def hyperrule(num_examples: int, image_size: tuple[int, int]) -> HyperRule:
     ``num_examples`` is counted after few-shot subsetting. Raises ``ValueError`` unless all three
     numbers are positive.
     """
-    _check(num_examples >= 1, "num_examples", "a positive number", num_examples)
+    check(num_examples >= 1, "num_examples", "a positive number", num_examples)
     pair = len(image_size) == 2 and min(image_size) >= 1
-    _check(pair, "image_size", "a positive (height, width)", image_size)
+    check(pair, "image_size", "a positive (height, width)", image_size)
     height, width = image_size
     resize, crop = (160, 128) if height * width < 96 * 96 else (512, 480)
     if num_examples < 20_000:

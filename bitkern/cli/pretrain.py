@@ -1,0 +1,90 @@
+"""``bitkern pretrain``: train a BiT from scratch, as its upstream models were."""
+
+import argparse
+
+import numpy as np
+import torch
+
+from bitkern.cli import options, training
+from bitkern.models import ResNetV2, create_model
+from bitkern.models.registry import file_of
+from bitkern.transfer import ranks
+from bitkern.transfer.data import DataError, ImageSet
+from bitkern.transfer.recipes.pretraining import PRESETS, Pretraining, pretraining
+
+DISTRIBUTED = True
+LOSSES = ("softmax", "sigmoid")
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("pretrain", help="train a BiT from scratch, as published")
+    add = parser.add_argument
+    training.add_options(parser)
+    add("--preset", required=True, choices=PRESETS, help="whose schedule and loss")
+    add("--model", required=True, help="such as R50x1")
+    add(
+        "--weights",
+        metavar="FILE|RUN|NAME",
+        help="to start from, head included (default: random ones)",
+    )
+    rule = parser.add_argument_group("in place of the value of the preset")
+    rule.add_argument("--epochs", type=float, help="stretches the decays with it")
+    rule.add_argument("--steps", type=options.positive, help="the same, in optimizer steps")
+    rule.add_argument("--decay-epochs", type=float, nargs="*", metavar="EPOCH")
+    rule.add_argument("--warmup-steps", type=options.not_negative)
+    rule.add_argument("--batch-size", type=options.positive)
+    rule.add_argument("--base-lr", type=float, help="for 256 images, in proportion for others")
+    rule.add_argument("--weight-decay", type=float, help="of the weights of convolutions and head")
+    rule.add_argument("--loss", choices=LOSSES)
+    rule.add_argument("--image-size", type=options.positive, metavar="PIXELS")
+    rule.add_argument("--min-area", type=float, metavar="FRACTION", help="of an image in a crop")
+
+
+def run(args: argparse.Namespace) -> None:
+    how = training.begin(args)
+    data = ranks.from_first_of_host(training.load_data, args)
+    train_set, eval_set, _ = data
+    training.check_same_everywhere(args.data, train_set, eval_set)
+    with ranks.together():
+        rule = _rule(args, len(train_set.images))
+        _check_labels(args, train_set, rule)
+        torch.manual_seed(args.seed)
+        if args.weights and not args.resume and ranks.is_first_of_host():
+            file_of(args.weights, args.model)
+    with ranks.together():
+        model = _model(args, len(train_set.classes), rule)
+    training.run(args, model, args.weights, rule, data, *how, {"preset": args.preset})
+
+
+def _rule(args: argparse.Namespace, num_examples: int) -> Pretraining:
+    names = ("epochs", "steps", "decay_epochs", "warmup_steps", "batch_size", "base_lr")
+    values = training.given(args, (*names, "weight_decay", "image_size", "min_area"))
+    if args.loss:
+        values["sigmoid"] = args.loss == "sigmoid"
+    return pretraining(args.preset, num_examples, **values)
+
+
+def _check_labels(args: argparse.Namespace, data: ImageSet, rule: Pretraining) -> None:
+    """Raise ValueError for a loss that is not for the labels, DataError for an image without."""
+    if not data.multi_label:
+        return
+    if not rule.sigmoid:
+        raise ValueError("loss: expected sigmoid for several labels an image, got softmax")
+    unlabelled = np.flatnonzero(~data.labels.any(1))
+    if len(unlabelled):
+        image = data.images[unlabelled[0]]
+        raise DataError(f"{args.data}: {image}: expected a label, got none")
+
+
+def _model(args: argparse.Namespace, num_classes: int, rule: Pretraining) -> ResNetV2:
+    if args.weights and not args.resume:
+        model = create_model(args.model, weights=args.weights)
+        if model.num_classes != num_classes:
+            raise ValueError(
+                f"weights: expected a head of {num_classes} classes as {args.data} has, "
+                f"got {args.weights} with {model.num_classes}"
+            )
+        return model
+    model = create_model(args.model, num_classes)
+    torch.nn.init.constant_(model.get_parameter("head.fc.bias"), rule.head_bias(num_classes))
+    return model

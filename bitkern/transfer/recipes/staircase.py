@@ -1,0 +1,58 @@
+"""What recipes have in common whose learning rate rises in a warm-up and then falls by steps."""
+
+import dataclasses
+import math
+from typing import Any, ClassVar, Protocol, TypeVar
+
+
+class Staircase(Protocol):
+    """A recipe, a frozen dataclass; ``decay_steps`` and ``warmup_steps`` are optimizer steps."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def decay_steps(self) -> tuple[int, ...]: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def base_lr(self) -> float: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def weight_decay(self) -> float: ...
+
+
+Recipe = TypeVar("Recipe", bound=Staircase)
+
+
+def check(valid: bool, name: str, expected: str, got: object) -> None:
+    """Raise ValueError, naming the argument, unless it is valid."""
+    if not valid:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def check_staircase(rule: Staircase) -> None:
+    """Raise ValueError for values that make no schedule."""
+    check(rule.steps >= 1, "steps", "a positive number", rule.steps)
+    ordered = list(rule.decay_steps) == sorted(rule.decay_steps)
+    positive = all(step >= 0 for step in rule.decay_steps)
+    check(ordered and positive, "decay_steps", "ascending steps", rule.decay_steps)
+    check(rule.warmup_steps >= 0, "warmup_steps", "0 or more", rule.warmup_steps)
+    check(0 < rule.base_lr < math.inf, "base_lr", "a positive finite number", rule.base_lr)
+    check(rule.batch_size >= 1, "batch_size", "a positive number", rule.batch_size)
+    decay = rule.weight_decay
+    check(0 <= decay < math.inf, "weight_decay", "a finite number, 0 or more", decay)
+
+
+def stretched(rule: Recipe, steps: int) -> Recipe:
+    """The same schedule stretched or shrunk to ``steps``, warm-up and decays in proportion."""
+    check(steps >= 1, "steps", "a positive number", steps)
+    ratio = steps / rule.steps
+    return dataclasses.replace(
+        rule,
+        steps=steps,
+        decay_steps=tuple(round(decay * ratio) for decay in rule.decay_steps),
+        warmup_steps=round(rule.warmup_steps * ratio),
+    )
