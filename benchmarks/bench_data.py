@@ -17,7 +17,7 @@ from bitkern import transfer
 
 
 class Case(NamedTuple):
-    """JPEGs of width x height, resized to a square and cropped."""
+    """JPEGs of width x height, resized to a square and cropped; inception crops without resize."""
 
     width: int
     height: int
@@ -29,27 +29,28 @@ class Case(NamedTuple):
     modes: tuple = ()  # that compile
 
     def __str__(self):
-        return f"{self.width}x{self.height}/{self.crop}"
+        return f"{self.width}x{self.height}/{'' if self.resize else 'inception/'}{self.crop}"
 
 
-CASES = [Case(500, 375, 512, 480, 256)]
+CASES = [Case(500, 375, 512, 480, 256), Case(500, 375, 0, 224, 256)]
 FULL = [
     Case(500, 375, 256, 224, 256),
     Case(2000, 1500, 512, 480, 128),
     Case(2000, 1500, 256, 224, 128),
+    Case(1000, 750, 0, 224, 256),
+    Case(2000, 1500, 0, 224, 128),
 ]
-TINY = [Case(60, 40, 20, 16, 12, batch=4)]
+TINY = [Case(60, 40, 20, 16, 12, batch=4), Case(60, 40, 0, 16, 12, batch=4)]
 ROOT = Path(__file__).parents[1]
 
 
 def gate(folder, case):
-    """What is cut out of the cache is what is decoded anew."""
+    """What is cut out of the cache is what is decoded anew; threads change nothing."""
     data = transfer.image_folder(folder, "train")
-    rule = transfer.HyperRule(case.resize, case.crop, 3, (), 0, 0.0, batch_size=case.batch)
-    caches = [
-        transfer.train_batches(data, rule, seed=0, cache=c, workers=2) for c in ("ram", "off")
-    ]
-    for (x, y), (expected, labels) in zip(*caches, strict=True):
+    rule = loaders.rule(case.resize, case.crop, case.batch, steps=3)
+    ways = {"cache": "ram", "workers": 2}, {"cache": "off"}
+    batches = [transfer.train_batches(data, rule, seed=0, **way) for way in ways]
+    for (x, y), (expected, labels) in zip(*batches, strict=True):
         assert torch.equal(x, expected) and torch.equal(y, labels)
 
 
@@ -60,7 +61,7 @@ def test_loading(case, request, results, in_time, tmp_path):
     seconds = 0.5 if request.config.option.tiny else 6
     numbers = case.resize, case.crop, case.batch, seconds
     rows = {}
-    for name in loaders.LOADERS:
+    for name in loaders.of(case.resize):
         command = [sys.executable, "-m", "benchmarks.loaders", name, tmp_path, *numbers]
         done = subprocess.run(map(str, command), cwd=ROOT, capture_output=True, text=True)
         assert name != "ours" or done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
 """What loads images: ours and others. Each is measured in a process of its own.
 
 ``python -m benchmarks.loaders NAME FOLDER RESIZE CROP BATCH SECONDS`` prints what it measured.
+Crops are cut out of images resized to (RESIZE, RESIZE); where that is 0, they are inception crops.
 """
 
 import glob
@@ -16,6 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from bitkern import transfer
+from bitkern.transfer.data.images import read_image
 
 CORES = len(os.sched_getaffinity(0))
 SHARDS = 4
@@ -39,14 +41,37 @@ def write_images(folder, width, height, number):
         shard.close()
 
 
+MIN_AREA, RATIOS = 0.05, (3 / 4, 4 / 3)  # of an inception crop
+
+
+def rule(resize, crop, batch, steps=10**6):
+    """The recipe whose batches are measured."""
+    if resize:
+        return transfer.HyperRule(resize, crop, steps, (), 0, 0.0, batch_size=batch)
+    return transfer.Pretraining(steps, (), 0, batch_size=batch, crop=crop, min_area=MIN_AREA)
+
+
 def _ours(cache):
     def load(folder, resize, crop, batch):
         data = transfer.image_folder(folder, "train")
-        rule = transfer.HyperRule(resize, crop, 10**6, (), 0, 0.0, batch_size=batch)
         how = {"seed": 0, "workers": CORES, "cache": cache, "check": False}
-        return transfer.train_batches(data, rule, **how)
+        return transfer.train_batches(data, rule(resize, crop, batch), **how)
 
     return load
+
+
+def _whole(*arguments):
+    """Ours, but decoding all pixels of an image at full scale before it is cropped."""
+
+    def decode(source, size, region):
+        image = read_image(source)
+        top, left, height, width = region(image.height, image.width)
+        box = left, top, left + width, top + height
+        return np.array(image.resize((size, size), Image.Resampling.BILINEAR, box))
+
+    batches = _ours("off")(*arguments)
+    batches.resized.decode = decode
+    return batches
 
 
 class _Files(Dataset):
@@ -64,7 +89,10 @@ class _Files(Dataset):
 def _v2(resize, crop):
     from torchvision.transforms import v2
 
-    return v2.Compose([v2.Resize((resize, resize)), v2.RandomCrop(crop), v2.RandomHorizontalFlip()])
+    cut = [v2.Resize((resize, resize)), v2.RandomCrop(crop)]
+    if not resize:
+        cut = [v2.RandomResizedCrop(crop, (MIN_AREA, 1), RATIOS)]
+    return v2.Compose([*cut, v2.RandomHorizontalFlip()])
 
 
 def _endless(loader):
@@ -92,6 +120,8 @@ def _timm(folder, resize, crop, batch):
     from torchvision import transforms
 
     steps = [transforms.Resize((resize, resize)), transforms.RandomCrop(crop)]
+    if not resize:
+        steps = [transforms.RandomResizedCrop(crop, (MIN_AREA, 1), RATIOS)]
     steps += [transforms.RandomHorizontalFlip(), ToNumpy()]
     dataset = ImageDataset(f"{folder}/train", transform=transforms.Compose(steps))
     return _loader(dataset, batch, collate_fn=fast_collate)
@@ -108,13 +138,14 @@ def _webdataset(folder, resize, crop, batch):
     return DataLoader(endless, batch, num_workers=CORES)
 
 
-LOADERS = {
-    "ours": _ours("ram"),
-    "uncached": _ours("off"),
-    "torchvision": _torchvision,
-    "timm": _timm,
-    "webdataset": _webdataset,
-}
+PEERS = {"torchvision": _torchvision, "timm": _timm, "webdataset": _webdataset}
+RESIZED = {"ours": _ours("ram"), "uncached": _ours("off"), **PEERS}
+INCEPTION = {"ours": _ours("off"), "whole": _whole, **PEERS}
+
+
+def of(resize):
+    """The loaders that are compared."""
+    return RESIZED if resize else INCEPTION
 
 
 def _tree(pid):
@@ -186,7 +217,7 @@ def measured(name, folder, resize, crop, batch, seconds):
     images = len(glob.glob(f"{folder}/train/*/*.jpg"))
     with Memory() as memory:
         with Spent() as first:
-            batches = iter(LOADERS[name](folder, resize, crop, batch))
+            batches = iter(of(resize)[name](folder, resize, crop, batch))
             for _ in range(-(-images // batch)):
                 next(batches)
         count, end = 0, time.perf_counter() + seconds
