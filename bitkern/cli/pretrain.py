@@ -70,7 +70,7 @@ def _check_labels(args: argparse.Namespace, data: ImageSet, rule: Pretraining) -
         return
     if not rule.sigmoid:
         raise ValueError("loss: expected sigmoid for several labels an image, got softmax")
-    unlabelled = np.flatnonzero(~data.labels.any(1))
+    unlabelled = np.flatnonzero(data.labels.sum(1) == 0)
     if len(unlabelled):
         image = data.images[unlabelled[0]]
         raise DataError(f"{args.data}: {image}: expected a label, got none")

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bitkern.cli import options
 from bitkern.models import ResNetV2
 from bitkern.transfer import ranks
@@ -112,9 +114,19 @@ def load_data(args: argparse.Namespace) -> tuple[ImageSet, ImageSet, str]:
 
 def check_same_everywhere(source: str, *sets: ImageSet) -> None:
     """Raise DataError if the machines that train together have other data."""
-    mine = [(data.classes, hashlib.sha256(data.labels.tobytes()).hexdigest()) for data in sets]
+    mine = [(data.classes, _digest(data)) for data in sets]
     if any(other != mine for other in ranks.everyones(mine)):
         raise DataError(f"{source}: expected the same images on all machines, found others")
+
+
+def _digest(data: ImageSet) -> str:
+    """What tells labels from others."""
+    labels = data.labels
+    parts = (labels,) if isinstance(labels, np.ndarray) else (labels.indptr, labels.indices)
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.tobytes())
+    return digest.hexdigest()
 
 
 def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:

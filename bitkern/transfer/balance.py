@@ -3,32 +3,39 @@
 BiT's recipe does neither.
 """
 
+from typing import TYPE_CHECKING, TypeAlias
+
 import numpy as np
 import numpy.typing as npt
 
-Labels = npt.NDArray[np.int64] | npt.NDArray[np.bool_]
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+    Labels: TypeAlias = npt.NDArray[np.int64] | npt.NDArray[np.bool_] | csr_array
 Weights = npt.NDArray[np.float64]
 
 BALANCE = ("none", "sample", "loss")
 
 
-def sample_weights(labels: Labels) -> Weights:
+def sample_weights(labels: "Labels") -> Weights:
     """How often to draw each of N examples, in proportion: one over the number of its class.
 
-    ``labels`` int64 (N,), or bool (N, classes): the class of an image is then the rarest of its
-    labels, and images without any are a class of their own.
+    ``labels`` int64 (N,), or bool (N, classes), also as a ``csr_array``: the class of an image is
+    then the rarest of its labels, and images without any are a class of their own.
     """
     if labels.ndim == 1:
         counts: npt.NDArray[np.intp] = np.bincount(labels)
         return 1 / counts[labels]
+    from scipy.sparse import csr_array
+
     rarity = 1 / np.maximum(labels.sum(0), 1)
-    unlabelled = ~labels.any(1)
-    weights: Weights = (labels * rarity).max(1, initial=0)
+    unlabelled = labels.sum(1) == 0
+    weights: Weights = csr_array(labels).multiply(rarity).tocsr().max(axis=1).toarray()
     weights[unlabelled] = 1 / max(unlabelled.sum(), 1)
     return weights
 
 
-def class_weights(labels: Labels, num_classes: int) -> Weights:
+def class_weights(labels: "Labels", num_classes: int) -> Weights:
     """What a class weighs in the loss (num_classes,); 1 where it has no example.
 
     Of one label an image, N / (classes that occur * examples of the class), whose mean over the
@@ -39,5 +46,5 @@ def class_weights(labels: Labels, num_classes: int) -> Weights:
         balanced = len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))
     else:
         counts = labels.sum(0)
-        balanced = (len(labels) - counts) / np.maximum(counts, 1)
+        balanced = (labels.shape[0] - counts) / np.maximum(counts, 1)
     return np.where(counts > 0, balanced, 1.0)

@@ -100,7 +100,7 @@ def metrics_of(share: Share, data: ImageSet) -> dict[str, float]:
     """The metrics of :func:`evaluate`, from all shares of a set's logits."""
     precision = _mean_average_precision(share, data) if data.multi_label else {}
     with ranks.together():
-        logits, labels = share.logits, torch.from_numpy(data.labels[share.rows])
+        logits, labels = share.logits, torch.from_numpy(data.labels_of(share.rows))
         best = logits.topk(min(5, logits.shape[1])).indices
         right = labels.gather(1, best) if data.multi_label else best == labels[:, None]
         loss = cross_entropy(logits.double(), labels).item() * len(labels) if len(labels) else 0.0
@@ -114,13 +114,12 @@ def _mean_average_precision(share: Share, data: ImageSet) -> dict[str, float]:
     from sklearn.metrics import average_precision_score
 
     logits, found = gathered(share, data)
-    occur = np.flatnonzero(found.labels.any(0))
+    truth = found.labels_of(slice(None))
+    occur = np.flatnonzero(truth.any(0))
 
     def mean() -> float:
         chances = logits.sigmoid().numpy()
-        return float(
-            np.mean([average_precision_score(found.labels[:, c], chances[:, c]) for c in occur])
-        )
+        return float(np.mean([average_precision_score(truth[:, c], chances[:, c]) for c in occur]))
 
     return {"mean_average_precision": ranks.from_first(mean)} if len(occur) else {}
 

@@ -98,10 +98,12 @@ class Setup:
     @functools.cached_property
     def schedule(self) -> Schedule:
         """Which images the steps of this process take."""
-        labels, sample = self.train_set.labels, self.balance == "sample"
-        weights = balance.sample_weights(labels) if sample else None
+        sample = self.balance == "sample"
+        weights = balance.sample_weights(self.train_set.labels) if sample else None
         group = ranks.rank(), ranks.world_size()
-        return Schedule(len(labels), self.rule, self.seed, self.batch_split, *group, weights)
+        return Schedule(
+            len(self.train_set.images), self.rule, self.seed, self.batch_split, *group, weights
+        )
 
     def optimizer(self) -> torch.optim.Optimizer:
         """SGD with momentum 0.9; each step sets its learning rate.
@@ -153,5 +155,6 @@ class Setup:
         """Micro-batches as those of the first step, of black images."""
         for part in self.schedule.step(0).parts:
             shape = len(part.rows), 3, self.rule.crop, self.rule.crop
-            labels = np.resize(self.train_set.labels, (shape[0], *self.train_set.labels.shape[1:]))
-            yield torch.zeros(shape, dtype=torch.uint8), torch.from_numpy(labels)
+            rows = np.arange(shape[0]) % len(self.train_set.images)
+            labels = torch.from_numpy(self.train_set.labels_of(rows))
+            yield torch.zeros(shape, dtype=torch.uint8), labels

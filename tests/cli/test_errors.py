@@ -173,7 +173,7 @@ def test_bad_images(run, tmp_path, capsys):
 def test_missing_arguments_and_packages(run, tmp_path, capsys, monkeypatch):
     assert "required: command" in error_of(capsys)
     assert "invalid choice: 'fintune'" in error_of(capsys, "fintune")
-    assert "required: --data, --model, --out" in error_of(capsys, "finetune")
+    assert "required: --data, --out, --model" in error_of(capsys, "finetune")
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)

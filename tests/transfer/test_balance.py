@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csr_array
 from sklearn.utils.class_weight import compute_class_weight
 
 from bitkern.transfer import hyperrule, mixup_loss, train_batches
@@ -45,6 +46,18 @@ def test_balanced_classes_are_drawn_once_each():
     labels = np.repeat(np.arange(3), 5)
     for epoch in epochs(labels, sample_weights(labels), 5):
         assert sorted(epoch) == list(range(15))
+
+
+def test_labels_that_are_kept_sparse_weigh_the_same():
+    labels = np.random.default_rng(0).random((50, 7)) < [0.01, 0.1, 0.3, 0.5, 0.02, 0.9, 0]
+    assert not labels.any(1).all()
+    sparse = csr_array(labels)
+    assert np.array_equal(sample_weights(sparse), sample_weights(labels))
+    assert np.array_equal(class_weights(sparse, 7), class_weights(labels, 7))
+    rarity = 1 / np.maximum(labels.sum(0), 1)
+    expected = [max((rarity[c] for c in np.flatnonzero(row)), default=None) for row in labels]
+    expected = [1 / expected.count(None) if value is None else value for value in expected]
+    assert np.array_equal(sample_weights(labels), expected)
 
 
 def test_images_of_several_labels_go_by_the_rarest():

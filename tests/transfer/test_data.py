@@ -8,6 +8,8 @@ from PIL import Image
 
 from bitkern.transfer import data
 from bitkern.transfer.data.images import read_image
+from bitkern.transfer.data.members import Labels, Members
+from bitkern.transfer.data.members import image_set as labelled
 from tests.transfer.images import CLASSES, image_set, picture, write_folder
 
 
@@ -200,3 +202,13 @@ def test_digits():
     assert pixels.dtype == np.uint8 and pixels.shape[1:] == (8, 8)
     assert (pixels.min(), pixels.max()) == (0, 255)
     assert read_image(train_set.images[0]).mode == "RGB"
+
+
+def test_labels_take_no_room_for_classes_that_images_have_not():
+    values = np.stack([np.arange(2000), np.full(2000, 999_999), np.arange(2000)], 1)
+    images = Members(lambda row: None, np.arange(2000))
+    found = labelled(images, Labels(values.ravel(), np.full(2000, 3), None), None, "here")
+    assert found.labels.shape == (2000, 1_000_000) and found.multi_label  # 2 GB, were it dense
+    assert found.labels.data.nbytes + found.labels.indices.nbytes < 50_000
+    assert np.flatnonzero(found.subset([3, 7]).labels_of([1])).tolist() == [7, 999_999]
+    assert found.labels.sum(0)[999_999] == 2000

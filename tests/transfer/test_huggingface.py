@@ -158,7 +158,7 @@ def test_files(tmp_path, layout, splits):
 def test_labels(tmp_path, column, feature, values, labels, classes):
     found = image_dataset(saved(tmp_path / "d", table(values, feature, column)), "train")
     assert found.classes == tuple(classes)
-    assert found.labels.astype(int).tolist() == labels
+    assert found.labels_of(slice(None)).astype(int).tolist() == labels
     assert found.labels.dtype == (np.bool_ if found.multi_label else np.int64)
 
 

@@ -75,9 +75,9 @@ def test_resumes_what_an_earlier_version_wrote(tmp_path):
     train(straight)
     stopped(tmp_path)
     checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
-    (group,) = checkpoint["optimizer"]["param_groups"]
-    assert group["fused"] and torch.is_tensor(group["lr"])
-    group.update(fused=None, lr=0.1)
+    for group in checkpoint["optimizer"]["param_groups"]:
+        assert group["fused"] and torch.is_tensor(group["lr"])
+        group.update(fused=None, lr=0.1)
     torch.save(checkpoint, tmp_path / "last.pt")
     train(resumed, out=tmp_path, checkpoint_every=5, resume=True)
     assert_same_bits(resumed, straight.state_dict())

@@ -143,7 +143,7 @@ def test_splits(tmp_path):
 )
 def test_labels(tmp_path, stated, labels, classes):
     found = image_shards(write_tar(tmp_path / "x.tar", labelled(stated)), "train")
-    assert found.labels.astype(int).tolist() == labels and found.classes == classes
+    assert found.labels_of(slice(None)).astype(int).tolist() == labels and found.classes == classes
     assert found.labels.dtype == (np.bool_ if found.multi_label else np.int64)
     kept = found.subset(np.array([1]))
     assert [m.name for m in kept.images] == ["1.png"]

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from PIL import Image
+    from scipy.sparse import csr_array
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -42,11 +43,12 @@ class ImageSet(NamedTuple):
     ``images`` may be any sequence; one that does not hold its images, because there are millions,
     has a method ``take(indices)``, which returns another. ``labels`` int64 (N,), indices into
     ``classes``; or bool (N, classes), True for each label of an image that may have several, or
-    none: a multi-label set.
+    none: a multi-label set. That may be a ``csr_array`` of SciPy, which takes five bytes for each
+    label and not one for each class of an image.
     """
 
     images: Sequence[Source]
-    labels: npt.NDArray[np.int64] | npt.NDArray[np.bool_]
+    labels: "npt.NDArray[np.int64] | npt.NDArray[np.bool_] | csr_array"
     classes: tuple[str, ...]
 
     @property
@@ -58,9 +60,14 @@ class ImageSet(NamedTuple):
         """The same images, as ones that might have several labels."""
         if self.multi_label:
             return self
-        several = np.zeros((len(self.labels), len(self.classes)), np.bool_)
-        several[np.arange(len(self.labels)), self.labels] = True
+        several = np.zeros((len(self.images), len(self.classes)), np.bool_)
+        several[np.arange(len(self.images)), self.labels] = True
         return self._replace(labels=several)
+
+    def labels_of(self, indices: Any) -> npt.NDArray[Any]:
+        """The labels at these indices as an array: int64 (M,) or bool (M, classes)."""
+        labels = self.labels[indices]
+        return labels if isinstance(labels, np.ndarray) else labels.toarray()
 
     def subset(self, indices: Any) -> "ImageSet":
         """The images at these indices."""

@@ -126,7 +126,7 @@ class TrainBatches:
         self.resized, self.schedule, self.compute = resized, schedule, compute
         self.flip, self.skip_corrupt, self.start = flip, skip_corrupt, start
         self.on_device = on_device
-        self.labels = torch.from_numpy(np.ascontiguousarray(data.labels))
+        self.data = data
 
     def __iter__(self) -> Generator[tuple[Tensor, Tensor]]:
         wanted = self.schedule.micro_batches(self.start)
@@ -137,7 +137,7 @@ class TrainBatches:
         else:
             batches = self._gathered(map(self._crops, wanted))
         for images, indices in batches:
-            yield images, self.labels[indices]
+            yield images, torch.from_numpy(self.data.labels_of(indices))
 
     def _read(self, pieces: Iterable[list[Piece]]) -> Iterator[tuple[Tensor, list[int]]]:
         def write(image: Tensor, piece: Piece) -> int:

@@ -77,8 +77,12 @@ def image_set(
         raise DataError(f"{source}: holds labels of {len(classes)} classes, need two")
     if counts is None:
         return ImageSet(images, places, tuple(classes))
-    several = np.zeros((len(counts), len(classes)), np.bool_)
-    several[np.repeat(np.arange(len(counts)), counts), places] = True
+    from scipy.sparse import csr_array
+
+    rows = np.concatenate([[0], np.cumsum(counts)])
+    shape = len(counts), len(classes)
+    several = csr_array((np.ones(len(places), np.bool_), places, rows), shape)
+    several.sum_duplicates()  # which state a label once more
     return ImageSet(images, several, tuple(classes))
 
 

@@ -14,8 +14,10 @@ def _choose(
 ) -> npt.NDArray[np.intp]:
     """Sorted indices: ``count(available, class name)`` examples of each class, drawn by seed."""
     chosen = []
+    by_class = np.argsort(data.labels, kind="stable")
+    ends = np.searchsorted(data.labels[by_class], np.arange(len(data.classes) + 1))
     for label, name in enumerate(data.classes):
-        indices = np.flatnonzero(data.labels == label)
+        indices = by_class[ends[label] : ends[label + 1]]
         order = random_stream(use, label, seed).permutation(indices)
         chosen.append(order[: count(len(indices), name)])
     return np.sort(np.concatenate(chosen))
@@ -54,5 +56,5 @@ def hold_out(data: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, Imag
     held = _choose(groups if data.multi_label else data, HOLDOUT, seed, count)
     if not len(held):
         raise DataError("holdout: expected a class with more than one training image")
-    kept = np.setdiff1d(np.arange(len(data.labels)), held)
+    kept = np.setdiff1d(np.arange(len(data.images)), held)
     return data.subset(kept), data.subset(held)

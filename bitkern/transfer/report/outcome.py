@@ -53,7 +53,10 @@ def judge(outputs: Tensor, data: ImageSet) -> Outcome:
         chances, labels = outputs.sigmoid(), torch.from_numpy(truth)
         predicted = (chances >= THRESHOLD).numpy()
     else:
-        chances, labels = outputs.softmax(1), torch.from_numpy(data.labels.astype(np.int64))
+        chances, labels = (
+            outputs.softmax(1),
+            torch.from_numpy(data.labels_of(slice(None)).astype(np.int64)),
+        )
         predicted = np.zeros_like(truth)
         predicted[np.arange(len(logits)), logits.argmax(1)] = True
     parts = zip(torch.split(outputs, ROWS), torch.split(labels, ROWS), strict=True)
@@ -64,7 +67,7 @@ def judge(outputs: Tensor, data: ImageSet) -> Outcome:
 
 def _truth(data: ImageSet) -> Bools:
     count, classes = len(data.images), len(data.classes)
-    labels = data.labels
+    labels = data.labels_of(slice(None))
     if not count or not classes:
         raise ValueError(f"data: expected images of classes, got {count} of {classes}")
     if data.multi_label:
