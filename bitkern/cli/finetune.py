@@ -44,7 +44,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def run(args: argparse.Namespace) -> None:
-    how = training.begin(args)
+    running = training.begin(args)
     data = ranks.from_first_of_host(_load_data, args)
     train_set, eval_set, _ = data
     training.check_same_everywhere(args.data, train_set, eval_set)
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if args.freeze:
         model.freeze_backbone()
     about = {"shots": args.shots, "freeze": args.freeze}
-    training.run(args, model, weights, rule, data, *how, about)
+    training.run(args, model, weights, rule, data, running, about)
 
 
 def _weights(args: argparse.Namespace) -> str | None:

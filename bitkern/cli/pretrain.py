@@ -41,7 +41,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def run(args: argparse.Namespace) -> None:
-    how = training.begin(args)
+    running = training.begin(args)
     data = ranks.from_first_of_host(training.load_data, args)
     train_set, eval_set, _ = data
     training.check_same_everywhere(args.data, train_set, eval_set)
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
             file_of(args.weights, args.model)
     with ranks.together():
         model = _model(args, len(train_set.classes), rule)
-    training.run(args, model, args.weights, rule, data, *how, {"preset": args.preset})
+    training.run(args, model, args.weights, rule, data, running, {"preset": args.preset})
 
 
 def _rule(args: argparse.Namespace, num_examples: int) -> Pretraining:

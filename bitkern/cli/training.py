@@ -4,7 +4,7 @@ import argparse
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -82,13 +82,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def begin(args: argparse.Namespace) -> tuple[str, str, str]:
-    """The device, the precision and why it is that one, before anything is read."""
+class Running(NamedTuple):
+    """The device, the precision, and why it is that one."""
+
+    device: str
+    precision: str
+    why: str
+
+
+def begin(args: argparse.Namespace) -> Running:
+    """What can be found out, or be wrong, before anything is read."""
     require("PIL", "matplotlib", "sklearn", "tqdm")
     ranks.from_first(check_out, Path(args.out), args.resume)
     with ranks.together():
         device = options.usable_device(args.device)
-        return device, *_precision(args, device)
+        return Running(device, *_precision(args, device))
 
 
 def _precision(args: argparse.Namespace, device: str) -> tuple[str, str]:
@@ -145,9 +153,7 @@ def run(
     weights: str | None,
     rule: Recipe,
     data: tuple[ImageSet, ImageSet, str],
-    device: str,
-    precision: str,
-    why: str,
+    running: Running,
     about: Mapping[str, Any],
 ) -> None:
     """Train, and say so."""
@@ -157,7 +163,7 @@ def run(
         f"{args.model} from {weights or 'random weights'}: {len(train_set.images)} training "
         f"images, {len(eval_set.images)} {split} images, {len(train_set.classes)} classes{several}"
     )
-    print(f"{rule}, {precision} on {device} ({why})")
+    print(f"{rule}, {running.precision} on {running.device} ({running.why})")
     said = {"model": args.model, "weights": weights, "data": args.data, "evaluated_on": split}
     result = train(
         model,
@@ -167,14 +173,14 @@ def run(
         out=Path(args.out),
         resume=args.resume,
         seed=args.seed,
-        batch_split=args.batch_split or ("auto" if device.startswith("cuda") else 1),
+        batch_split=args.batch_split or ("auto" if running.device.startswith("cuda") else 1),
         balance=args.balance,
         flip=not args.no_flip,
         eval_every=args.eval_every,
         checkpoint_every=args.checkpoint_every,
         workers=args.workers,
-        device=device,
-        precision=precision,
+        device=running.device,
+        precision=running.precision,
         cuda_graph=args.cuda_graph,
         cache=args.cache,
         decoder=args.decoder,

@@ -50,6 +50,7 @@ def write_card(run: FinishedRun, path: Path, library: str, snippet: str) -> None
         "Evaluation images": summary.get("evaluation_images"),
         "Top-1": _fraction(summary.get("top1")),
         "Top-5": _fraction(summary.get("top5")),
+        "Mean average precision": _fraction(summary.get("mean_average_precision")),
         "Loss": _fraction(summary.get("eval_loss")),
         "Steps": summary.get("steps"),
     }
@@ -65,7 +66,7 @@ tags:
 ---
 # {run.architecture}, {len(run.classes)} classes
 
-A Big Transfer model (Kolesnikov et al., arXiv 1912.11370), fine-tuned with bitkern.
+A Big Transfer model (Kolesnikov et al., arXiv 1912.11370), trained with bitkern.
 
 | | |
 |---|---|

@@ -45,7 +45,7 @@ def load_run(path: str | PathLike[str]) -> FinishedRun:
         raise ValueError(f"{path}: expected the folder of a run, or its {WEIGHTS}")
     metadata = read_metadata(path)
     if not {"model", "classes", "crop"} <= metadata.keys():
-        raise ValueError(f"{path}: holds no class names; expected a file of bitkern finetune")
+        raise ValueError(f"{path}: holds no class names; expected a file of a run of bitkern")
     architecture, classes = metadata["model"], tuple(metadata["classes"])
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{path}: holds a model of one's own ({architecture})")
