@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,27 +16,18 @@ import torch.distributed as dist
 from bitkern.cli import main
 from bitkern.transfer import HyperRule, loop, ranks
 from bitkern.transfer.schedule import Schedule
-from tests.distributed import gradients, training
+from tests.distributed import gradients, torchrun, training
 from tests.transfer.images import image_set, write_folder
 from tests.transfer.net import Net
 
-ROOT = Path(__file__).parents[1]
 PROCESSES = 4
-
-
-def torchrun(processes, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    command += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command += map(str, arguments)
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What a run of all checks in four processes left behind."""
     folder = tmp_path_factory.mktemp("distributed")
-    process = torchrun(PROCESSES, "tests.distributed", folder)
+    process = torchrun(PROCESSES, "tests.distributed", folder, "gradients", "training")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return folder
