@@ -35,6 +35,18 @@ class Sums:
         yield self.sums
 
 
+def _collector(sums: Sums, conv: WSConv2d, dtype: torch.dtype) -> Callable[[Tensor], None]:
+    # Must not hold the weight that it is a hook of: that is a cycle which Python does not see.
+    def collect(out: Tensor) -> None:
+        # In float32 where the compute dtype has 16 bits: rounded sums would not be exact.
+        assert out.grad is not None
+        grad = out.grad.to(dtype)
+        out.grad = None
+        sums.add(conv, grad)
+
+    return collect
+
+
 class _Kind:
     """Layers of one kind: same variant of the formula, dtype, device and need of a gradient."""
 
@@ -92,19 +104,9 @@ class _StepKind(_Kind):
         )
         for i, out in enumerate(self.detached.outs):
             if self.weights[i].requires_grad or self.gains and self.gains[i].requires_grad:
-                collect = self._collector(self.convs[i])
+                collect = _collector(self.sums, self.convs[i], self.detached.stats.dtype)
                 out.requires_grad_().register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
         return self.detached.outs
-
-    def _collector(self, conv: WSConv2d) -> Callable[[Tensor], None]:
-        def collect(out: Tensor) -> None:
-            # In float32 where the compute dtype has 16 bits: rounded sums would not be exact.
-            assert out.grad is not None
-            grad = out.grad.to(self.detached.stats.dtype)
-            out.grad = None
-            self.sums.add(conv, grad)
-
-        return collect
 
     def finish(self, sums: Mapping[Hashable, Tensor]) -> None:
         """Standardization's backward: linear in the gradients, hence once for their sum."""

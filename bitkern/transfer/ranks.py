@@ -81,7 +81,7 @@ def sums_of(*values: float) -> list[float]:
 def adding_up(tensor: Tensor) -> Callable[[], None]:
     """Begin to replace a tensor by its sum over all processes; what is returned waits for it.
 
-    On a GPU its stream waits, not the process.
+    With NCCL the stream does, and not the host, by PyTorch's documentation.
     """
     with _meeting():
         work = dist.all_reduce(tensor, async_op=True)

@@ -19,8 +19,8 @@ class Reduction(Sums):
     sum of a full bucket begins. Where a parameter lies depends on the model alone, as does then
     the rounding of its sum: last layers first, in buckets of about :data:`ranks.BUCKET_BYTES`,
     which begin in this order. Standardization is linear, so of a layer's weight the gradient
-    summed is that of the standardized one; with it the gain has its own. What has no place any
-    more, because a weight is used both ways, is added up at the end.
+    summed is that of the standardized one; with it the gain has its own. What finds no place, as
+    when a weight is used both ways, is added up after the backward pass.
 
     All processes are expected to find gradients for the same parameters. A single one has no
     buckets, and nothing happens but the sum over micro-batches.
@@ -94,13 +94,12 @@ class Reduction(Sums):
 
     def _put(self, key: Hashable) -> None:
         """Copy a sum to its place, if that is free."""
-        if key not in self.places:
+        if key not in self.places or self.places[key][1] in self.given:
             return
         bucket, place = self.places[key]
-        if place in self.given:
-            return
-        self.given[place] = key, self.sums.pop(key)
-        place.copy_(self.given[place][1])
+        grad = self.sums.pop(key)
+        self.given[place] = key, grad
+        place.copy_(grad)
         self.missing[bucket] -= 1
         while len(self.waits) < len(self.buckets) and not self.missing[len(self.waits)]:
             self._start()
@@ -119,7 +118,7 @@ class Reduction(Sums):
         """Give the parameters their gradients, those of standardized weights to the block."""
         ranks.add_up(self.sums.values())
         for place, (key, grad) in self.given.items():
-            super().add(key, grad.copy_(place))
+            self.add(key, grad.copy_(place))
         for p in self.parameters:
             if p in self.sums:
                 p.grad = self.sums.pop(p)
