@@ -4,10 +4,10 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,27 +17,18 @@ import torch.distributed as dist
 from bitkern.cli import main
 from bitkern.transfer import HyperRule, loop, ranks
 from bitkern.transfer.schedule import Schedule
-from tests.distributed import gradients, training
+from tests.distributed import gradients, torchrun, training
 from tests.transfer.images import image_set, write_folder
 from tests.transfer.net import Net
 
-ROOT = Path(__file__).parents[1]
 PROCESSES = 4
-
-
-def torchrun(processes, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    command += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command += map(str, arguments)
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What a run of all checks in four processes left behind."""
     folder = tmp_path_factory.mktemp("distributed")
-    process = torchrun(PROCESSES, "tests.distributed", folder)
+    process = torchrun(PROCESSES, "tests.distributed", folder, "gradients", "training")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return folder
@@ -176,3 +167,20 @@ def test_torchrun_finetune_interrupted_and_resumed(tmp_path):
         assert one.keys() == two.keys() and one["step"] == two["step"]
         name = "loss" if "loss" in one else "eval_loss"
         assert math.isclose(one[name], two[name], rel_tol=1e-4), (one, two)
+
+
+@pytest.mark.sweep
+def test_two_nodes_make_the_files_of_one(tmp_path):
+    arguments = ["bitkern", "finetune", "--data", "digits", "--shots", 3, "--holdout", 0.1]
+    arguments += ["--model", "R26x0.5", "--resize", 40, "--crop", 32, "--batch-size", 16]
+    arguments += ["--batch-split", 2, "--steps", 6, "--eval-every", 3, "--base-lr", 0.01]
+    arguments += ["--mixup-alpha", 0.1, "--workers", 0, "--device", "cpu", "--out"]
+    with socket.create_server(("localhost", 0)) as server:
+        endpoint = f"localhost:{server.getsockname()[1]}"
+    nodes = [torchrun(1, *arguments, tmp_path / "two", nodes=2, endpoint=endpoint) for _ in "12"]
+    for process in [*nodes, torchrun(2, *arguments, tmp_path / "one")]:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    for name in ("metrics.jsonl", "model.safetensors", "predictions.csv"):
+        contents = [(tmp_path / out / name).read_bytes() for out in ("one", "two")]
+        assert contents[0] == contents[1], name

@@ -6,7 +6,8 @@ layout are known, and in one launch for all layers of a kind.
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,30 @@ from bitkern.ops.weight_standardize import weight_standardize_detached
 from bitkern.ops.ws_conv2d import conv_channels_last, conv_dtype
 
 
-def _collector(grads: dict[int, Tensor], i: int, dtype: torch.dtype) -> Callable[[Tensor], None]:
+class Sums:
+    """The gradients of layers' standardized weights, summed over micro-batches."""
+
+    def __init__(self) -> None:
+        self.sums: dict[Hashable, Tensor] = {}
+
+    def add(self, key: Hashable, grad: Tensor) -> None:
+        """Add to the sum of a layer, which takes ``grad`` over if it is the first."""
+        self.sums[key] = self.sums[key].add_(grad) if key in self.sums else grad
+
+    @contextlib.contextmanager
+    def complete(self) -> Iterator[Mapping[Hashable, Tensor]]:
+        """The sums by layer, for the block that carries them to the weights."""
+        yield self.sums
+
+
+def _collector(sums: Sums, conv: WSConv2d, dtype: torch.dtype) -> Callable[[Tensor], None]:
     # Must not hold the weight that it is a hook of: that is a cycle which Python does not see.
     def collect(out: Tensor) -> None:
         # In float32 where the compute dtype has 16 bits: rounded sums would not be exact.
         assert out.grad is not None
         grad = out.grad.to(dtype)
-        grads[i] = grads[i].add_(grad) if i in grads else grad
         out.grad = None
+        sums.add(conv, grad)
 
     return collect
 
@@ -59,12 +76,16 @@ class _Kind:
             channels_last=channels_last,
         )
 
-    def finish(self) -> None:
+    def finish(self, sums: Mapping[Hashable, Tensor]) -> None:
         """What is left to do when the weights are no longer used."""
 
 
 class _StepKind(_Kind):
     """A kind whose gradients are collected until :meth:`finish` carries them to the weights."""
+
+    def __init__(self, convs: Sequence[WSConv2d], sums: Sums) -> None:
+        super().__init__(convs)
+        self.sums = sums
 
     def standardize(self, dtype: torch.dtype, channels_last: bool) -> list[Tensor]:
         ddp = _torch.active_ddp()
@@ -81,18 +102,17 @@ class _StepKind(_Kind):
             dtype=dtype,
             channels_last=channels_last,
         )
-        self.grads: dict[int, Tensor] = {}
         for i, out in enumerate(self.detached.outs):
             if self.weights[i].requires_grad or self.gains and self.gains[i].requires_grad:
-                collect = _collector(self.grads, i, self.detached.stats.dtype)
+                collect = _collector(self.sums, self.convs[i], self.detached.stats.dtype)
                 out.requires_grad_().register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
         return self.detached.outs
 
-    def finish(self) -> None:
+    def finish(self, sums: Mapping[Hashable, Tensor]) -> None:
         """Standardization's backward: linear in the gradients, hence once for their sum."""
-        if not self.grads:
+        grads = {i: sums[conv] for i, conv in enumerate(self.convs) if conv in sums}
+        if not grads:
             return
-        grads = {i: self.grads[i] for i in sorted(self.grads)}
         dweights, dgains = self.detached.backward(grads)
         pairs = [(self.weights[i], grad) for i, grad in dweights.items()]
         if self.gains:
@@ -110,7 +130,7 @@ def _is_fsdp(module: nn.Module) -> bool:
 class Pool:
     """The standardized weights of a module's WSConv2d layers, made when first asked for."""
 
-    def __init__(self, module: nn.Module, kind: type[_Kind]) -> None:
+    def __init__(self, module: nn.Module, kind: Callable[[Sequence[WSConv2d]], _Kind]) -> None:
         # What FSDP2 wraps further down has whole weights only while it runs itself.
         wrapped = [m for m in module.modules() if m is not module and _is_fsdp(m)]
         others = {conv for m in wrapped for conv in m.modules()}
@@ -131,11 +151,10 @@ class Pool:
                 self.outs.update(zip(kind.convs, outs, strict=True))
         return self.outs.get(conv)
 
-    def finish(self) -> None:
+    def finish(self, sums: Mapping[Hashable, Tensor]) -> None:
         """Carry collected gradients to the weights."""
-        if self.outs is not None:
-            for kind in self.kinds:
-                kind.finish()
+        for kind in self.kinds if self.outs is not None else ():
+            kind.finish(sums)
 
 
 def per_forward(module: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -150,7 +169,7 @@ def per_forward(module: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def standardized(module: nn.Module) -> Iterator[None]:
+def standardized(module: nn.Module, *, sums: Sums | None = None) -> Iterator[None]:
     """Standardize all weights of ``module`` once for the forward and backward passes inside.
 
     For the micro-batches of one optimizer step::
@@ -165,6 +184,8 @@ def standardized(module: nn.Module) -> Iterator[None]:
     result is that of a backward per micro-batch. The gradients of the layers' weights and gains
     are complete only after the block, and the weights must not change inside it.
 
+    ``sums`` collects the gradients, for who does more with them than to sum them.
+
     With DistributedDataParallel all micro-batches but the last run under its ``no_sync``. Does
     nothing to a module that FSDP2 wraps, whose weights are whole only during a forward pass.
 
@@ -174,7 +195,9 @@ def standardized(module: nn.Module) -> Iterator[None]:
     if _is_fsdp(module):
         yield
         return
-    pool = Pool(module, _StepKind)
+    sums = sums or Sums()
+    pool = Pool(module, partial(_StepKind, sums=sums))
     with using(pool):
         yield
-    pool.finish()
+    with sums.complete() as totals:
+        pool.finish(totals)

@@ -4,7 +4,7 @@ All randomness is a function of (seed, step, example): data order, crops, flips 
 depend on the number of loader workers or processes, and a resumed run continues bit for bit.
 
 In several processes (torchrun) each computes its part of every micro-batch and the gradients are
-summed once a step, after the backward pass of weight standardization.
+summed once a step, while the backward pass of the last micro-batch goes on.
 """
 
 import contextlib
@@ -30,6 +30,7 @@ from bitkern.transfer.data.opening import Reading, open_resized
 from bitkern.transfer.data.resized import Resized, check_classes
 from bitkern.transfer.inference import gathered, metrics_of, predict_share
 from bitkern.transfer.recipes import Recipe
+from bitkern.transfer.reduction import Reduction
 from bitkern.transfer.report import check_report, write_report
 from bitkern.transfer.run import (
     REPORT,
@@ -159,6 +160,7 @@ def train(
             compute = compute._replace(precision=checkpoint["settings"]["precision"])
             setup = dataclasses.replace(setup, compute=compute)
         compute.place(model)
+        reduction = Reduction(model)
     scaler = compute.scaler()
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     if folder and checkpoint:
@@ -180,7 +182,7 @@ def train(
     with ranks.together():
         on_device = kept_on(compute.device, train_images)
     if batch_split == "auto" and not checkpoint:
-        setup = setup.fitted(optimizer, scaler)
+        setup = setup.fitted(optimizer, scaler, reduction)
         if shown:
             print(f"batch_split {setup.batch_split}, the smallest that fits on {compute.device}")
     del checkpoint
@@ -204,7 +206,7 @@ def train(
             on_device=on_device,
         )
         loading = stack.enter_context(contextlib.closing(iter(batches)))
-        take_step = setup.stepper(optimizer, scaler, loading)
+        take_step = setup.stepper(optimizer, scaler, reduction, loading)
         losses = _Losses(rule, journal)
         share = None
         for step, bar in _bar(done.step, rule.steps, shown):

@@ -78,11 +78,26 @@ def sums_of(*values: float) -> list[float]:
     return [float(value) for value in sums]
 
 
+def adding_up(tensor: Tensor) -> Callable[[], None]:
+    """Begin to replace a tensor by its sum over all processes; what is returned waits for it.
+
+    With NCCL the stream does, and not the host, by PyTorch's documentation.
+    """
+    with _meeting():
+        work = dist.all_reduce(tensor, async_op=True)
+
+    def wait() -> None:
+        with _meeting():
+            work.wait()
+
+    return wait
+
+
 def add_up(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over all processes, in few large all-reduces."""
     if world_size() == 1:
         return
-    for bucket in _buckets(tensors):
+    for bucket in buckets(tensors):
         sizes = [tensor.numel() for tensor in bucket]
         with together():  # which memory may not suffice for
             flat = bucket[0].new_empty(sum(sizes))
@@ -96,7 +111,7 @@ def add_up(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(part)
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """The tensors in lists of one dtype and device, of about BUCKET_BYTES each."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
@@ -118,6 +133,8 @@ def copy_from_first(tensors: Iterable[Tensor]) -> None:
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Run the block, in which processes do not meet; one that fails in it stops them all.
+
+    They may meet in what takes place whoever fails.
 
     It raises its own error, the others :class:`RankError` with the message of the first failed.
     """

@@ -15,6 +15,7 @@ from bitkern.transfer.compute import Compute
 from bitkern.transfer.data.images import ImageSet
 from bitkern.transfer.fitting import fits, smallest_split
 from bitkern.transfer.recipes import Recipe
+from bitkern.transfer.reduction import Reduction
 from bitkern.transfer.schedule import Schedule
 from bitkern.transfer.step import Stepper
 
@@ -123,6 +124,7 @@ class Setup:
         self,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
+        reduction: Reduction,
         batches: Iterator[Sequence[Tensor]],
     ) -> Stepper:
         """The steps, on these micro-batches."""
@@ -131,9 +133,14 @@ class Setup:
             weights = balance.class_weights(self.train_set.labels, len(self.train_set.classes))
             class_weight = torch.from_numpy(weights).float()
         parts = self.model, optimizer, self.schedule, self.compute
-        return Stepper(*parts, batches, scaler, class_weight)
+        return Stepper(*parts, batches, scaler, reduction, class_weight)
 
-    def fitted(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> "Setup":
+    def fitted(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        reduction: Reduction,
+    ) -> "Setup":
         """The same with the smallest ``batch_split`` for which the memory suffices.
 
         Raises :class:`TrainingError` if none does.
@@ -141,7 +148,7 @@ class Setup:
 
         def suffices(batch_split: int) -> bool:
             setup = dataclasses.replace(self, batch_split=batch_split)
-            return fits(setup.stepper(optimizer, scaler, setup.blank_batches()))
+            return fits(setup.stepper(optimizer, scaler, reduction, setup.blank_batches()))
 
         batch_split = smallest_split(suffices, self.most_splits)
         if batch_split is None:

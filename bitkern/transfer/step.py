@@ -11,6 +11,7 @@ from bitkern.transfer import ranks
 from bitkern.transfer.compute import Compute
 from bitkern.transfer.graphs import Batch, Graphed
 from bitkern.transfer.recipes.mixup import mix, mixed_loss
+from bitkern.transfer.reduction import Reduction
 from bitkern.transfer.schedule import Part, Schedule
 
 
@@ -35,8 +36,9 @@ class Stepper:
     """What an optimizer step is made of, and the step.
 
     ``batches`` are the process's micro-batches, (images, labels), in the order of the schedule;
-    ``scaler`` is :meth:`Compute.scaler`; ``class_weight`` goes to the recipe's loss. What changes
-    from step to step is in tensors on the device, for a graph to read.
+    ``scaler`` is :meth:`Compute.scaler`; ``reduction`` sums the gradients of the processes;
+    ``class_weight`` goes to the recipe's loss. What changes from step to step is in tensors on the
+    device, for a graph to read.
     """
 
     def __init__(
@@ -47,10 +49,12 @@ class Stepper:
         compute: Compute,
         batches: Iterator[Sequence[Tensor]],
         scaler: torch.amp.GradScaler | None = None,
+        reduction: Reduction | None = None,
         class_weight: Tensor | None = None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.scaler = scaler or compute.scaler()
+        self.reduction = reduction or Reduction(model)
         self.loss = schedule.recipe.loss
         if class_weight is not None:
             self.loss = partial(self.loss, class_weight=class_weight.to(compute.device))
@@ -96,11 +100,14 @@ class Stepper:
         return images, labels, permutation
 
     def _update(self, batches: Iterable[Batch]) -> Tensor:
-        with ranks.together(), standardized(self.model):
-            shares = [self._accumulate(*pair) for pair in zip(self.own, batches, strict=True)]
-            loss = torch.stack(shares).sum()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        ranks.add_up(p.grad for p in parameters if p.grad is not None)
+        with standardized(self.model, sums=self.reduction):
+            with ranks.together(), self.reduction.meeting():
+                shares: list[Tensor] = []
+                for own, batch in zip(self.own, batches, strict=True):
+                    if len(shares) == len(self.own) - 1:
+                        self.reduction.begin()
+                    shares.append(self._accumulate(own, batch))
+                loss = torch.stack(shares).sum()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()

@@ -1,9 +1,10 @@
-"""Run the checks in this process of a torchrun; write what came of each to FOLDER/RANK.json.
+"""Run the checks of modules in this process of a torchrun; write what came to FOLDER/RANK.json.
 
-``torchrun --nproc-per-node=4 -m tests.distributed FOLDER``, as tests/test_distributed.py does.
+``torchrun --nproc-per-node=4 -m tests.distributed FOLDER training``, as the tests do.
 """
 
 import datetime
+import importlib
 import json
 import sys
 import traceback
@@ -12,12 +13,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.distributed import gradients, training
 
-
-def run(folder):
+def run(folder, *modules):
     outcomes = {}
-    for check in (*gradients.CHECKS, *training.CHECKS):
+    found = [importlib.import_module(f"tests.distributed.{module}") for module in modules]
+    for check in (check for module in found for check in module.CHECKS):
         torch.manual_seed(0)
         try:
             check(folder / check.__name__)
@@ -31,5 +31,5 @@ def run(folder):
 if __name__ == "__main__":
     # A check that leaves its peers waiting fails in a minute, not in half an hour.
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    run(Path(sys.argv[1]))
+    run(Path(sys.argv[1]), *sys.argv[2:])
     dist.destroy_process_group()
