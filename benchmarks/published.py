@@ -128,8 +128,9 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--stand-in", action="store_true")
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    source = (StandIn if args.stand_in else Real)(args.out)
+    out = args.out / "stand-in" if args.stand_in else args.out
+    out.mkdir(parents=True, exist_ok=True)
+    source = (StandIn if args.stand_in else Real)(out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"device": device, "precision": "auto", "batch_split": "auto", "workers": 8}
     if device == "cpu":
@@ -145,11 +146,11 @@ def main(argv=None):
     for each in sorted(
         wanted, key=lambda each: (each.shots is None, each.seed)
     ):  # the long ones last
-        top1 = run(each, source, args.out, **options)
+        top1 = run(each, source, out, **options)
         found.setdefault(each[:3], []).append(top1)
         print(f"{each}: {100 * top1:.2f}", flush=True)
     lines = [*table(found), *["a stand-in: these figures mean nothing"] * args.stand_in]
-    (args.out / "published.txt").write_text("\n".join(lines) + "\n")
+    (out / "published.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

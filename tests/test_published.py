@@ -15,14 +15,14 @@ def test_stand_in(tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().out.splitlines()
     runs = [f"R50x1-CIFAR10-{shots}-0" for shots in (1, 5, "all")]
     assert [line.partition(":")[0] for line in told if line.startswith("R50x1-")] == runs
-    *_, row, warning = (tmp_path / "published.txt").read_text().splitlines()
+    *_, row, warning = (tmp_path / "stand-in" / "published.txt").read_text().splitlines()
     assert row.startswith("R50x1 CIFAR10") and row.endswith("/ 97.4") and "nothing" in warning
     images = set()
     for name in runs:
-        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        summary = json.loads((tmp_path / "stand-in" / name / "summary.json").read_text())
         assert f"{name}: {100 * summary['top1']:.2f}" in told
         images.add(summary["training_images"])
-        weights = read_checkpoint(tmp_path / name / "model.safetensors")
+        weights = read_checkpoint(tmp_path / "stand-in" / name / "model.safetensors")
         assert (weights["stem.conv.weight"] != 0).all()
     assert images == {10, 50, 899}
 

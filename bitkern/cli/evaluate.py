@@ -32,7 +32,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def run(args: argparse.Namespace) -> None:
-    require("PIL", "tqdm")
+    require("PIL", "sklearn", "tqdm")
     page = None if args.report is None else Path(args.report)
     if page:
         ranks.from_first(check_report, page)
@@ -68,9 +68,11 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({**metrics, "images": share.readable}))
         return
     print(f"cache of the images: {resized.cache}")
+    precision = metrics.get("mean_average_precision")
     print(
         f"top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f}, "
         f"loss {metrics['eval_loss']:.4f} on {share.readable} images"
+        + (f", mean average precision {precision:.4f}" if precision is not None else "")
     )
     if page:
         print(f"report in {page}")

@@ -1,15 +1,18 @@
 """``bitkern pretrain``: train a BiT from scratch, as its upstream models were."""
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from bitkern.cli import options, training
 from bitkern.models import ResNetV2, create_model
+from bitkern.models.checkpoints import read_metadata
 from bitkern.models.registry import file_of
 from bitkern.transfer import ranks
-from bitkern.transfer.data import DataError, ImageSet
+from bitkern.transfer.data import DataError, ImageSet, check_same_classes
 from bitkern.transfer.recipes.pretraining import PRESETS, Pretraining, pretraining
 
 DISTRIBUTED = True
@@ -52,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         if args.weights and not args.resume and ranks.is_first_of_host():
             file_of(args.weights, args.model)
     with ranks.together():
-        model = _model(args, len(train_set.classes), rule)
+        model = _model(args, train_set.classes, rule)
     training.run(args, model, args.weights, rule, data, running, {"preset": args.preset})
 
 
@@ -76,15 +79,19 @@ def _check_labels(args: argparse.Namespace, data: ImageSet, rule: Pretraining) -
         raise DataError(f"{args.data}: {image}: expected a label, got none")
 
 
-def _model(args: argparse.Namespace, num_classes: int, rule: Pretraining) -> ResNetV2:
+def _model(args: argparse.Namespace, classes: Sequence[str], rule: Pretraining) -> ResNetV2:
     if args.weights and not args.resume:
-        model = create_model(args.model, weights=args.weights)
-        if model.num_classes != num_classes:
+        path = Path(file_of(args.weights, args.model))
+        model = create_model(args.model, weights=path)
+        if model.num_classes != len(classes):
             raise ValueError(
-                f"weights: expected a head of {num_classes} classes as {args.data} has, "
+                f"weights: expected a head of {len(classes)} classes as {args.data} has, "
                 f"got {args.weights} with {model.num_classes}"
             )
+        named = read_metadata(path).get("classes") if path.suffix == ".safetensors" else None
+        if named:
+            check_same_classes(named, classes, args.weights, args.data)
         return model
-    model = create_model(args.model, num_classes)
-    torch.nn.init.constant_(model.get_parameter("head.fc.bias"), rule.head_bias(num_classes))
+    model = create_model(args.model, len(classes))
+    torch.nn.init.constant_(model.get_parameter("head.fc.bias"), rule.head_bias(len(classes)))
     return model

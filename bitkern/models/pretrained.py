@@ -84,4 +84,4 @@ def released(name: str) -> Release:
         lower = {known.lower(): known for known in RELEASES}
         near = [lower[found] for found in difflib.get_close_matches(name.lower(), lower, n=3)]
         where = f"nearest: {', '.join(near)}" if near else "see bitkern weights list"
-    raise ValueError(f"{name}: no weights were released under this name, {where}")
+    raise ValueError(f"{name}: no such file or folder, nor weights of this name, {where}")

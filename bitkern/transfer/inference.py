@@ -1,5 +1,6 @@
 """Evaluation and prediction, with the transforms of BiT."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkern.transfer import ranks
-from bitkern.transfer.compute import Compute
+from bitkern.transfer.compute import Compute, require
 from bitkern.transfer.data.decoders import find_decoder
 from bitkern.transfer.data.images import DataError, ImageSet
 from bitkern.transfer.data.loader import eval_batches
@@ -33,7 +34,7 @@ def evaluate(
     decoder: str = "pillow",
     skip_corrupt: bool = False,
 ) -> dict[str, float]:
-    """``{"top1", "top5", "eval_loss"}`` of ``model`` on ``eval_set``, resized to (crop, crop).
+    """``{"top1", "top5", "eval_loss", …}`` of ``model`` on ``eval_set``, resized to (crop, crop).
 
     The accuracies are fractions (with fewer than five classes, "top5" is among all of them), the
     loss the mean cross-entropy. Where an image may have several labels, it counts as right if the
@@ -50,6 +51,7 @@ def evaluate(
     cannot be read.
     """
     compute = Compute.of(device, precision, workers, cuda_graph)
+    require("sklearn")
     reading = Reading.of(cache, decoder, skip_corrupt)
     resized = open_resized(eval_set.images, crop, reading, again=False)
     share = predict_share(compute, model, resized, eval_set, batch_size, skip_corrupt)
@@ -98,7 +100,6 @@ def predict_share(
 
 def metrics_of(share: Share, data: ImageSet) -> dict[str, float]:
     """The metrics of :func:`evaluate`, from all shares of a set's logits."""
-    precision = _mean_average_precision(share, data) if data.multi_label else {}
     with ranks.together():
         logits, labels = share.logits, torch.from_numpy(data.labels_of(share.rows))
         best = logits.topk(min(5, logits.shape[1])).indices
@@ -106,22 +107,27 @@ def metrics_of(share: Share, data: ImageSet) -> dict[str, float]:
         loss = cross_entropy(logits.double(), labels).item() * len(labels) if len(labels) else 0.0
         sums = right[:, 0].sum().item(), right.any(1).sum().item(), loss
     top1, top5, total_loss = (total / share.readable for total in ranks.sums_of(*sums))
-    return {"top1": top1, "top5": top5, "eval_loss": total_loss, **precision}
+    metrics = {"top1": top1, "top5": top5, "eval_loss": total_loss}
+    if data.multi_label and math.isfinite(total_loss):
+        metrics |= _mean_average_precision(share, data)
+    return metrics
 
 
 def _mean_average_precision(share: Share, data: ImageSet) -> dict[str, float]:
-    """Over the classes that occur; none where none does."""
+    """Over the classes that occur, of which each process takes some; none where none does."""
     from sklearn.metrics import average_precision_score
 
     logits, found = gathered(share, data)
     truth = found.labels_of(slice(None))
     occur = np.flatnonzero(truth.any(0))
-
-    def mean() -> float:
+    if not len(occur):
+        return {}
+    with ranks.together():
         chances = logits.sigmoid().numpy()
-        return float(np.mean([average_precision_score(truth[:, c], chances[:, c]) for c in occur]))
-
-    return {"mean_average_precision": ranks.from_first(mean)} if len(occur) else {}
+        own = occur[ranks.rank() :: ranks.world_size()]
+        sum_of_own = sum(average_precision_score(truth[:, c], chances[:, c]) for c in own)
+    (total,) = ranks.sums_of(sum_of_own)
+    return {"mean_average_precision": total / len(occur)}
 
 
 def gathered(share: Share, data: ImageSet) -> tuple[Tensor, ImageSet]:

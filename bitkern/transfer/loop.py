@@ -137,12 +137,19 @@ def train(
         if every is not None and every < 1:
             raise ValueError(f"{name}: expected a positive number of steps, got {every}")
     compute = Compute.of(device, precision, workers, cuda_graph)
+    if rule.sigmoid:
+        train_set = train_set.as_multi_label()
+    if eval_set is not None:
+        require("sklearn")
+        if train_set.multi_label:
+            eval_set = eval_set.as_multi_label()
+        elif eval_set.multi_label:
+            raise ValueError("eval_set: expected one label an image as train_set has, got several")
     first_split = 1 if batch_split == "auto" else batch_split
     options = seed, first_split, balance, flip, decoder
     setup = Setup(model, train_set, rule, compute, *options)
     reading = Reading.of(cache, decoder, skip_corrupt, check)
     shown = progress and rank == 0
-    several = train_set.multi_label or rule.sigmoid
     folder = None if out is None else Path(out)
     if folder is not None:
         require("matplotlib", "tqdm")
@@ -176,7 +183,6 @@ def train(
         train_images.corrupt.setdefault(i, f"{train_set.images[i]}: could not be read before")
     evaluation = None
     if eval_set is not None:
-        eval_set = eval_set.as_multi_label() if rule.sigmoid else eval_set
         opened = open_resized(eval_set.images, rule.crop, reading)
         evaluation = _told(opened, eval_set, "evaluation", shown), eval_set
     with ranks.together():
@@ -244,7 +250,7 @@ def train(
                 "seconds": round(result.seconds, 1),
                 "classes": len(train_set.classes),
                 "training_images": len(train_set.images),
-                "multi_label": several,
+                "multi_label": train_set.multi_label,
                 "evaluation_images": share.readable if share else 0,
                 "skipped_images": skipped,
                 "rule": dataclasses.asdict(rule),
@@ -254,14 +260,15 @@ def train(
                 "processes": world_size,
                 "torch": torch.__version__,
             }
+            metadata = {"classes": list(train_set.classes), "crop": rule.crop}
+            metadata |= {"multi_label": train_set.multi_label, "decoder": decoder}
+            run.save_results(**metadata)
             if run.out and outcome:
                 known = {"seconds", *(result.metrics or {})}  # and the report's are its own
                 settings = {name: value for name, value in summary.items() if name not in known}
                 page, history = run.out / REPORT, journal.records
                 write_report(page, *outcome, history=history, about=settings)
-            metadata = {"classes": list(train_set.classes), "crop": rule.crop}
-            metadata |= {"multi_label": several, "decoder": decoder}
-            run.finish(summary, **metadata)
+            run.finish(summary)
     return result
 
 

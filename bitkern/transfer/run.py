@@ -158,17 +158,17 @@ class Run:
             torch.save({**state, **kept}, part)
         self.done = done
 
-    def finish(self, summary: Mapping[str, Any], **metadata: Any) -> None:
-        """Write curves.png, model.safetensors (with ``metadata``) and summary.json.
+    def save_results(self, **metadata: Any) -> None:
+        """Write curves.png and model.safetensors (with ``metadata``)."""
+        if self.out is not None:
+            draw_curves(self.out / CURVES, self.journal.records)
+            save_safetensors(self.state["model"], self.out / WEIGHTS, **metadata)
 
-        summary.json comes last and marks the run as finished; last.pt is then removed.
-        """
-        if self.out is None:
-            return
-        draw_curves(self.out / CURVES, self.journal.records)
-        save_safetensors(self.state["model"], self.out / WEIGHTS, **metadata)
-        write_summary(self.out, summary)
-        (self.out / CHECKPOINT).unlink(missing_ok=True)
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json, which marks the run as finished, and remove last.pt."""
+        if self.out is not None:
+            write_summary(self.out, summary)
+            (self.out / CHECKPOINT).unlink(missing_ok=True)
 
 
 def read_checkpoint(out: Path) -> dict[str, Any]:

@@ -14,7 +14,13 @@ import pytest
 import timm
 import torch
 
-from bitkern.models import create_model, load_npz, read_checkpoint, save_npz
+from bitkern.models import (
+    create_model,
+    load_npz,
+    read_checkpoint,
+    save_npz,
+    save_safetensors,
+)
 from bitkern.transfer import load_run
 from tests.cli.commands import RESULTS, SMALL, call, digest, error_of
 from tests.transfer.images import write_folder
@@ -202,6 +208,10 @@ def test_weights_whose_head_does_not_fit(shards, tmp_path, capsys):
     message = pretrain_error(capsys, shards, tmp_path / "out", "--weights", path)
     expected = f"weights: expected a head of 3 classes as {shards} has, got {path} with 5"
     assert message == expected
+    other = tmp_path / "other.safetensors"
+    save_safetensors(create_model("R26x0.5", num_classes=3), other, classes=["ant", "bee", "cow"])
+    message = pretrain_error(capsys, shards, tmp_path / "out", "--weights", other)
+    assert message.startswith(f"{other}: expected the 3 classes of {shards}, found 3 missing")
     (tmp_path / "empty").mkdir()
     message = pretrain_error(capsys, shards, tmp_path / "out", "--weights", tmp_path / "empty")
     assert message.endswith("holds no model.safetensors; expected the folder of a finished run")

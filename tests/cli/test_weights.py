@@ -78,7 +78,7 @@ def test_random_weights_where_none_were_released(run, cache, tmp_path, monkeypat
     assert call(*arguments, "--out", tmp_path / "out") == 0
     assert "R26x0.5 from random weights: " in capsys.readouterr().out
     error = error_of(capsys, *arguments, "--out", tmp_path / "other", "--weights", "pretrained")
-    assert error.startswith("R26x0.5: no weights were released under this name")
+    assert error.startswith("R26x0.5: no such file or folder, nor weights of this name")
     resumed = ["--model", "BiT-M-R50x1", "--resume", "--out", tmp_path / "out"]
     assert "nothing to resume" in error_of(capsys, *arguments, *resumed)
     assert not cache.exists()

@@ -209,6 +209,6 @@ def test_labels_take_no_room_for_classes_that_images_have_not():
     images = Members(lambda row: None, np.arange(2000))
     found = labelled(images, Labels(values.ravel(), np.full(2000, 3), None), None, "here")
     assert found.labels.shape == (2000, 1_000_000) and found.multi_label  # 2 GB, were it dense
-    assert found.labels.data.nbytes + found.labels.indices.nbytes < 50_000
+    assert found.labels.data.nbytes + found.labels.indices.nbytes < 25_000
     assert np.flatnonzero(found.subset([3, 7]).labels_of([1])).tolist() == [7, 999_999]
     assert found.labels.sum(0)[999_999] == 2000

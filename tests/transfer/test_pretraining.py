@@ -10,11 +10,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from bitkern.transfer import DataError, ImageSet, Pretraining, pretraining, train_batches
+from bitkern.transfer import (
+    DataError,
+    ImageSet,
+    Pretraining,
+    TrainingError,
+    pretraining,
+    train_batches,
+)
 from bitkern.transfer.data import images
 from bitkern.transfer.data.decoders import DECODERS, pillow
 from tests.transfer.images import image_set, picture
-from tests.transfer.net import Net, assert_same_bits, state_of, stopped, train
+from tests.transfer.net import PLAIN, Net, assert_same_bits, state_of, stopped, train
 
 # arXiv 1912.11370, section 3.3: epochs, and those at which the learning rate falls.
 PUBLISHED = {
@@ -92,6 +99,8 @@ def test_values_in_place(values, steps, decays):
         ({"warmup_steps": 1, "base_lr": math.nan}, "base_lr: expected a positive finite number"),
         ({"warmup_steps": 1, "weight_decay": -1}, "weight_decay: expected a finite number, 0"),
         ({"warmup_steps": 1, "min_area": 0}, "min_area: expected a fraction up to 1, got 0"),
+        ({"decay_epochs": (30, -1)}, "decay_epochs: expected positive numbers, got -1"),
+        ({"decay_epochs": (math.inf,)}, "decay_epochs: expected positive numbers, got inf"),
         ({"warmup_steps": 1, "decay_epochs": (60, 30)}, "decay_steps: expected ascending steps"),
     ],
 )
@@ -124,7 +133,9 @@ def test_head_begins_with_the_chance_of_a_class():
     assert pretraining("BiT-S", 1_281_167).head_bias(1000) == 0
 
 
-@pytest.mark.parametrize("height, width", [(375, 500), (500, 375), (33, 31), (224, 224), (2, 3)])
+@pytest.mark.parametrize(
+    "height, width", [(375, 500), (500, 375), (33, 31), (224, 224), (1080, 1920), (2, 3)]
+)
 @pytest.mark.parametrize("min_area", [0.05, 0.5])
 def test_regions_are_inception_crops(height, width, min_area):
     rule = dataclasses.replace(RULE, min_area=min_area)
@@ -133,14 +144,15 @@ def test_regions_are_inception_crops(height, width, min_area):
     top, left, tall, wide = rule.regions(chance, sizes).T
     assert (top >= 0).all() and (left >= 0).all() and (tall >= 1).all() and (wide >= 1).all()
     assert (top + tall <= height).all() and (left + wide <= width).all()
-    whole = (tall == height) & (wide == width)
     area = tall * wide / (height * width)
     assert (area >= min_area).all()
-    assert ((wide - 1 < tall * 4 / 3) & (wide > tall * 3 / 4 - 1e-9) | whole).all()
+    assert ((wide - 1 < tall * 4 / 3) & (wide > tall * 3 / 4 - 1e-9)).all()
     if min(height, width) > 100:
         # The ends of all ranges are met, and the corners are everywhere.
-        ratio = wide / tall
-        assert ratio.min() < 0.76 and ratio.max() > 1.32 and abs(ratio.mean() - 25 / 24) < 0.01
+        ratio, low, high = wide / tall, 3 / 4, 4 / 3
+        low, high = max(low, min_area * width / height), min(high, width / height / min_area)
+        assert ratio.min() < low + 0.01 and ratio.max() > high - 0.01
+        assert abs(ratio.mean() - (low + high) / 2) < 0.01
         assert area.min() < min_area + 0.01 and area.max() > 0.73
         assert (top == 0).any() and (top + tall == height).any()
         assert (left == 0).any() and (left + wide == width).any()
@@ -280,3 +292,40 @@ def test_training_and_resuming(tmp_path, sigmoid):
     for name in ("metrics.jsonl", "model.safetensors", "curves.png"):
         paths = [tmp_path / run / name for run in ("straight", "run")]
         assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_sigmoids_that_diverge(tmp_path):
+    model = Net()
+
+    def diverge(call):
+        if call == 6:
+            torch.nn.init.constant_(model.head.bias, torch.nan)
+
+    model.on_call = diverge
+    rule = dataclasses.replace(RULE, sigmoid=True)
+    with pytest.raises(TrainingError, match="loss is nan at step 6: lower the learning rate"):
+        train(model, rule, eval_set=image_set(2), eval_every=6)
+
+
+def test_balanced_sigmoids_weigh_rare_positives():
+    data = image_set()
+    rule = dataclasses.replace(RULE, sigmoid=True)
+    models = Net(), Net()
+    for model, labels in zip(models, (data, data.as_multi_label()), strict=True):
+        train(model, rule, labels, balance="loss")
+    assert_same_bits(models[0], state_of(models[1]))
+    plain = Net()
+    train(plain, rule, data)
+    assert not torch.equal(plain.head.weight, models[0].head.weight)
+
+
+def test_labels_to_evaluate_on_are_as_those_to_train_on():
+    data = image_set()
+    rule = dataclasses.replace(PLAIN, steps=2)
+    one, several = (
+        train(Net(), rule, data.as_multi_label(), eval_set=some).metrics
+        for some in (data, data.as_multi_label())
+    )
+    assert one == several and "mean_average_precision" in one
+    with pytest.raises(ValueError, match="^eval_set: expected one label an image as train_set"):
+        train(Net(), rule, data, eval_set=data.as_multi_label())

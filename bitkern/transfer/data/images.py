@@ -60,9 +60,12 @@ class ImageSet(NamedTuple):
         """The same images, as ones that might have several labels."""
         if self.multi_label:
             return self
-        several = np.zeros((len(self.images), len(self.classes)), np.bool_)
-        several[np.arange(len(self.images)), self.labels] = True
-        return self._replace(labels=several)
+        from scipy.sparse import csr_array
+
+        count = len(self.images)
+        labels = np.asarray(self.labels, np.int32)
+        parts = np.ones(count, np.bool_), labels, np.arange(count + 1, dtype=np.int32)
+        return self._replace(labels=csr_array(parts, (count, len(self.classes))))
 
     def labels_of(self, indices: Any) -> npt.NDArray[Any]:
         """The labels at these indices as an array: int64 (M,) or bool (M, classes)."""

@@ -81,7 +81,9 @@ def image_set(
 
     rows = np.concatenate([[0], np.cumsum(counts)])
     shape = len(counts), len(classes)
-    several = csr_array((np.ones(len(places), np.bool_), places, rows), shape)
+    index = np.int32 if len(places) < 1 << 31 else np.int64
+    parts = np.ones(len(places), np.bool_), places.astype(index), rows.astype(index)
+    several = csr_array(parts, shape)
     several.sum_duplicates()  # which state a label once more
     return ImageSet(images, several, tuple(classes))
 

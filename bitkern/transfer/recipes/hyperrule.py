@@ -4,6 +4,7 @@ Source: "Big Transfer (BiT)", arXiv 1912.11370, section 3.3, and ``bit_hyperrule
 google-research/big_transfer.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from bitkern.transfer.recipes.mixup import cross_entropy
-from bitkern.transfer.recipes.staircase import check, check_staircase, stretched
+from bitkern.transfer.recipes.staircase import check, check_staircase
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,14 @@ class HyperRule:
 
     def with_steps(self, steps: int) -> "HyperRule":
         """The same schedule stretched or shrunk to ``steps``, warm-up and decays in proportion."""
-        return stretched(self, steps)
+        check(steps >= 1, "steps", "a positive number", steps)
+        ratio = steps / self.steps
+        return dataclasses.replace(
+            self,
+            steps=steps,
+            decay_steps=tuple(round(decay * ratio) for decay in self.decay_steps),
+            warmup_steps=round(self.warmup_steps * ratio),
+        )
 
     @property
     def sigmoid(self) -> bool:

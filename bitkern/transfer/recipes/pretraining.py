@@ -83,14 +83,16 @@ class Pretraining:
     ) -> npt.NDArray[np.int64]:
         """The inception crop: parts of images (height, width), from numbers (N, 4) in [0, 1).
 
-        The aspect ratio is uniform in 3/4 … 4/3, the height among those at which ``min_area`` of
-        the image is covered and the part fits, the place among all. As TensorFlow's
-        ``sample_distorted_bounding_box``; of an image so long that nothing fits it is the whole.
-        Returns int64 (N, 4): top, left, height, width.
+        The aspect ratio is uniform among those in 3/4 … 4/3 at which a part that covers
+        ``min_area`` of the image fits, the height among those of such parts, the place among all.
+        So are the first that fit of TensorFlow's ``sample_distorted_bounding_box``; of an image so
+        long that none does it is the whole. Returns int64 (N, 4): top, left, height, width.
         """
         height, width = sizes[:, 0], sizes[:, 1]
-        low, high = ASPECT_RATIOS
-        ratio = low + chance[:, 0] * (high - low)
+        least_ratio, most_ratio = ASPECT_RATIOS
+        low = np.maximum(least_ratio, self.min_area * width / height)
+        high = np.minimum(most_ratio, width / (self.min_area * height))
+        ratio = low + chance[:, 0] * np.maximum(high - low, 0)
         least = np.ceil(np.sqrt(self.min_area * height * width / ratio))
         most = np.minimum(height, np.floor(width / ratio))
         drawn = np.minimum(least + np.floor(chance[:, 1] * (most - least + 1)), most)
@@ -151,6 +153,8 @@ def pretraining(
     if steps is not None:
         check(steps >= 1, "steps", "a positive number", steps)
         stretch = steps / (published * num_examples / batch_size)
+    for epoch in decay_epochs or ():
+        check(0 < epoch < math.inf, "decay_epochs", "positive numbers", epoch)
     if decay_epochs is None:
         decay_steps = tuple(steps_of(epoch, stretch) for epoch in decays)
     else:

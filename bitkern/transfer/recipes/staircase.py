@@ -1,14 +1,11 @@
 """What recipes have in common whose learning rate rises in a warm-up and then falls by steps."""
 
-import dataclasses
 import math
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Protocol
 
 
 class Staircase(Protocol):
-    """A recipe, a frozen dataclass; ``decay_steps`` and ``warmup_steps`` are optimizer steps."""
-
-    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    """Such a recipe; ``decay_steps`` and ``warmup_steps`` are optimizer steps."""
 
     @property
     def steps(self) -> int: ...
@@ -22,9 +19,6 @@ class Staircase(Protocol):
     def batch_size(self) -> int: ...
     @property
     def weight_decay(self) -> float: ...
-
-
-Recipe = TypeVar("Recipe", bound=Staircase)
 
 
 def check(valid: bool, name: str, expected: str, got: object) -> None:
@@ -44,15 +38,3 @@ def check_staircase(rule: Staircase) -> None:
     check(rule.batch_size >= 1, "batch_size", "a positive number", rule.batch_size)
     decay = rule.weight_decay
     check(0 <= decay < math.inf, "weight_decay", "a finite number, 0 or more", decay)
-
-
-def stretched(rule: Recipe, steps: int) -> Recipe:
-    """The same schedule stretched or shrunk to ``steps``, warm-up and decays in proportion."""
-    check(steps >= 1, "steps", "a positive number", steps)
-    ratio = steps / rule.steps
-    return dataclasses.replace(
-        rule,
-        steps=steps,
-        decay_steps=tuple(round(decay * ratio) for decay in rule.decay_steps),
-        warmup_steps=round(rule.warmup_steps * ratio),
-    )

@@ -1,9 +1,8 @@
 """The numbers of report.json; docs/report.md says what each of them means."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from bitkern.transfer.compute import require
@@ -11,10 +10,12 @@ from bitkern.transfer.data.images import ImageSet
 from bitkern.transfer.report.intervals import bootstrapped, wilson
 from bitkern.transfer.report.outcome import Bools, Outcome, judge
 
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
 BINS = 15  # of probability, for the calibration
 LARGEST_MATRIX = 100  # classes
 PAIRS, RAREST, MISTAKES = 25, 10, 24
-Counts = npt.NDArray[np.int64]
 
 
 def scores(outputs: Tensor, data: ImageSet) -> dict[str, Any]:
@@ -75,18 +76,20 @@ def right(outcome: Outcome) -> Bools:
     return equal
 
 
-def confusion_matrix(outcome: Outcome) -> Counts:
+def confusion_matrix(outcome: Outcome) -> "csr_array":
     """int64 (C, C): the images of class i for which j was predicted.
 
     Of a multi-label set those that have i and for which i was missed and j named wrongly; on the
     diagonal those for which i was found.
     """
-    from scipy.sparse import csr_array
+    from scipy.sparse import csr_array, diags_array
 
     missed = csr_array(outcome.truth & ~outcome.predicted, dtype=np.int64)
     wrong = csr_array(outcome.predicted & ~outcome.truth, dtype=np.int64)
-    matrix: Counts = (missed.T @ wrong).toarray()
-    return matrix + np.diag((outcome.truth & outcome.predicted).sum(0))
+    found = (outcome.truth & outcome.predicted).sum(0, dtype=np.int64)
+    matrix = missed.T @ wrong + diags_array(found, dtype=np.int64)
+    matrix.eliminate_zeros()
+    return matrix
 
 
 def image_name(data: ImageSet, index: int) -> str | int:
@@ -140,20 +143,22 @@ def _calibration(outcome: Outcome, multi_label: bool) -> dict[str, Any]:
 
 def _confusion(outcome: Outcome, classes: tuple[str, ...]) -> dict[str, Any]:
     matrix = confusion_matrix(outcome)
-    wrong = matrix - np.diag(np.diag(matrix))
+    cells = matrix.tocoo()
     of_class = outcome.truth.sum(0)
-    most = np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]
+    wrong = np.flatnonzero(cells.row != cells.col)
+    row, column, count = cells.row[wrong], cells.col[wrong], cells.data[wrong]
+    most = np.lexsort((column, row, -count))[:PAIRS]
     pairs = [
         {
             "true": classes[i],
             "predicted": classes[j],
-            "count": int(wrong[i, j]),
-            "share": float(wrong[i, j] / of_class[i]),
+            "count": int(n),
+            "share": float(n / of_class[i]),
         }
-        for i, j in zip(*np.unravel_index(most, wrong.shape), strict=True)
-        if wrong[i, j]
+        for i, j, n in zip(row[most], column[most], count[most], strict=True)
     ]
-    return {"pairs": pairs, "matrix": matrix.tolist() if len(matrix) <= LARGEST_MATRIX else None}
+    shown = matrix.toarray().tolist() if len(classes) <= LARGEST_MATRIX else None
+    return {"pairs": pairs, "matrix": shown}
 
 
 def _mistakes(outcome: Outcome, data: ImageSet) -> list[dict[str, Any]]:

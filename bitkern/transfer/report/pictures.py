@@ -17,6 +17,7 @@ from bitkern.transfer.run import Record, plot_curves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from scipy.sparse import csr_array
 
 INK = "#0a0b0c"  # stands for the colour of the page's text, dark or light
 STYLE: dict[Any, Any] = {
@@ -60,28 +61,34 @@ def _svg(size: tuple[float, float], alt: str, draw: Callable[["Figure"], None]) 
     return svg.replace("<svg ", shown, 1)
 
 
-def confusion(
-    matrix: npt.NDArray[np.int64], support: npt.NDArray[np.int64], classes: Sequence[str]
-) -> str:
+def confusion(matrix: "csr_array", support: npt.NDArray[np.int64], classes: Sequence[str]) -> str:
     """Rows are classes, columns what was predicted; the colours are shares of the class."""
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     count = len(classes)
-    share = matrix / np.maximum(support, 1)[:, None]
-    right = np.diag(np.diag(share))
-    layers = (("right", right, BLUE), ("wrong", share - right, ORANGE))
+    found = matrix.tocoo()
+    share = found.data / np.maximum(support, 1)[found.row]
+    right = found.row == found.col
+    layers = (("right", right, BLUE), ("wrong", ~right, ORANGE))
     few, block = count <= NUMBERED, -(-count // CELLS)
+    side = -(-count // block)
+
+    def largest(which: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+        """Of the square blocks of so many cells along a side."""
+        blocks = np.zeros((side, side))
+        np.maximum.at(blocks, (found.row[which] // block, found.col[which] // block), share[which])
+        return blocks
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
-        for name, values, colour in layers:
+        for name, which, colour in layers:
             # The page shows through, dark or light, but for cells that hold an image.
             colours = LinearSegmentedColormap.from_list("share", [f"{colour}30", colour])
             options: dict[str, Any] = {"cmap": colours, "norm": PowerNorm(0.5, 0, 1)}
+            cells = largest(which)
             if few:
-                axes.pcolormesh(np.ma.masked_equal(values, 0), **options)
+                axes.pcolormesh(np.ma.masked_equal(cells, 0), **options)
             else:
-                cells = _pooled(values, block)
                 if name == "wrong":
                     np.fill_diagonal(cells, 0)  # of blocks, where right ones are shown
                 cells = np.ma.masked_equal(cells, 0)
@@ -90,9 +97,8 @@ def confusion(
                 image = axes.imshow(cells, interpolation="none", extent=extent, **options)
                 figure.colorbar(image, label=f"share of the class, {name}", shrink=0.5, pad=0.02)
         if few:
-            for (i, j), n in np.ndenumerate(matrix):
-                if n:
-                    axes.text(j + 0.5, i + 0.5, str(n), ha="center", va="center")
+            for i, j, n in zip(found.row, found.col, found.data, strict=True):
+                axes.text(j + 0.5, i + 0.5, str(n), ha="center", va="center")
             places = np.arange(count) + 0.5
             names = [in_a_line(name, 18) for name in classes]
             axes.set_xticks(places, names, rotation=90)
@@ -103,14 +109,6 @@ def confusion(
 
     size = (2 + 0.4 * count,) * 2 if few else (6.9, 5.6)
     return _svg(size, f"Confusion matrix of {count} classes", draw)
-
-
-def _pooled(values: npt.NDArray[np.float64], block: int) -> npt.NDArray[np.float64]:
-    """The largest values of the square blocks of so many cells along a side."""
-    side = -(-len(values) // block)
-    padded = np.pad(values, (0, side * block - len(values)))
-    largest: npt.NDArray[np.float64] = padded.reshape(side, block, side, block).max((1, 3))
-    return largest
 
 
 def calibration(bins: Sequence[Mapping[str, Any]]) -> str:

@@ -70,13 +70,13 @@ def test_cache_folder(monkeypatch, tmp_path):
     [
         ("R50x1", "of this architecture: BiT-S-R50x1, BiT-M-R50x1, BiT-M-R50x1-ILSVRC2012, dist"),
         ("BiT-L-R50x1", "BiT-L was never released"),
-        ("R26x0.5", "no weights were released under this name, see bitkern weights list"),
+        ("R26x0.5", "no such file or folder, nor weights of this name, see bitkern weights list"),
         ("bit-m-r50x1", "nearest: BiT-M-R50x1, "),
         ("BiT-M-R50x2", "nearest: BiT-M-R50x3, BiT-M-R50x1"),
         ("resnetv2_50x3_bit.goog_distilled_in1k", "nearest: resnetv2_50x1_bit.goog_distilled_in1k"),
-        ("vtab/BiT-M-R50x1-run3-dtd", "no weights were released under this name, "),
-        ("vtab/BiT-M-R50x1-run0-../../x", "no weights were released under this name, "),
-        ("vtab/BiT-L-R50x1-run0-dtd", "no weights were released under this name, "),
+        ("vtab/BiT-M-R50x1-run3-dtd", "no such file or folder, nor weights of this name, "),
+        ("vtab/BiT-M-R50x1-run0-../../x", "no such file or folder, nor weights of this name, "),
+        ("vtab/BiT-L-R50x1-run0-dtd", "no such file or folder, nor weights of this name, "),
     ],
 )
 def test_names_without_weights(name, message):
