@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 
 from bitkern.models import (
@@ -94,6 +93,8 @@ def test_official_keys_and_timm(shards, tmp_path):
     loaded = create_model("R50x1", num_classes=3)
     load_npz(loaded, tmp_path / "bit.npz")
     assert torch.equal(loaded.eval()(x), expected)
+    import timm  # not before, since it imports Triton, which tests/kernels has to set up
+
     other = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     torch.testing.assert_close(other(x), expected, atol=1e-4, rtol=1e-3)
 

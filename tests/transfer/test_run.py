@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bitkern.models import read_metadata
-from bitkern.transfer import RunError, compute, loop, run
+from bitkern.transfer import RunError, compute, loop
 from tests.transfer.images import CLASSES, image_set
 from tests.transfer.net import (
     FILES,
@@ -111,13 +111,22 @@ def test_no_checkpoint_holds_a_step_that_diverged(tmp_path, every, also_interrup
     assert_same_bits(resumed, straight.state_dict())
 
 
-def test_resuming_a_complete_run_trains_no_further(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("broken", "left"),
+    [
+        ("run.draw_curves", []),
+        ("loop.write_report", ["curves.png", "model.safetensors"]),
+        ("run.write_summary", ["curves.png", "model.safetensors", *REPORT]),
+    ],
+)
+def test_resuming_a_complete_run_trains_no_further(tmp_path, monkeypatch, broken, left):
     options = dict(eval_set=image_set(2), out=tmp_path)
     model = Net()
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(run, "draw_curves", crash_always)
+        patch.setattr(f"bitkern.transfer.{broken}", crash_always)
         train(model, **options)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "metrics.jsonl", *REPORT]
+    found = sorted(p.name for p in tmp_path.iterdir())
+    assert found == sorted(["last.pt", "metrics.jsonl", *left])
     again = Net()
     result = train(again, **options, resume=True)
     assert again.calls == 0
