@@ -41,7 +41,8 @@ def _run(argv: Sequence[str] | None) -> int:
     command = commands[args.command]
     try:
         if ranks.world_size() > 1 and not command.DISTRIBUTED:
-            several = " or ".join(name for name, command in commands.items() if command.DISTRIBUTED)
+            *most, last = (name for name, command in commands.items() if command.DISTRIBUTED)
+            several = f"{', '.join(most)} or {last}"
             raise ValueError(f"torchrun: expected {several}, the rest is for one process")
         command.run(args)
     except KeyboardInterrupt:

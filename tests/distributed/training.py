@@ -211,7 +211,7 @@ def command_line_ends_with_one_line(folder):
         ([*finetune, "--base-lr", 1e38, "--warmup-steps", 0], "loss is nan at step"),
         ([*finetune, "--device", "cuda:1"], "--device: expected cpu or cuda in several processes"),
         ([*finetune, "--colour"], "unrecognized arguments: --colour"),
-        (["predict", folder, data], "torchrun: expected finetune or evaluate"),
+        (["predict", folder, data], "torchrun: expected finetune, pretrain or evaluate"),
     ]
     for arguments, message in cases:
         code, out, err = call(*arguments)
