@@ -1,5 +1,8 @@
 """All weights at once: per forward pass and per optimizer step."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -111,6 +114,15 @@ def test_an_error_inside_leaves_no_gradient(batches):
     assert model[0].weight.grad is None
     model(batches[0]).sum().backward()  # and the model works on
     assert model[0].weight.grad is not None
+
+
+def test_a_step_leaves_nothing_behind(batches):
+    model = net()
+    with standardized(model):
+        weight = weakref.ref(model[0].standardize(batches[0]))
+        model(batches[0]).sum().backward()
+    gc.collect()
+    assert weight() is None
 
 
 def test_frozen_layers_and_no_grad(batches):

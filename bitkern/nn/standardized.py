@@ -18,6 +18,18 @@ from bitkern.ops.weight_standardize import weight_standardize_detached
 from bitkern.ops.ws_conv2d import conv_channels_last, conv_dtype
 
 
+def _collector(grads: dict[int, Tensor], i: int, dtype: torch.dtype) -> Callable[[Tensor], None]:
+    # Must not hold the weight that it is a hook of: that is a cycle which Python does not see.
+    def collect(out: Tensor) -> None:
+        # In float32 where the compute dtype has 16 bits: rounded sums would not be exact.
+        assert out.grad is not None
+        grad = out.grad.to(dtype)
+        grads[i] = grads[i].add_(grad) if i in grads else grad
+        out.grad = None
+
+    return collect
+
+
 class _Kind:
     """Layers of one kind: same variant of the formula, dtype, device and need of a gradient."""
 
@@ -72,19 +84,9 @@ class _StepKind(_Kind):
         self.grads: dict[int, Tensor] = {}
         for i, out in enumerate(self.detached.outs):
             if self.weights[i].requires_grad or self.gains and self.gains[i].requires_grad:
-                collect = self._collector(i)
+                collect = _collector(self.grads, i, self.detached.stats.dtype)
                 out.requires_grad_().register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
         return self.detached.outs
-
-    def _collector(self, i: int) -> Callable[[Tensor], None]:
-        def collect(out: Tensor) -> None:
-            # In float32 where the compute dtype has 16 bits: rounded sums would not be exact.
-            assert out.grad is not None
-            grad = out.grad.to(self.detached.stats.dtype)
-            self.grads[i] = self.grads[i].add_(grad) if i in self.grads else grad
-            out.grad = None
-
-        return collect
 
     def finish(self) -> None:
         """Standardization's backward: linear in the gradients, hence once for their sum."""
