@@ -1,0 +1,84 @@
+"""Several labels an image: a sigmoid for each class, or one softmax."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch.nn.functional as F
+
+from benchmarks.claims.claim import Claim, Comparison
+from benchmarks.claims.training import BATCH, digits, downstream, render, top1, upstream
+from bitkern.transfer import HyperRule, ImageSet, few_shot
+
+SHOTS = 5
+UPSTREAM, DOWNSTREAM = "images of letters, precision at 1", f"{SHOTS} digits of each class, top-1"
+
+
+@dataclass(frozen=True)
+class SpreadLabels(HyperRule):
+    """The HyperRule with a softmax, against labels that share an image evenly."""
+
+    def loss(self, logits, labels, class_weight=None):
+        return F.cross_entropy(logits, labels / labels.sum(1, keepdim=True))
+
+
+LOSSES = {"sigmoid": HyperRule, "softmax": SpreadLabels}
+
+
+def several(images, seed, held_out=False):
+    """Images of two places side by side, one or both of which hold letters."""
+    random = np.random.default_rng((seed, held_out))
+    single = render(2 * images, seed, held_out=held_out)
+    pairs = random.permutation(2 * images).reshape(images, 2)
+    shown = random.permuted(random.choice([(True, False), (True, True)], images), axis=1)
+    labels = np.zeros((images, len(single.classes)), np.bool_)
+    pictures = []
+    for row, (pair, show) in enumerate(zip(pairs, shown, strict=True)):
+        labels[row, single.labels[pair[show]]] = True
+        letters = np.stack([single.images[i] for i in pair])
+        pictures.append(np.concatenate(letters * show[:, None, None], axis=1))
+    return ImageSet(pictures, labels, single.classes)
+
+
+def run(seed, loss, images, unseen, upstream_steps, steps):
+    data = several(images, seed)
+    body = upstream("WS + GroupNorm", data, upstream_steps, seed, recipe=LOSSES[loss])
+    few = few_shot(digits("train"), SHOTS, seed)
+    return {
+        "upstream": top1(body, several(unseen, seed, held_out=True)),
+        "downstream": downstream("WS + GroupNorm", body, few, steps, seed),
+    }
+
+
+def _less(what):
+    return (1, ("sigmoid", what)), (-1, ("softmax", what))
+
+
+CLAIM = Claim(
+    name="multi_label",
+    title="Several labels an image",
+    hypothesis=(
+        "Where images carry several labels, sigmoids upstream give a better transfer than a "
+        "softmax against labels that share each image."
+    ),
+    setting=(
+        f"WS + GroupNorm, images of one or two letters side by side, batches of {BATCH}, "
+        f"the same learning rate; then {SHOTS} digits of each class."
+    ),
+    metric="precision at 1, top-1",
+    across="what is measured",
+    seeds=5,
+    seconds=80,
+    run=run,
+    amounts={"images": 3840, "unseen": 740, "upstream_steps": 120, "steps": 60},
+    quick={"images": 74, "unseen": 37, "upstream_steps": 2, "steps": 2},
+    conditions={loss: {"loss": loss} for loss in LOSSES},
+    cells={
+        (loss, what): (loss, number)
+        for number, what in (("upstream", UPSTREAM), ("downstream", DOWNSTREAM))
+        for loss in LOSSES
+    },
+    comparisons=(
+        Comparison(f"sigmoid less softmax: {DOWNSTREAM}", _less(DOWNSTREAM), 0.02),
+        Comparison(f"sigmoid less softmax: {UPSTREAM}", _less(UPSTREAM), 0.02),
+    ),
+)
