@@ -21,7 +21,8 @@ class SpreadLabels(HyperRule):
         return F.cross_entropy(logits, labels / labels.sum(1, keepdim=True))
 
 
-LOSSES = {"sigmoid": HyperRule, "softmax": SpreadLabels}
+# With learning rates that transferred best on seed 100, of 0.003 and 0.01, and of 0.03 and 0.1.
+LOSSES = {"sigmoid": (HyperRule, 0.003), "softmax": (SpreadLabels, 0.03)}
 
 
 def several(images, seed, held_out=False):
@@ -41,7 +42,8 @@ def several(images, seed, held_out=False):
 
 def run(seed, loss, images, unseen, upstream_steps, steps):
     data = several(images, seed)
-    body = upstream("WS + GroupNorm", data, upstream_steps, seed, recipe=LOSSES[loss])
+    recipe, lr = LOSSES[loss]
+    body = upstream("WS + GroupNorm", data, upstream_steps, seed, recipe=recipe, base_lr=lr)
     few = few_shot(digits("train"), SHOTS, seed)
     return {
         "upstream": top1(body, several(unseen, seed, held_out=True)),
@@ -62,7 +64,8 @@ CLAIM = Claim(
     ),
     setting=(
         f"WS + GroupNorm, images of one or two letters side by side, batches of {BATCH}, "
-        f"the same learning rate; then {SHOTS} digits of each class."
+        "each loss with a learning rate of its own, that which transferred best on seed 100: 0.003 "
+        f"for sigmoids, 0.03 for the softmax; then {SHOTS} digits of each class."
     ),
     metric="precision at 1, top-1",
     across="what is measured",

@@ -13,7 +13,7 @@ from benchmarks.claims.training import (
 from bitkern.transfer import few_shot
 
 NETWORK = "WS + GroupNorm"
-STEPS, SHOTS = 120, 10
+STEPS, SHOTS = 100, 10
 SIZES = SMALL, LARGE = 500, BATCH * STEPS  # of the largest every image is seen once
 WIDTHS = 0.5, 1
 MEASURED = {
@@ -58,9 +58,9 @@ CLAIM = Claim(
     metric="top-1",
     across="distinct letters upstream",
     seeds=3,
-    seconds=330,
+    seconds=270,
     run=run,
-    amounts={"steps": STEPS, "few_steps": 40, "all_steps": 40},
+    amounts={"steps": STEPS, "few_steps": 30, "all_steps": 40},
     quick={"steps": 2, "few_steps": 1, "all_steps": 1},
     conditions={
         f"x{width}, {letters}": {"width": width, "letters": letters}

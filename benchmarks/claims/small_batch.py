@@ -25,14 +25,16 @@ CLAIM = Claim(
         f"37 letters, batches of {BATCH} in micro-batches of as many images as a device holds: the "
         "optimizer, the learning rate, the steps and the examples stay the same. The running "
         "statistics of BatchNorm come from the micro-batches. The last stage has a single pixel an "
-        "image."
+        "image. The learning rate is each network's best at 64 images. The steps were cut from 120 "
+        "for want of time, before any difference was known; the one run of seed 0 that had trained "
+        "(BatchNorm, 4 images: 0.366) was dropped."
     ),
     metric="top-1, letters in unseen fonts",
     across="images a device",
     seeds=3,
-    seconds=340,
+    seconds=235,
     run=run,
-    amounts={"letters": 5920, "steps": 120},
+    amounts={"letters": 5920, "steps": 80},
     quick={"letters": 148, "steps": 2},
     conditions={
         f"{network}, {n}": {"network": network, "images": n}
