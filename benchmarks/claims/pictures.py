@@ -25,6 +25,10 @@ def draw(path, claim):
         for place, cell in zip(places, cells, strict=True):
             values = cell["values"].values()
             axes.plot([place + 0.03] * len(values), values, ".", color=f"C{i}", alpha=0.4)
+        for column in (c["column"] for c in claim["cells"] if c["row"] == row and c["failure"]):
+            at = columns.index(column) + shift, 0.03
+            place = {"xycoords": ("data", "axes fraction"), "ha": "center", "color": f"C{i}"}
+            axes.annotate("fails", at, **place)
     axes.set_xticks(range(len(columns)), columns)
     axes.set(xlabel=claim["across"], ylabel=claim["metric"], xlim=(-0.5, len(columns) - 0.5))
     axes.grid(axis="y", alpha=0.3)

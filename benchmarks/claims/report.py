@@ -26,9 +26,10 @@ is none of the seeds below.
 A difference is taken seed by seed, its interval is Student's t of 95 %. A gain is *seen* if the \
 interval lies above zero and the mean is of interest, *not seen* if the interval excludes a gain \
 of interest; where no loss is claimed, it is *seen* if the interval excludes a loss of interest. \
-The opposite is *seen* likewise, and all else is *too uncertain to say*. A difference *could be \
-seen* if half the interval is no wider than the effect of interest. Intervals are not widened for \
-the number of comparisons: the first of each claim decides, the others complete the picture.
+The opposite is *seen* likewise, and all else is *too uncertain to say*. An interval is *narrow \
+enough* to tell an effect of interest from none if half of it is no wider than that effect. \
+Intervals are not widened for the number of comparisons: the first of each claim decides, the \
+others complete the picture.
 
 The runs: `python -m benchmarks.claims --out DIR` (PyTorch {torch}, commit {commit}). This page: \
 `python -m benchmarks.claims.report benchmarks/results/claims.json docs`."""
@@ -98,6 +99,7 @@ def summary(lines):
         "torch": sorted({line["torch"] for line in lines}),
         "commit": sorted({line["commit"] for line in lines}),
         "claims": {name: _summary(CLAIMS[name], some) for name, some in by_claim.items() if some},
+        "not_run": [CLAIMS[name].title for name, some in by_claim.items() if not some],
         "lines": lines,
     }
 
@@ -173,7 +175,7 @@ def _section(name, claim):
         ]
         for comparison in claim["comparisons"]
     ]
-    head = ["difference", "mean", "95 % interval", "of interest", "could be seen", "verdict"]
+    head = ["difference", "mean", "95 % interval", "of interest", "narrow enough", "verdict"]
     runs = f"{claim['runs']} of {claim['expected_runs']} runs, {claim['seconds']} s in all."
     return [
         f"## {claim['title']}",
@@ -212,6 +214,7 @@ def page(summary):
                 torch=", ".join(summary["torch"]), commit=", ".join(summary["commit"])
             ),
             _table(["claim", "hypothesis", "difference", "95 % interval", "verdict"], rows),
+            *([f"Not run: {', '.join(summary['not_run'])}."] if summary["not_run"] else []),
             *(part for name, claim in claims.items() for part in _section(name, claim)),
         ]
     )
