@@ -65,7 +65,8 @@ CLAIM = Claim(
     setting=(
         f"WS + GroupNorm, images of one or two letters side by side, batches of {BATCH}, "
         "each loss with a learning rate of its own, that which transferred best on seed 100: 0.003 "
-        f"for sigmoids, 0.03 for the softmax; then {SHOTS} digits of each class."
+        f"for sigmoids, 0.03 for the softmax; then {SHOTS} digits of each class. Guessing gives a "
+        "precision of 0.04. The softmax was ahead on seed 100 as well."
     ),
     metric="precision at 1, top-1",
     across="what is measured",
