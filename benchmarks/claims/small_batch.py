@@ -26,8 +26,8 @@ CLAIM = Claim(
         "optimizer, the learning rate, the steps and the examples stay the same. The running "
         "statistics of BatchNorm come from the micro-batches. The last stage has a single pixel an "
         "image. The learning rate is each network's best of 0.03, 0.1 and 0.3 at 64 images on seed "
-        "100: 0.1 for BatchNorm, 0.03 for the others. At 2 images BatchNorm had 0.04 there with 0.1 "
-        "and with 0.03. The steps were cut from 120 for want of time; the one run of these seeds "
+        "100: 0.1 for BatchNorm, 0.03 for the others. At 2 images BatchNorm had 0.04 there, at 0.1 "
+        "and at 0.03. The steps were cut from 120 for want of time; the one run of these seeds "
         "that had trained (BatchNorm, 4 images, seed 0: 0.366) was dropped. Guessing gives 0.03."
     ),
     metric="top-1, letters in unseen fonts",
