@@ -25,7 +25,7 @@ class Claim(NamedTuple):
     ``run(seed, **amounts, **conditions[name])`` is a run and returns its numbers by name; a cell is
     one of the numbers of one condition. ``quick`` takes the place of ``amounts`` in a dry run. The
     first comparison decides on the claim, the others belong to the picture. ``seconds`` is what a
-    seed's runs were measured to take, of one core of two of an AMD EPYC.
+    seed's runs were expected to take of a free core, from the time of a batch on an AMD EPYC.
     """
 
     name: str
