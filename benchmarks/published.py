@@ -132,9 +132,8 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     source = (StandIn if args.stand_in else Real)(out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"device": device, "precision": "auto", "batch_split": "auto", "workers": 8}
-    if device == "cpu":
-        options |= {"batch_split": 1, "workers": 1}
+    split, workers = ("auto", 8) if device == "cuda" else (1, 1)
+    options = {"device": device, "precision": "auto", "batch_split": split, "workers": workers}
     found = {}
     wanted = [
         Transfer(model, name, shots, seed)

@@ -37,8 +37,9 @@ def shortened(num_examples: int, steps: int, weight_decay: float = 0.0) -> Hyper
     at 0.01; at the HyperRule's 0.003, meant for 500 steps and more, both lag behind.
     """
     rule = hyperrule(num_examples, (8, 8)).with_steps(steps)
-    rule = dataclasses.replace(rule, resize=36, crop=32, batch_size=64, base_lr=0.03)
-    return dataclasses.replace(rule, weight_decay=weight_decay)
+    return dataclasses.replace(
+        rule, resize=36, crop=32, batch_size=64, base_lr=0.03, weight_decay=weight_decay
+    )
 
 
 def _fit(

@@ -24,7 +24,7 @@ from bitkern.models.pretrained import (
     timm_name,
 )
 from bitkern.models.resnetv2 import ARCHITECTURES, Architecture, Device, FeatureNet, ResNetV2
-from bitkern.models.weights import fetch
+from bitkern.models.weights import HUB_FILES, fetch
 
 
 def _names() -> dict[str, tuple[Architecture, int | None]]:
@@ -44,7 +44,7 @@ def _names() -> dict[str, tuple[Architecture, int | None]]:
 
 
 NAMES = _names()
-SAVED = "model.safetensors"  # in the folder of a run, and of a model of the hub
+SAVED = HUB_FILES[0]  # in the folder of a run as well
 
 
 def _look_up(name: str) -> tuple[Architecture, int | None]:

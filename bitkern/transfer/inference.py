@@ -40,7 +40,8 @@ def evaluate(
     loss the mean cross-entropy. Where an image may have several labels, it counts as right if the
     surest class, or one of five, is one of them ("top1" is then the precision at 1); the loss is
     that of sigmoids, summed over classes; and "mean_average_precision" is that over the classes
-    that occur.
+    that occur, if any.
+
     The model is moved to ``device``, in channels_last, and computes in ``precision``, batches as
     CUDA graphs with ``cuda_graph``; ``workers``, ``cache`` and ``decoder`` are as in :func:`train`,
     but that the cache "auto" is one that is on disk already, or none. Images that cannot be read

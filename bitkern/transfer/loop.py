@@ -51,7 +51,7 @@ class TrainResult(NamedTuple):
 
     ``metrics`` is the last evaluation (see :func:`evaluate`; None without ``eval_set``);
     ``history`` the lines of metrics.jsonl: ``{"step", "loss", "lr"}`` for each optimizer step and
-    ``{"step", "top1", "top5", "eval_loss"}`` for each evaluation, where step counts finished
+    ``{"step", "top1", "top5", "eval_loss", …}`` for each evaluation, where step counts finished
     steps; ``seconds`` the wall time, evaluations and earlier parts of a resumed run included;
     ``skipped`` the number of images that could not be read, where not all were, of those that were
     met.
