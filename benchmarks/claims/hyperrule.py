@@ -52,7 +52,7 @@ CLAIM = Claim(
     ),
     metric="top-1, digits",
     across="settings",
-    seeds=3,
+    seeds=6,
     seconds=190,
     run=run,
     amounts={"letters": 5920, "upstream_steps": 120, "lengths": (100, 500)},

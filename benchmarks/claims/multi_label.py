@@ -1,15 +1,16 @@
 """Several labels an image: a sigmoid for each class, or one softmax."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch.nn.functional as F
 
 from benchmarks.claims.claim import Claim, Comparison
-from benchmarks.claims.training import BATCH, digits, downstream, render, top1, upstream
-from bitkern.transfer import HyperRule, ImageSet, few_shot
+from benchmarks.claims.training import BATCH, downstream, render, top1, upstream
+from bitkern.transfer import HyperRule, ImageSet
 
-SHOTS = 5
+SHOTS, STEPS = 5, 300
 UPSTREAM, DOWNSTREAM = "images of letters, precision at 1", f"{SHOTS} digits of each class, top-1"
 
 
@@ -21,8 +22,8 @@ class SpreadLabels(HyperRule):
         return F.cross_entropy(logits, labels / labels.sum(1, keepdim=True))
 
 
-# With learning rates that transferred best on seed 100, of 0.003 and 0.01, and of 0.03 and 0.1.
-LOSSES = {"sigmoid": (HyperRule, 0.003), "softmax": (SpreadLabels, 0.03)}
+# With learning rates that transferred best on seed 100, of 0.003 to 0.1, and of 0.03 and 0.1.
+LOSSES = {"sigmoid": (HyperRule, 0.01), "softmax": (SpreadLabels, 0.03)}
 
 
 def several(images, seed, held_out=False):
@@ -43,11 +44,12 @@ def several(images, seed, held_out=False):
 def run(seed, loss, images, unseen, upstream_steps, steps):
     data = several(images, seed)
     recipe, lr = LOSSES[loss]
-    body = upstream("WS + GroupNorm", data, upstream_steps, seed, recipe=recipe, base_lr=lr)
-    few = few_shot(digits("train"), SHOTS, seed)
+    bias = -math.log(len(data.classes)) if loss == "sigmoid" else 0.0  # as Pretraining.head_bias
+    trained = {"recipe": recipe, "base_lr": lr, "head_bias": bias}
+    body = upstream("WS + GroupNorm", data, upstream_steps, seed, **trained)
     return {
         "upstream": top1(body, several(unseen, seed, held_out=True)),
-        "downstream": downstream("WS + GroupNorm", body, few, steps, seed),
+        "downstream": downstream("WS + GroupNorm", body, "digits", SHOTS, steps, seed),
     }
 
 
@@ -64,16 +66,17 @@ CLAIM = Claim(
     ),
     setting=(
         f"WS + GroupNorm, images of one or two letters side by side, batches of {BATCH}, "
-        "each loss with a learning rate of its own, that which transferred best on seed 100: 0.003 "
-        f"for sigmoids, 0.03 for the softmax; then {SHOTS} digits of each class. Guessing gives a "
-        "precision of 0.04. The softmax was ahead on seed 100 as well."
+        "each loss with a learning rate of its own, that which transferred best on seed 100: 0.01 "
+        "for sigmoids, whose head begins with biases of -log(37) as in pre-training, 0.03 for the "
+        f"softmax; {STEPS} steps, then {SHOTS} digits of each class. Guessing gives a "
+        "precision of 0.04. On seed 100 the transfer was 0.821 and 0.825."
     ),
     metric="precision at 1, top-1",
     across="what is measured",
-    seeds=5,
-    seconds=80,
+    seeds=10,
+    seconds=70,
     run=run,
-    amounts={"images": 3840, "unseen": 740, "upstream_steps": 120, "steps": 60},
+    amounts={"images": 3840, "unseen": 740, "upstream_steps": STEPS, "steps": 60},
     quick={"images": 74, "unseen": 37, "upstream_steps": 2, "steps": 2},
     conditions={loss: {"loss": loss} for loss in LOSSES},
     cells={
