@@ -62,6 +62,17 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     return module._parameters.get(name)
 
 
+def children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The modules that a module holds, by their names."""
+    return module._modules
+
+
+def tensors_present(module: nn.Module) -> tuple[str, ...]:
+    """The names of parameters and buffers of a module that are not None."""
+    held = (*module._parameters.items(), *module._buffers.items())
+    return tuple(name for name, tensor in held if tensor is not None)
+
+
 def drop_parameter(module: nn.Module, name: str) -> None:
     """Take a parameter out of a module, also one that is None."""
     module._parameters.pop(name, None)
@@ -72,14 +83,29 @@ def drop_buffers(module: nn.Module) -> None:
     module._buffers.clear()
 
 
+def drop_hooks(module: nn.Module) -> None:
+    """Take all hooks off a module that see it being called."""
+    for hooks in (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    ):
+        hooks.clear()
+
+
 # What a subclass of nn.Conv2d overrides to convolve with another weight.
 conv_forward = nn.Conv2d._conv_forward
 
 
-def plain_conv(conv: nn.Conv2d) -> bool:
-    """Whether a convolution computes what nn.Conv2d does, and no more."""
-    cls = type(conv)
-    return cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward
+def plain_conv(module: nn.Module) -> bool:
+    """Whether a module computes what a convolution of PyTorch does, and no more."""
+    cls: Any = type(module)
+    for of in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if isinstance(module, of):
+            return cls.forward is of.forward and cls._conv_forward is of._conv_forward
+    transposed = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+    return any(isinstance(module, of) and cls.forward is of.forward for of in transposed)
 
 
 def aoti_package(program: torch.export.ExportedProgram, path: Path) -> None:

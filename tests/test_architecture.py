@@ -38,9 +38,15 @@ INSIDE = {
         ("tiles",),
         ("group_norm_act_forward", "group_norm_act_backward", "weight_standardize"),
     ),
-    "ops": (("group_norm_act", "weight_standardize"), ("group_norm_act_conv2d", "ws_conv2d")),
-    "nn": (("current",), ("layers",), ("fused", "standardized"), ("preact",)),
-    "convert": (("activations", "batchnorm"), ("libraries",), ("convert",), ("explain", "fold")),
+    "ops": (("group_norm_act", "weight_standardize"), ("group_norm_act_conv", "ws_conv2d")),
+    "nn": (("activations", "current"), ("layers",), ("fused", "standardized"), ("preact",)),
+    "convert": (
+        ("batchnorm", "classes", "libraries", "patterns", "tracing"),
+        ("proof",),
+        ("traced",),
+        ("convert",),
+        ("explain", "fold"),
+    ),
     "convert.libraries": (("common",), ("timm", "transformers")),
     "models": (
         ("download", "pretrained", "resnetv2"),

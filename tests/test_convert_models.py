@@ -128,7 +128,7 @@ def test_one_launch_and_one_node_per_pair(make, monkeypatch):
         if node not in seen:
             seen.add(node)
             nodes += [n for n, _ in node.next_functions if n is not None]
-    assert sum(node.name() == "GroupNormActConv2dFunctionBackward" for node in seen) == 3 * 3
+    assert sum(node.name() == "GroupNormActConvFunctionBackward" for node in seen) == 3 * 3
 
 
 def test_features():

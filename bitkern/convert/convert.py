@@ -6,39 +6,20 @@ buffers, modules inside, flags, the attributes that its library reads, and the r
 hooks, wrappers and users hold. A new module in its place would keep the parameters alone.
 """
 
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from bitkern import _torch, ops
-from bitkern.convert.activations import ACT_OF
+from bitkern import _torch
 from bitkern.convert.batchnorm import standardize
+from bitkern.convert.classes import convert_classes
 from bitkern.convert.libraries import replacements
+from bitkern.convert.traced import adopt_all
 from bitkern.nn import GroupNormAct
-from bitkern.nn.fused import fused_act, watched
 
 _Module = TypeVar("_Module", bound=nn.Module)
-
-
-class Sequential(nn.Sequential):
-    """``nn.Sequential`` that computes a plain GroupNorm and the ReLU or SiLU after it as one."""
-
-    def forward(self, input: Any) -> Any:
-        modules = list(self)
-        while modules:
-            module, *modules = modules
-            act = ACT_OF.get(type(modules[0])) if modules and fused_act(module) == "none" else None
-            if act is None or watched(modules[0]):
-                input = module(input)
-            else:
-                modules = modules[1:]
-                assert isinstance(module, nn.GroupNorm)
-                norm = module.num_groups, module.weight, module.bias, module.eps
-                input = ops.group_norm_act(input, *norm, act)
-        return input
 
 
 def is_bitkern(module: nn.Module) -> bool:
@@ -46,13 +27,9 @@ def is_bitkern(module: nn.Module) -> bool:
     return type(module).__module__.split(".")[0] == "bitkern"
 
 
-def fused_pairs(sequential: Iterable[nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
-    """The norms in a sequential container that come right before an activation, and those."""
-    pairs = pairwise(sequential)
-    return [(a, b) for a, b in pairs if fused_act(a) == "none" and type(b) in ACT_OF]
-
-
-def convert(module: _Module, ws: bool = False) -> _Module:
+def convert(
+    module: _Module, ws: bool = False, classes: Mapping[type, Any] | None = None
+) -> _Module:
     """Run the layers of timm, transformers and PyTorch in ``module`` on the kernels, in place.
 
     Converted are timm's ``StdConv2d``, ``ScaledStdConv2d`` (with ``Same`` or without),
@@ -88,6 +65,8 @@ def convert(module: _Module, ws: bool = False) -> _Module:
         if compiler:
             where = name or "the module"
             raise TypeError(f"convert: {where} is compiled by {compiler}: convert it before that")
+    if classes:
+        convert_classes(module, classes)
     if ws:
         standardize(module)
     layers, blocks = replacements("LAYERS"), replacements("BLOCKS")
@@ -99,12 +78,11 @@ def convert(module: _Module, ws: bool = False) -> _Module:
         cls = layers.get(type(part))
         if type(part) is nn.GroupNorm:
             part.act = "none"  # type: ignore[assignment]
-        elif type(part) is nn.Sequential and fused_pairs(part):
-            cls = Sequential
         elif type(part) in blocks and blocks[type(part)].fits(part):
             cls = blocks[type(part)]
         if cls is not None:
             part.__class__ = cls if isinstance(cls, type) else cls(part)
+    adopt_all(module)
     return module
 
 

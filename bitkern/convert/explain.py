@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from bitkern import backends
 from bitkern.backends import Choice
-from bitkern.convert.convert import Sequential, fused_pairs, is_bitkern
+from bitkern.convert.convert import is_bitkern
 from bitkern.convert.libraries import __name__ as LIBRARIES
 from bitkern.convert.libraries import replacements
+from bitkern.convert.traced import Traced, why_left
 from bitkern.nn import WSConv2d
 
 
@@ -58,13 +59,19 @@ def explain(subject: str | nn.Module, /, *tensors: Tensor | None) -> Choice | Ta
         return backends.explain(subject, *tensors)
     layers, blocks = replacements("LAYERS"), replacements("BLOCKS")
     known = *layers, *blocks, *_PLAIN
-    fused = {a for m in subject.modules() if type(m) is Sequential for a, _ in fused_pairs(m)}
+    fused = {
+        block.get_submodule(path): how
+        for block in subject.modules()
+        if isinstance(block, Traced) and block.bitkern_plan
+        for path, how in block.bitkern_plan.plan.fused.items()
+    }
     rows = []
     for name, part in subject.named_modules():
         if isinstance(part, known) or type(part) in (nn.Conv2d, nn.BatchNorm2d):
             reason = _why_left(part, layers | blocks)
             layer = f"{_library(type(part))} {type(part).__name__}"
-            rows.append(Row(name, layer, reason is None, reason or _how(part, part in fused)))
+            how = reason or fused.get(part) or _how(part, subject)
+            rows.append(Row(name, layer, reason is None, how))
     return Table(rows)
 
 
@@ -73,10 +80,10 @@ def _library(cls: type) -> str:
     return cls.__module__.removeprefix(f"{LIBRARIES}.").split(".")[0]
 
 
-_PLAIN = nn.GroupNorm, WSConv2d, Sequential
+_PLAIN = nn.GroupNorm, WSConv2d, Traced
 
 
-def _how(module: nn.Module, fused: bool) -> str:
+def _how(module: nn.Module, model: nn.Module) -> str:
     if isinstance(module, WSConv2d):
         return "weights standardized by a kernel"
     if isinstance(module, nn.GroupNorm):
@@ -84,8 +91,8 @@ def _how(module: nn.Module, fused: bool) -> str:
         then = ", then ".join(type(m).__name__ for m in after if type(m) is not nn.Identity)
         if then:
             return f"norm by a kernel, then {then}, which it cannot apply"
-        if act == "none" and not fused:
-            return "norm by a kernel; no activation is known to follow"
+        if act == "none":
+            return f"norm by a kernel alone: {why_left(module, model)}"
         return "norm and activation in one kernel"
     return "norms, activations and convolutions inside as one"
 
@@ -93,7 +100,7 @@ def _how(module: nn.Module, fused: bool) -> str:
 def _why_left(module: nn.Module, classes: Mapping[type, Any]) -> str | None:
     """Why a module does not run on the kernels; None if it does."""
     cls = type(module)
-    if is_bitkern(module):
+    if is_bitkern(module) or isinstance(module, Traced):
         return None
     if "forward" in vars(module):
         return "a forward of its own has been put over that of its class"

@@ -7,11 +7,15 @@ from torch import Tensor, nn
 
 from bitkern import _torch, ops
 from bitkern.backends import requested
+from bitkern.nn.activations import act_of, idle
 from bitkern.nn.layers import GroupNormAct, WSConv2d, conv_fusion
 from bitkern.ops import Conv, group_norm_act
-from bitkern.reference import Activation
+from bitkern.reference import ACTIVATIONS, Activation
 
 torch.fx.wrap("group_norm_act")  # recorded as it is
+
+# What comes after a norm: a module, or an activation that is a function.
+After = nn.Module | Activation
 
 
 def watched(module: nn.Module) -> bool:
@@ -19,29 +23,73 @@ def watched(module: nn.Module) -> bool:
     return _torch.hooked(module) or "forward" in vars(module)
 
 
-def fused_act(norm: nn.Module) -> Activation | None:
-    """The activation of a norm that a kernel computes with it; None if it is no such module."""
+def fused_act(norm: nn.Module, after: Sequence[After] = ()) -> Activation | None:
+    """The activation that a kernel computes with a norm, whose own or one of those after it.
+
+    None if norm is no such module, or if the kernel cannot do all that comes after it.
+    """
     # By the function, not the class: classes that bitkern.convert puts in have it, and a subclass
     # with a forward of its own has not.
     if getattr(type(norm), "forward", None) is not GroupNormAct.forward or watched(norm):
         return None
+    act: Activation
     act, modules = norm.fusion()  # type: ignore[operator]
-    return None if modules else act
+    for part in (*modules, *after):
+        if isinstance(part, nn.Module):
+            if watched(part):
+                return None
+            if idle(part):
+                continue
+        following = act_of(part) if isinstance(part, nn.Module) else part
+        if act != "none" or following is None:
+            return None
+        act = following
+    return act
 
 
-def _fused_conv(module: nn.Module) -> tuple[nn.Conv2d, Conv] | None:
+def fusible_conv(module: nn.Module) -> tuple[nn.Module, Conv] | None:
     """The convolution that a module is and nothing but; None if it cannot be fused."""
     if watched(module):
         return None
-    if type(module) is nn.Sequential and len(module) == 1:
-        return _fused_conv(module[0])
+    if type(module).forward is nn.Sequential.forward:
+        parts = list(module.children())
+        return fusible_conv(parts[0]) if len(parts) == 1 else None
     if isinstance(module, WSConv2d):
         conv = module.fusion()
-    elif isinstance(module, nn.Conv2d) and _torch.plain_conv(module):
+    elif _torch.plain_conv(module):
         conv = conv_fusion(module)
     else:
         return None
     return None if conv is None else (module, conv)
+
+
+def _parameters(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a convolution of x, as its forward hands them to PyTorch's function."""
+    if isinstance(conv, WSConv2d):
+        weight = conv.standardize(x)
+        return weight, None if conv.bias is None else conv.bias.to(weight.dtype)
+    weight, bias = conv.weight, conv.bias
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype == torch.get_autocast_dtype(device):
+        weight = weight.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+    return weight, bias
+
+
+def apply_after(after: Sequence[After], y: Tensor) -> Tensor:
+    """What comes after a norm, one by one."""
+    for part in after:
+        y = part(y) if isinstance(part, nn.Module) else ACTIVATIONS[part](y)
+    return y
+
+
+def norm_act(norm: nn.Module, after: Sequence[After], x: Tensor) -> Tensor:
+    """A norm, and the activation among what comes after it, in one kernel where it can."""
+    act = fused_act(norm, after)
+    if act is None:
+        return apply_after(after, norm(x))
+    assert isinstance(norm, nn.GroupNorm)
+    return group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, act)
 
 
 def norm_act_conv(
@@ -50,36 +98,47 @@ def norm_act_conv(
     x: Tensor,
     residual: Tensor | None = None,
     recompute: bool = True,
+    after: Sequence[After] = (),
 ) -> tuple[Tensor, list[Tensor]]:
     """``s = x (+ residual)`` and ``[conv(norm(s)) for conv in convs]``, fused; returns (s, list).
 
     What a pre-activation block is made of. For backward it keeps s and computes ``norm(s)`` once
-    more (:func:`bitkern.ops.group_norm_act_conv2d`); with ``recompute=False`` it keeps both.
+    more (:func:`bitkern.ops.group_norm_act_conv`); with ``recompute=False`` it keeps both.
     Modules with hooks are called as modules, so that the hooks see what they always see.
 
     Args:
         norm: a :class:`GroupNormAct`; any other module is called.
         convs: modules applied to ``norm(s)``; fused where they are bare :class:`WSConv2d` or
-            ``nn.Conv2d``.
-        x, residual: (N, C, H, W); residual may be None.
+            convolutions of PyTorch.
+        x, residual: (N, C, *); residual may be None.
+        after: what stands between norm and convolutions: an activation, idle modules.
     """
-    act = fused_act(norm)
+    act = fused_act(norm, after)
     if act is None:
         s = x if residual is None else x + residual
-        activation = norm(s)
+        activation = apply_after(after, norm(s))
         return s, [conv(activation) for conv in convs]
     assert isinstance(norm, nn.GroupNorm)
     affine = norm.num_groups, norm.weight, norm.bias, norm.eps, act
-    fused = [found for found in map(_fused_conv, convs) if found]
+    fused = [found for found in map(fusible_conv, convs) if found]
     # The node is eager and differentiated once. Whoever asks for plain PyTorch gets it.
     plain = torch.compiler.is_compiling() or requested() == "reference" or _torch.transformed()
     if recompute and len(fused) == len(convs) and not plain:
-        weights = [c.standardize(x) if isinstance(c, WSConv2d) else c.weight for c, _ in fused]
-        if all(w.dtype == x.dtype for w in weights):
+        parameters = [_parameters(conv, x) for conv, _ in fused]
+        given = [p for pair in parameters for p in pair if p is not None]
+        if all(p.dtype == x.dtype for p in given) and all(w.ndim == x.ndim for w, _ in parameters):
+            weights, biases = zip(*parameters, strict=True)
             specs = [conv for _, conv in fused]
-            return ops.group_norm_act_conv2d(x, residual, *affine, weights, specs)
+            return ops.group_norm_act_conv(x, residual, *affine, weights, biases, specs)
     if residual is None:
         s, activation = x, group_norm_act(x, *affine)
     else:
         s, activation = ops.add_group_norm_act(x, residual, *affine)
     return s, [conv(activation) for conv in convs]
+
+
+def norm_act_convs(
+    norm: nn.Module, after: Sequence[After], convs: Sequence[nn.Module], x: Tensor
+) -> list[Tensor]:
+    """:func:`norm_act_conv`, of which nobody wants the sum."""
+    return norm_act_conv(norm, convs, x, after=after)[1]

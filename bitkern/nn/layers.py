@@ -27,13 +27,18 @@ def _refuse_to_script(module: nn.Module) -> NoReturn:
     )
 
 
-def conv_fusion(conv: nn.Conv2d) -> Conv | None:
-    """What is left of a convolution once its weight is there; None where that is not all of it."""
-    stride, padding, dilation = conv.stride, conv.padding, conv.dilation
-    if conv.bias is not None or conv.padding_mode != "zeros" or isinstance(padding, str):
+def conv_fusion(conv: Any) -> Conv | None:
+    """What is left of a convolution of PyTorch once its parameters are there; None if more is."""
+    padding = conv.padding
+    if isinstance(padding, str):
+        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        if padding == "same" and any(t % 2 for t in total):  # one side is padded more
+            return None
+        padding = tuple(t // 2 if padding == "same" else 0 for t in total)
+    if conv.padding_mode != "zeros":
         return None
-    # Pairs, but nn.Conv2d does not say so.
-    return Conv(stride, padding, dilation, conv.groups)  # type: ignore[arg-type]
+    more = conv.transposed, conv.output_padding, conv.groups
+    return Conv(conv.stride, padding, conv.dilation, *more)
 
 
 class WSConv2d(nn.Conv2d):

@@ -1,7 +1,7 @@
 """The operators: checks, choice of implementation, autograd, registration with torch.library."""
 
 from bitkern.ops.group_norm_act import add_group_norm_act, group_norm_act
-from bitkern.ops.group_norm_act_conv2d import Conv, group_norm_act_conv2d
+from bitkern.ops.group_norm_act_conv import Conv, group_norm_act_conv
 from bitkern.ops.weight_standardize import weight_standardize, weight_standardize_all
 from bitkern.ops.ws_conv2d import ws_conv2d
 
@@ -9,7 +9,7 @@ __all__ = [
     "Conv",
     "add_group_norm_act",
     "group_norm_act",
-    "group_norm_act_conv2d",
+    "group_norm_act_conv",
     "weight_standardize",
     "weight_standardize_all",
     "ws_conv2d",

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitkern.convert.activations import ACT_OF
 from bitkern.nn import GroupNormAct, WSConv2d, preact
+from bitkern.nn.activations import ACT_OF
 from bitkern.nn.fused import watched
 from bitkern.reference import Activation
 

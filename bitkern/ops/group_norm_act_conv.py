@@ -1,6 +1,6 @@
 """Group normalization + activation + convolutions as one node of the autograd graph.
 
-    s = x (+ residual);  a = act(group_norm(s));  outs = [conv2d(a, w) for w in weights]
+    s = x (+ residual);  a = act(group_norm(s));  outs = [conv(a, w, b) for w, b in …]
 
 The node keeps s and the statistics. Backward computes the activation a once more instead of
 keeping it, which halves what a pre-activation block holds. Several convolutions of one activation
@@ -21,16 +21,19 @@ from bitkern.reference import Activation, group_norm_act_recompute
 
 
 class Conv(NamedTuple):
-    """The arguments of a convolution besides its weight; pairs of ints."""
+    """The arguments of a convolution besides its parameters; an int for each spatial dimension."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
     groups: int
 
 
-class GroupNormActConv2dFunction(torch.autograd.Function):
-    """Takes (convs, num_groups, eps, act, implementation, x, residual, weight, bias, *weights)."""
+class GroupNormActConvFunction(torch.autograd.Function):
+    """Takes (convs, num_groups, eps, act, implementation, x, residual, weight, bias, and the
+    weights and, or None, biases of the convolutions)."""
 
     @staticmethod
     def forward(
@@ -44,11 +47,13 @@ class GroupNormActConv2dFunction(torch.autograd.Function):
         residual: Tensor | None,
         *parameters: Any,
     ) -> Any:
-        weight, bias, *weights = parameters
+        weight, bias, *rest = parameters
+        weights, biases = rest[: len(convs)], rest[len(convs) :]
         total, a, mean, rstd = implementation.group_norm_act_forward(
             x, residual, num_groups, weight, bias, eps, act
         )
-        outs = [torch.conv2d(a, w, None, *c) for c, w in zip(convs, weights, strict=True)]
+        each = zip(weights, biases, convs, strict=True)
+        outs = [torch.convolution(a, w, b, *conv) for w, b, conv in each]
         ctx.constants = convs, num_groups, act, implementation
         ctx.save_for_backward(x if total is None else total, weight, bias, mean, rstd, *weights)
         ctx.set_materialize_grads(False)
@@ -59,7 +64,8 @@ class GroupNormActConv2dFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         convs, num_groups, act, implementation = ctx.constants
         total, weight, bias, mean, rstd, *weights = ctx.saved_tensors
-        need_x, need_residual, need_weight, need_bias, *need_weights = ctx.needs_input_grad[5:]
+        need_x, need_residual, need_weight, need_bias, *need = ctx.needs_input_grad[5:]
+        need_weights, need_biases = need[: len(convs)], need[len(convs) :]
         need_dx, need_dparams = need_x or need_residual, need_weight or need_bias
         dtotal, *douts = grads if len(grads) > len(convs) else (None, *grads)
 
@@ -68,15 +74,13 @@ class GroupNormActConv2dFunction(torch.autograd.Function):
             # A backend need not have it.
             of = getattr(implementation, "group_norm_act_recompute", group_norm_act_recompute)
             a = of(total, num_groups, weight, bias, mean, rstd, act)
-        da, dweights = None, [None] * len(convs)
+        da, dweights, dbiases = None, [None] * len(convs), [None] * len(convs)
         for i, (conv, dout) in enumerate(zip(convs, douts, strict=True)):
             if dout is None:
                 continue
-            mask = [need_dx or need_dparams, need_weights[i], False]
-            stride, padding, dilation, groups = conv
-            geometry = stride, padding, dilation, False, (0, 0), groups
-            part, dweights[i], _ = torch.ops.aten.convolution_backward(
-                dout, a, weights[i], None, *geometry, mask
+            mask = [need_dx or need_dparams, need_weights[i], need_biases[i]]
+            part, dweights[i], dbiases[i] = torch.ops.aten.convolution_backward(
+                dout, a, weights[i], [dout.shape[1]], *conv, mask
             )
             da = part if da is None else da.add_(part)
         del a
@@ -102,10 +106,11 @@ class GroupNormActConv2dFunction(torch.autograd.Function):
             dweight if need_weight else None,
             dbias if need_bias else None,
             *dweights,
+            *dbiases,
         )
 
 
-def group_norm_act_conv2d(
+def group_norm_act_conv(
     x: Tensor,
     residual: Tensor | None,
     num_groups: int,
@@ -114,14 +119,17 @@ def group_norm_act_conv2d(
     eps: float,
     act: Activation,
     weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
     convs: Sequence[Conv],
 ) -> tuple[Tensor, list[Tensor]]:
     """:func:`group_norm_act`, or :func:`add_group_norm_act`, and convolutions of its result.
 
     Args:
         x, residual, num_groups, weight, bias, eps, act: as in :func:`add_group_norm_act`;
-            ``residual`` may be None. x is (N, C, H, W).
-        weights: of the convolutions, (O, C / groups, kh, kw), of x's dtype and device.
+            ``residual`` may be None. x is (N, C, *) with one to three spatial dimensions.
+        weights: of the convolutions, (O, C / groups, *kernel), or (C, O / groups, *kernel) of a
+            transposed one, of x's dtype and device.
+        biases: (O,) of x's dtype and device, or None, for each weight.
         convs: a :class:`Conv` for each weight.
 
     Returns:
@@ -132,21 +140,23 @@ def group_norm_act_conv2d(
         RuntimeError: on a second differentiation.
     """
     check(x, residual, num_groups, weight, bias, act)
-    for w, conv in zip(weights, convs, strict=True):
-        if w.dtype != x.dtype or w.device != x.device:
-            raise TypeError(
-                f"weights: expected the dtype and device of x, {x.dtype} on {x.device}, "
-                f"got {w.dtype} on {w.device}"
-            )
-        if x.ndim != 4 or w.ndim != 4 or x.shape[1] != w.shape[1] * conv.groups:
+    for w, b, conv in zip(weights, biases, convs, strict=True):
+        for name, parameter in (("weights", w), ("biases", b)):
+            if parameter is not None and (parameter.dtype, parameter.device) != (x.dtype, x.device):
+                raise TypeError(
+                    f"{name}: expected the dtype and device of x, {x.dtype} on {x.device}, "
+                    f"got {parameter.dtype} on {parameter.device}"
+                )
+        channels = w.shape[0] if conv.transposed else w.shape[1] * conv.groups
+        if w.ndim != x.ndim or x.shape[1] != channels:
+            expected = "(C, O / groups, *kernel)" if conv.transposed else "(O, C / groups, *kernel)"
             raise ValueError(
-                f"weights: expected (O, C / groups, kh, kw) for x of shape {tuple(x.shape)} and "
+                f"weights: expected {expected} for x of shape {tuple(x.shape)} and "
                 f"{conv.groups} groups, got {tuple(w.shape)}"
             )
     implementation = launchers(choose("group_norm_act", x, weight, bias).name, "group_norm_act")
     x = dense(x)
     residual = dense_like(residual, x)
-    outs = GroupNormActConv2dFunction.apply(
-        convs, num_groups, eps, act, implementation, x, residual, weight, bias, *weights
-    )
+    constants = convs, num_groups, eps, act, implementation
+    outs = GroupNormActConvFunction.apply(*constants, x, residual, weight, bias, *weights, *biases)
     return (x, list(outs)) if residual is None else (outs[0], list(outs[1:]))

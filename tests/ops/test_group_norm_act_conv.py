@@ -11,8 +11,8 @@ from tests.ops.backends import implementations
 
 every_implementation = implementations("group_norm_act")
 CONVS = [
-    Conv((1, 1), (0, 0), (1, 1), 1),
-    Conv((2, 1), (1, 2), (1, 2), 2),
+    Conv((1, 1), (0, 0), (1, 1), False, (0, 0), 1),
+    Conv((2, 1), (1, 2), (1, 2), False, (0, 0), 2),
 ]
 
 
@@ -26,14 +26,17 @@ def inputs(dtype, kind="contiguous", residual=True):
 def one_by_one(x, residual, weight, bias, *weights, fn=reference.group_norm_act):
     total = x if residual is None else x + residual
     a = fn(total, 4, weight, bias)
-    convolved = (torch.conv2d(a, w, None, *conv) for w, conv in zip(weights, CONVS, strict=False))
+    convolved = (
+        torch.convolution(a, w, None, *conv) for w, conv in zip(weights, CONVS, strict=False)
+    )
     return total, *convolved
 
 
 def node(x, residual, weight, bias, *weights):
     convs = CONVS[: len(weights)]
-    total, outs = ops.group_norm_act_conv2d(
-        x, residual, 4, weight, bias, 1e-5, "relu", weights, convs
+    biases = [None] * len(weights)
+    total, outs = ops.group_norm_act_conv(
+        x, residual, 4, weight, bias, 1e-5, "relu", weights, biases, convs
     )
     return total, *outs
 
@@ -124,5 +127,5 @@ def test_errors():
     x, residual, *parameters = inputs(torch.float32)
     with pytest.raises(TypeError, match="weights: expected the dtype and device of x"):
         node(x, residual, *parameters[:2], parameters[2].bfloat16())
-    with pytest.raises(ValueError, match=r"weights: expected \(O, C / groups, kh, kw\)"):
+    with pytest.raises(ValueError, match=r"weights: expected \(O, C / groups, \*kernel\)"):
         node(x, residual, *parameters[:2], parameters[3])

@@ -1,0 +1,163 @@
+"""Convolutions and norms of classes that nobody but the user knows, after comparing them."""
+
+import copy
+import functools
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitkern import _torch
+from bitkern.nn import GroupNormAct, WSConv2d
+from bitkern.reference import ACTIVATIONS
+from bitkern.variant import Variant
+
+TOLERANCE = 1e-5  # relative, in float64: their code may work in float32 inside
+EPSILONS = 1e-10, 1e-8, 1e-5, 1e-6, 1e-12, 1e-3, 0.0
+
+Options = dict[str, Any]
+
+
+def convert_classes(module: nn.Module, classes: Mapping[type, Any]) -> None:
+    """Give modules of these classes that of their value, where both compute the same.
+
+    Raises ValueError or TypeError naming ``classes``; then nothing has been changed.
+    """
+    chosen = []
+    for cls, value in classes.items():
+        target, options = _target(cls, value)
+        found = {name: part for name, part in module.named_modules() if type(part) is cls}
+        if not found:
+            raise ValueError(f"classes: no {cls.__name__} in {type(module).__name__}")
+        for name, part in found.items():
+            _check(name, part, target, options)
+            chosen.append((part, target, options))
+    for part, target, options in chosen:
+        _assign(part, target, options)
+
+
+def _target(cls: type, value: Any) -> tuple[type, Options]:
+    target, options = value, {}
+    if isinstance(value, functools.partial) and not value.args:
+        target, options = value.func, value.keywords
+    known = {
+        WSConv2d: (nn.Conv2d, {*Variant._fields, "scale"}),
+        GroupNormAct: (nn.GroupNorm, {"act"}),
+    }
+    if target not in known or not options.keys() <= known[target][1]:
+        raise TypeError(
+            "classes: expected WSConv2d or GroupNormAct, or a functools.partial of one with "
+            f"keywords of its formula, for {cls.__name__}, got {value!r}"
+        )
+    base = known[target][0]
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise TypeError(f"classes: expected a subclass of nn.{base.__name__}, got {cls!r}")
+    return target, options
+
+
+def _assign(part: nn.Module, target: type, options: Options) -> None:
+    part.__class__ = target
+    if target is WSConv2d:
+        defaults = {**Variant()._asdict(), "scale": 1.0, "gain": None}
+        vars(part).update(defaults | options)
+    else:
+        vars(part).update({"act": "relu"} | options)
+
+
+def _check(name: str, part: nn.Module, target: type, options: Options) -> None:
+    """Raise ValueError if a module does not compute what another class would."""
+    theirs = _twin(part)
+    x = torch.randn(_shape(part), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = _run(theirs, x)
+
+    def distance(options: Options) -> float:
+        ours = copy.copy(theirs)
+        _assign(ours, target, options)
+        return _distance(_run(ours, x), expected)
+
+    far = distance(options)
+    if far <= TOLERANCE:
+        return
+    fits = next((o for o in _options(part, target) if distance(o) <= TOLERANCE), None)
+    advice = f"no variant of {target.__name__} does"
+    if fits is not None:
+        keywords = ", ".join(f"{key}={value!r}" for key, value in fits.items())
+        advice = f"functools.partial({target.__name__}, {keywords}) does"
+    raise ValueError(
+        f"classes: {target.__name__} does not compute what {name or 'the module'} "
+        f"({type(part).__name__}) does: {far:.0e} away on random input; {advice}"
+    )
+
+
+def _twin(part: nn.Module) -> nn.Module:
+    """A copy in float64 on the CPU, with parameters at which eps and scale tell."""
+    twin = copy.deepcopy(part)
+    if any(t.is_meta for t in twin.parameters()):
+        twin.to_empty(device="cpu")
+    twin.to(device="cpu", dtype=torch.float64)
+    _torch.drop_hooks(twin)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.uniform_(-1, 1, generator=generator)
+            if parameter.ndim > 1:
+                parameter += 0.3
+                parameter *= _scales(parameter)
+    return twin
+
+
+def _scales(weight: Tensor) -> Tensor:
+    """Of filters whose standard deviations go from 0.1 down to 1e-5."""
+    powers = torch.arange(weight.shape[0], dtype=torch.float64) % 5 + 1
+    return (10**-powers).reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def _shape(part: Any) -> tuple[int, ...]:
+    if isinstance(part, nn.Conv2d):
+        return (
+            2,
+            part.in_channels,
+            *(d * (k - 1) + 4 for d, k in zip(part.dilation, part.kernel_size)),
+        )
+    return 2, part.num_channels, 5, 4
+
+
+def _run(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Results in both modes, and the gradients of input and parameters."""
+    found = []
+    for training in (True, False):
+        module.train(training)
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        grads = torch.autograd.grad((y * weights).sum(), [leaf, *parameters])
+        # A filter's gradient is as large as the filter is small.
+        scaled = [g * _scales(g) if g.ndim > 1 else g for g in grads[1:]]
+        found += [y.detach(), grads[0], *scaled]
+    return found
+
+
+def _distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest relative distance."""
+    if [t.shape for t in ours] != [t.shape for t in theirs]:
+        return float("inf")
+    pairs = zip(ours, theirs, strict=True)
+    return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
+
+
+def _options(part: Any, target: type) -> list[Options]:
+    """Variants of the formula that a class may have."""
+    if target is GroupNormAct:
+        return [{"act": act} for act in ACTIVATIONS]
+    own = getattr(part, "eps", None)
+    epsilons = dict.fromkeys((*([own] if isinstance(own, float) else []), *EPSILONS))
+    scales = 1.0, part.weight[0].numel() ** -0.5
+    each = itertools.product(epsilons, (False, True), (False, True), scales)
+    return [
+        {"eps": eps, "eps_outside": outside, "unbiased": unbiased}
+        | ({"scale": scale} if scale != 1 else {})
+        for eps, outside, unbiased, scale in each
+    ]

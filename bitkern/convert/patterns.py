@@ -1,0 +1,163 @@
+"""Norms, activations and convolutions in a graph of torch.fx, and what they become."""
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from bitkern.nn.activations import act_of, may_be_idle
+from bitkern.nn.fused import fused_act, fusible_conv, norm_act, norm_act_convs
+from bitkern.reference import Activation
+
+FUNCTIONS: dict[Any, Activation] = {
+    F.relu: "relu",
+    F.relu_: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.silu: "silu",
+}
+METHODS: dict[str, Activation] = {"relu": "relu", "relu_": "relu"}
+
+
+class Chain(NamedTuple):
+    """A norm and what follows it one after the other, each the only use of the one before."""
+
+    norm: fx.Node
+    after: tuple[fx.Node | Activation, ...]
+    act: Activation
+    last: fx.Node
+    nodes: tuple[fx.Node, ...]
+
+
+class Found(NamedTuple):
+    """What has become of a graph's norms, by the path of each; whether the graph returns one's."""
+
+    fused: dict[str, str]
+    left: dict[str, str]
+    escape: bool
+
+
+def fuse(graph: fx.Graph, block: nn.Module) -> Found:
+    """Put fused nodes into a graph of ``block``, in the place of what they compute."""
+    fused: dict[str, str] = {}
+    left: dict[str, str] = {}
+    escape = False
+    modules = dict(block.named_modules(remove_duplicate=False))
+    for node in list(graph.nodes):
+        norm = modules.get(str(node.target)) if node.op == "call_module" else None
+        if norm is None or fused_act(norm) is None:
+            continue
+        path = str(node.target)
+        chain = _chain(graph, node, modules) if _alone(node) else None
+        if chain is None or chain.act == "none":
+            left[path] = _why(node, chain, block)
+            escape |= chain is not None and [u.op for u in chain.last.users] == ["output"]
+            continue
+        convs = [user for user in chain.last.users if _convolves(user, chain.last, modules)]
+        if convs and len(convs) == len(chain.last.users):
+            _fuse_convs(graph, chain, convs)
+            fused[path] = "norm, activation and convolution as one"
+        elif chain.nodes:
+            _fuse_act(graph, chain)
+            fused[path] = "norm and activation in one kernel"
+        else:  # a norm with an activation of its own
+            left[path] = "norm and activation in one kernel"
+    graph.lint()
+    return Found(fused, left, escape)
+
+
+def _alone(node: fx.Node) -> bool:
+    """Whether a module is called with one symbol and nothing else."""
+    return len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
+
+
+def _chain(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module]) -> Chain | None:
+    act = fused_act(modules[str(norm.target)])
+    assert act is not None
+    after: list[fx.Node | Activation] = []
+    nodes: list[fx.Node] = []
+    last, kept = norm, (norm, (), act, norm, ())
+    while len(last.users) == 1:
+        (user,) = last.users
+        module = modules.get(str(user.target)) if user.op == "call_module" else None
+        following = _activation(user, last, module)
+        if module is not None and may_be_idle(module) and user.args == (last,):
+            pass
+        elif following is not None and act == "none":
+            act = following
+        else:
+            break
+        after.append(user if module is not None else following)  # type: ignore[arg-type]
+        nodes.append(user)
+        last = user
+        kept = norm, tuple(after), act, last, tuple(nodes)
+    return Chain(*kept)
+
+
+def _activation(user: fx.Node, of: fx.Node, module: nn.Module | None) -> Activation | None:
+    """The activation that a node computes of another; None if it is no such node."""
+    if module is not None:
+        return act_of(module) if user.args == (of,) and not user.kwargs else None
+    table: dict[Any, Activation]
+    table = {"call_function": FUNCTIONS, "call_method": METHODS}.get(user.op, {})  # type: ignore[assignment]
+    if user.args[:1] != (of,) or len(user.args) > 1 or user.kwargs.keys() - {"inplace"}:
+        return None
+    return table.get(user.target)
+
+
+def _convolves(user: fx.Node, of: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    module = modules.get(str(user.target)) if user.op == "call_module" else None
+    alone = user.args == (of,) and not user.kwargs
+    return alone and module is not None and fusible_conv(module) is not None
+
+
+def _module(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """The module that a node calls."""
+    return graph.create_node("get_attr", str(node.target))
+
+
+def _arguments(graph: fx.Graph, chain: Chain) -> tuple[Any, ...]:
+    after = tuple(_module(graph, a) if isinstance(a, fx.Node) else a for a in chain.after)
+    return _module(graph, chain.norm), after, chain.norm.args[0]
+
+
+def _erase(graph: fx.Graph, chain: Chain) -> None:
+    for node in (*reversed(chain.nodes), chain.norm):
+        graph.erase_node(node)
+
+
+# Where the norm was: nothing that follows in the graph may have changed its input before.
+
+
+def _fuse_act(graph: fx.Graph, chain: Chain) -> None:
+    with graph.inserting_before(chain.norm):
+        fused = graph.call_function(norm_act, _arguments(graph, chain))
+    chain.last.replace_all_uses_with(fused)
+    _erase(graph, chain)
+
+
+def _fuse_convs(graph: fx.Graph, chain: Chain, convs: list[fx.Node]) -> None:
+    with graph.inserting_before(chain.norm):
+        norm, after, x = _arguments(graph, chain)
+        parts = [_module(graph, conv) for conv in convs]
+        fused = graph.call_function(norm_act_convs, (norm, after, parts, x))
+        outs = [graph.call_function(operator.getitem, (fused, i)) for i in range(len(convs))]
+    for conv, out in zip(convs, outs, strict=True):
+        conv.replace_all_uses_with(out)
+        graph.erase_node(conv)
+    _erase(graph, chain)
+
+
+def _why(node: fx.Node, chain: Chain | None, block: nn.Module) -> str:
+    """Why nothing is fused with a norm."""
+    name = type(block).__name__
+    if chain is None:
+        return f"{name} calls it with more than one argument"
+    users = list(chain.last.users)
+    if len(users) != 1:
+        return f"its result has {len(users)} uses in {name}"
+    if users[0].op == "output":
+        return f"{name} returns its result"
+    return f"{users[0].name} follows in {name}, which is no activation that a kernel computes"

@@ -1,0 +1,166 @@
+"""Whether a function does what a block does: results and gradients on random input, in float64."""
+
+import copy
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from bitkern import _torch
+from bitkern.convert.tracing import Case, Forward, Parameters, Unproven, original_forward
+
+SIZES = 8, 16, 32  # pixels of the images tried, one after the other: some networks want large ones
+BATCH = 2
+LARGEST = 200_000_000  # parameters of a copy
+TOLERANCE = 1e-9  # relative; rounding of float64 in some thousand operations
+_DIMENSIONS = ((nn.Conv1d, 1), (nn.Conv3d, 3), (nn.ConvTranspose1d, 1), (nn.ConvTranspose3d, 3))
+
+
+def twin_of(block: nn.Module) -> nn.Module:
+    """A copy to compare with: on the CPU, in float64, with random parameters, without hooks."""
+    elements = sum(parameter.numel() for parameter in block.parameters())
+    if elements > LARGEST:
+        raise Unproven(f"a copy to compare with would have {elements} parameters")
+    try:
+        twin = copy.deepcopy(block)
+    except Exception as error:
+        raise Unproven("it cannot be copied, to be compared with") from error
+    _randomize(twin)
+    return twin
+
+
+def prove(
+    twin: nn.Module, graph: fx.Graph, parameters: Parameters, case: Case, function: Forward
+) -> None:
+    """Raise Unproven unless a function of a graph agrees in a case with a block, as its twin is."""
+    for part in twin.modules():
+        part.training = case.training
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these are small
+    try:
+        _prove(twin, graph, parameters, case, function)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _prove(
+    twin: nn.Module, graph: fx.Graph, parameters: Parameters, case: Case, function: Forward
+) -> None:
+    error: Exception | None = None
+    for size in SIZES:
+        inputs = _inputs(graph, twin, size)
+        arguments = iter(inputs)
+        given = zip(parameters.names, parameters.constants, case.tensors, strict=True)
+        kwargs = {name: next(arguments) if has else const for name, const, has in given}
+        try:
+            theirs = functools.partial(original_forward(twin), twin, **kwargs)
+            expected = _run(theirs, twin, inputs, case)
+        except Exception as failure:  # of any kind, since the shapes are guessed
+            error = failure
+            continue
+        ours = functools.partial(function, twin, *inputs)
+        _compare(_run(ours, twin, inputs, case), expected)
+        return
+    raise Unproven(f"it takes no random input to be compared with ({error})")
+
+
+def _randomize(twin: nn.Module) -> None:
+    """Parameters that leave nothing out: none is 0 or 1, filters keep the scale of what passes."""
+    if any(t.is_meta for t in (*twin.parameters(), *twin.buffers())):
+        twin.to_empty(device="cpu")
+    twin.to(device="cpu", dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            scale = 1 / math.sqrt(max(parameter[0].numel(), 1)) if parameter.ndim > 1 else 1.0
+            parameter.uniform_(-2 * scale, 2 * scale, generator=generator)
+    for part in twin.modules():
+        _torch.drop_hooks(part)
+
+
+def _inputs(graph: fx.Graph, block: nn.Module, size: int) -> list[Tensor]:
+    modules = dict(block.named_modules(remove_duplicate=False))
+    generator = torch.Generator().manual_seed(1)
+    shapes: list[tuple[int, ...]] = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            shape = next(_shapes(node, modules, size), None)
+            shapes.append(shape or (shapes[0] if shapes else (BATCH, 8, size, size)))
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in shapes
+    ]
+
+
+def _shapes(node: fx.Node, modules: dict[str, nn.Module], size: int) -> Iterator[tuple[int, ...]]:
+    """What the modules at which a symbol arrives first would take."""
+    seen, queue = {node}, [node]
+    while queue:
+        for user in queue.pop(0).users:
+            called = [user] if user.op == "call_module" else user.all_input_nodes
+            paths = [str(node.target) for node in called if node.op in ("call_module", "get_attr")]
+            parts = (p for path in paths if path in modules for p in modules[path].modules())
+            yield from filter(None, (_shape(part, size, modules) for part in parts))
+            if user not in seen:
+                seen.add(user)
+                queue.append(user)
+
+
+def _shape(part: Any, size: int, modules: dict[str, nn.Module]) -> tuple[int, ...] | None:
+    if isinstance(part, nn.Linear):
+        return BATCH, part.in_features
+    channels = getattr(part, "in_channels", getattr(part, "num_channels", None))
+    if not isinstance(channels, int):
+        return None
+    of = (part, *modules.values())
+    dimensions = next((n for m in of for cls, n in _DIMENSIONS if isinstance(m, cls)), 2)
+    return BATCH, channels, *[size] * dimensions
+
+
+def _run(call: Any, twin: nn.Module, inputs: Sequence[Tensor], case: Case) -> list[Tensor | None]:
+    """Results and, where they are recorded, gradients of inputs and parameters."""
+    state = copy.deepcopy(twin.state_dict())  # running statistics move
+    with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(case.grad):
+        torch.manual_seed(2)
+        results = list(_tensors(call()))
+        found: list[Tensor | None] = [*results]
+        used = [r for r in results if r.requires_grad]
+        if case.grad and used:
+            leaves = [*inputs, *(p for p in twin.parameters() if p.requires_grad)]
+            weights = [torch.randn_like(r) for r in used]
+            found += torch.autograd.grad(used, leaves, weights, allow_unused=True)
+    found += twin.buffers()
+    found = [t if t is None else t.detach().clone() for t in found]
+    twin.load_state_dict(state)
+    return found
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif value is not None:
+        raise Unproven(f"its forward returns {type(value).__name__}")
+
+
+def _compare(found: list[Tensor | None], expected: list[Tensor | None]) -> None:
+    norms = [float(t.norm()) for t in expected if t is not None and t.is_floating_point()]
+    if not all(map(math.isfinite, norms)):
+        raise Unproven("its results on random input are not finite")
+    allowed = TOLERANCE * max(norms, default=0.0)  # a gradient may be 0 but for rounding
+    for ours, theirs in zip(found, expected, strict=True):
+        if ours is None or theirs is None:
+            same = ours is theirs
+        elif theirs.is_floating_point():
+            same = ours.shape == theirs.shape and float((ours - theirs).norm()) <= allowed
+        else:
+            same = torch.equal(ours, theirs)
+        if not same:
+            raise Unproven("what torch.fx traced is not what its forward does")

@@ -1,0 +1,242 @@
+"""Blocks of any class, whose norms run fused where a trace proves what follows them.
+
+A block's forward is traced in every case: either mode, with and without gradients, with every
+choice of optional arguments. What is fused in each is compared with the original on random input
+in float64, results and gradients, before any of it is kept. At run time a case is taken if all that
+its trace has read is still so; in any other the block runs as its author wrote it.
+"""
+
+import contextlib
+import copy
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from bitkern.convert.patterns import fuse
+from bitkern.convert.proof import prove, twin_of
+from bitkern.convert.tracing import (
+    Case,
+    Forward,
+    Parameters,
+    Read,
+    Unproven,
+    function_of,
+    original_forward,
+    source_of,
+    structure,
+    trace,
+)
+from bitkern.nn.fused import fused_act, watched
+
+
+class Escapes(Unproven):
+    """A block is left since it returns what a norm makes."""
+
+
+class Way(NamedTuple):
+    """What a block does in a case, and what that depends on."""
+
+    function: Forward
+    reads: tuple[Read, ...]
+
+
+class Plan(NamedTuple):
+    """The cases in which a block runs fused. It holds no module: copies of the block share it."""
+
+    parameters: Parameters
+    through: tuple[str, ...]
+    ways: dict[Case, Way]
+    fused: dict[str, str]  # what becomes of each norm, by its path
+    left: dict[str, str]
+
+    def of(self, block: nn.Module) -> "BoundPlan":
+        """The plan for a block as it stands."""
+        through = [block.get_submodule(path) for path in self.through]
+        ways = {
+            case: (way.function, [(block.get_submodule(r.path), r) for r in way.reads])
+            for case, way in self.ways.items()
+        }
+        return BoundPlan(self, through, structure((block, *through)), ways)
+
+
+class BoundPlan(NamedTuple):
+    """A plan and the modules of one block."""
+
+    plan: Plan
+    through: list[nn.Module]
+    structure: tuple[Any, ...]
+    ways: dict[Case, tuple[Forward, list[tuple[nn.Module, Read]]]]
+
+    def fits(self, block: nn.Module) -> bool:
+        """Whether the block still has the parts that it had."""
+        return structure((block, *self.through)) == self.structure
+
+    def way(self, block: nn.Module, args: Any, kwargs: Any) -> tuple[Forward, Any] | None:
+        """The function for a call, and its tensors; None if the block is to run unfused."""
+        bound = self.plan.parameters.bind(args, kwargs)
+        if bound is None:
+            return None
+        which, tensors = bound
+        way = self.ways.get(Case(block.training, torch.is_grad_enabled(), which))
+        if way is None or not self.fits(block) or any(map(watched, self.through)):
+            return None
+        function, reads = way
+        return (function, tensors) if all(read.holds(m) for m, read in reads) else None
+
+
+class Traced:
+    """Mixin of blocks that run as a plan says."""
+
+    original: type
+    bitkern_plan: BoundPlan | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = object.__new__(type(self))
+        vars(twin).update(copy.deepcopy(_without_plan(self), memo))
+        bound = self.bitkern_plan
+        if bound is not None and bound.fits(self):  # type: ignore[arg-type]
+            twin.bitkern_plan = bound.plan.of(twin)  # type: ignore[arg-type]
+        return twin
+
+    # The class has no name to be pickled by, and functions made here have none: the plan is made
+    # anew.
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _bare, (self.original,), _without_plan(self)
+
+    def __setstate__(self, state: Any) -> None:
+        self.original.__setstate__(self, state)  # type: ignore[attr-defined]
+        with contextlib.suppress(Unproven):
+            adopt(self)  # type: ignore[arg-type]
+
+
+def _without_plan(block: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(block).items() if name != "bitkern_plan"}
+
+
+def _bare(cls: type) -> Any:
+    return object.__new__(traced(cls))
+
+
+@functools.cache
+def traced(cls: Any) -> Any:
+    """The subclass of a class whose instances may have a plan."""
+
+    @functools.wraps(cls.forward)  # its parameters are looked at
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = self.bitkern_plan
+        way = None if bound is None else bound.way(self, args, kwargs)
+        if way is None:
+            return cls.forward(self, *args, **kwargs)
+        function, tensors = way
+        return function(self, *tensors)
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (Traced, cls), names | {"original": cls, "forward": forward})
+
+
+def adopt_all(module: nn.Module) -> None:
+    """Give a plan to every block in a module that calls a norm, inner ones first.
+
+    If a block returns what a norm makes, and does no more with it, the block that calls it is
+    looked at, and the inner one as a part of that.
+    """
+    escapes: list[nn.Module] = []
+    for block in reversed(list(module.modules())):
+        if not is_block(block):
+            continue
+        held = set(_held(block))
+        through = [part for part in escapes if any(part in set(h.modules()) for h in held)]
+        if not through and not any(fused_act(part) for part in held):
+            continue
+        try:
+            adopt(block, through)
+        except Escapes:
+            escapes.append(block)
+        except Unproven:
+            pass
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether a module is one that has parts, calls them, and has been left to itself."""
+    own = type(module).__module__.split(".")[0] == "bitkern" or "forward" in vars(module)
+    return not (own or isinstance(module, Traced)) and any(True for _ in module.children())
+
+
+def _held(block: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a block, those in lists and dicts included."""
+    for part in block.children():
+        if isinstance(part, nn.ModuleList | nn.ModuleDict):
+            yield from _held(part)
+        yield part
+
+
+def adopt(block: nn.Module, through: Sequence[nn.Module] = ()) -> None:
+    """Give a block a plan and the class that runs it. Raises Unproven if there is none."""
+    plan = _best_plan(block, through).of(block)
+    if not isinstance(block, Traced):
+        block.__class__ = traced(type(block))
+    block.bitkern_plan = plan  # type: ignore[assignment]
+
+
+def _best_plan(block: nn.Module, through: Sequence[nn.Module]) -> Plan:
+    """Seen through modules, if norms inside these gain by it."""
+    if through:
+        with contextlib.suppress(Unproven):
+            plan = plan_of(block, through)
+            if any(path.startswith(f"{inner}.") for path in plan.fused for inner in plan.through):
+                return plan
+    return plan_of(block)
+
+
+def plan_of(block: nn.Module, through: Sequence[nn.Module] = ()) -> Plan:
+    """What of a block can run fused. Raises Unproven, with the reason, if nothing can."""
+    parameters = Parameters(original_forward(block))
+    reason, twin = Unproven("its forward fails in all cases"), None
+    ways: dict[Case, Way] = {}
+    fused: dict[str, str] = {}
+    left: dict[str, str] = {}
+    functions: dict[str, Forward] = {}  # one for the cases in which the same happens
+    for training, grad in itertools.product((True, False), repeat=2):
+        for which in parameters.cases():
+            case = Case(training, grad, which)
+            try:
+                graph, reads = trace(block, through, parameters, case)
+            except Unproven as error:
+                reason = error
+                continue
+            found = fuse(graph, block)
+            left |= found.left
+            if not found.fused:
+                kind = Escapes if found.escape else Unproven
+                reason = kind("; ".join(sorted(set(found.left.values()))) or "it calls no norm")
+                continue
+            source = source_of(graph)
+            if source.src not in functions:
+                functions[source.src] = function_of(source)
+                twin = twin or twin_of(block)
+                prove(twin, graph, parameters, case, functions[source.src])
+            ways[case] = Way(functions[source.src], reads)
+            fused |= found.fused
+    if not ways:
+        raise reason
+    paths = {module: path for path, module in block.named_modules()}
+    return Plan(parameters, tuple(paths[module] for module in through), ways, fused, left)
+
+
+def why_left(norm: nn.Module, model: nn.Module) -> str:
+    """Why a norm in a model runs without what follows it."""
+    blocks = [block for block in model.modules() if norm in set(_held(block))]
+    reasons = []
+    for block in blocks:
+        if isinstance(block, nn.ModuleList | nn.ModuleDict):
+            continue
+        try:
+            path = next(path for path, part in block.named_modules() if part is norm)
+            reasons.append(plan_of(block).left.get(path, "bitkern.convert has not seen its block"))
+        except Unproven as error:
+            reasons.append(f"{type(block).__name__}: {error}")
+    return "; ".join(reasons) or "no block is known that calls it"
