@@ -211,16 +211,19 @@ def test_a_sequential_is_fused_where_nobody_looks(monkeypatch):
         acts.append(args[-1])
         return run(*args)
 
-    monkeypatch.setattr("bitkern.ops.group_norm_act", spy)
+    monkeypatch.setattr("bitkern.nn.fused.group_norm_act", spy)
     monkeypatch.setattr("bitkern.nn.layers.group_norm_act", spy)
     expected = model(x)
-    assert torch.equal(model[:3](x), expected)
-    assert acts == ["relu", "relu"]
+    part = model[:3]
+    torch.testing.assert_close(part(x), expected)
+    assert "convert it again" in str(bitkern.explain(part))
+    assert torch.equal(bitkern.convert(part)(x), expected)
+    assert acts == ["relu", "none", "relu"]
     for i in (1, 2):
         handle = model[i].register_forward_hook(lambda *args: acts.append("hook"))
         torch.testing.assert_close(model(x), expected)
         handle.remove()
-    assert acts[2:] == ["none", "hook", "none", "hook"]
+    assert acts[3:] == ["none", "hook", "none", "hook"]
     assert (model[:2](x) < 0).any(), "the norm alone is still the norm alone"
 
 

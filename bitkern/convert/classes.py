@@ -25,7 +25,7 @@ def convert_classes(module: nn.Module, classes: Mapping[type, Any]) -> None:
 
     Raises ValueError or TypeError naming ``classes``; then nothing has been changed.
     """
-    chosen = []
+    chosen: list[tuple[Any, type, Options]] = []
     for cls, value in classes.items():
         target, options = _target(cls, value)
         found = {name: part for name, part in module.named_modules() if type(part) is cls}
@@ -57,7 +57,7 @@ def _target(cls: type, value: Any) -> tuple[type, Options]:
     return target, options
 
 
-def _assign(part: nn.Module, target: type, options: Options) -> None:
+def _assign(part: Any, target: type, options: Options) -> None:
     part.__class__ = target
     if target is WSConv2d:
         defaults = {**Variant()._asdict(), "scale": 1.0, "gain": None}
@@ -66,7 +66,7 @@ def _assign(part: nn.Module, target: type, options: Options) -> None:
         vars(part).update({"act": "relu"} | options)
 
 
-def _check(name: str, part: nn.Module, target: type, options: Options) -> None:
+def _check(name: str, part: Any, target: type, options: Options) -> None:
     """Raise ValueError if a module does not compute what another class would."""
     theirs = _twin(part)
     x = torch.randn(_shape(part), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -103,8 +103,7 @@ def _twin(part: nn.Module) -> nn.Module:
         for parameter in twin.parameters():
             parameter.uniform_(-1, 1, generator=generator)
             if parameter.ndim > 1:
-                parameter += 0.3
-                parameter *= _scales(parameter)
+                parameter.add_(0.3).mul_(_scales(parameter))
     return twin
 
 
@@ -119,7 +118,7 @@ def _shape(part: Any) -> tuple[int, ...]:
         return (
             2,
             part.in_channels,
-            *(d * (k - 1) + 4 for d, k in zip(part.dilation, part.kernel_size)),
+            *(d * (k - 1) + 4 for d, k in zip(part.dilation, part.kernel_size, strict=True)),
         )
     return 2, part.num_channels, 5, 4
 

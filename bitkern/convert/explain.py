@@ -62,7 +62,7 @@ def explain(subject: str | nn.Module, /, *tensors: Tensor | None) -> Choice | Ta
     fused = {
         block.get_submodule(path): how
         for block in subject.modules()
-        if isinstance(block, Traced) and block.bitkern_plan
+        if isinstance(block, Traced) and block.bitkern_plan and block.planned
         for path, how in block.bitkern_plan.plan.fused.items()
     }
     rows = []
@@ -100,7 +100,9 @@ def _how(module: nn.Module, model: nn.Module) -> str:
 def _why_left(module: nn.Module, classes: Mapping[type, Any]) -> str | None:
     """Why a module does not run on the kernels; None if it does."""
     cls = type(module)
-    if is_bitkern(module) or isinstance(module, Traced):
+    if isinstance(module, Traced):
+        return None if module.planned else "its parts have changed: bitkern.convert it again"
+    if is_bitkern(module):
         return None
     if "forward" in vars(module):
         return "a forward of its own has been put over that of its class"

@@ -18,7 +18,7 @@ FUNCTIONS: dict[Any, Activation] = {
     torch.relu_: "relu",
     F.silu: "silu",
 }
-METHODS: dict[str, Activation] = {"relu": "relu", "relu_": "relu"}
+METHODS: dict[Any, Activation] = {"relu": "relu", "relu_": "relu"}
 
 
 class Chain(NamedTuple):
@@ -50,7 +50,7 @@ def fuse(graph: fx.Graph, block: nn.Module) -> Found:
         if norm is None or fused_act(norm) is None:
             continue
         path = str(node.target)
-        chain = _chain(graph, node, modules) if _alone(node) else None
+        chain = _chain(node, modules) if _alone(node) else None
         if chain is None or chain.act == "none":
             left[path] = _why(node, chain, block)
             escape |= chain is not None and [u.op for u in chain.last.users] == ["output"]
@@ -73,38 +73,37 @@ def _alone(node: fx.Node) -> bool:
     return len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
 
 
-def _chain(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module]) -> Chain | None:
+def _chain(norm: fx.Node, modules: dict[str, nn.Module]) -> Chain:
     act = fused_act(modules[str(norm.target)])
     assert act is not None
     after: list[fx.Node | Activation] = []
     nodes: list[fx.Node] = []
-    last, kept = norm, (norm, (), act, norm, ())
+    last = norm
     while len(last.users) == 1:
         (user,) = last.users
         module = modules.get(str(user.target)) if user.op == "call_module" else None
         following = _activation(user, last, module)
         if module is not None and may_be_idle(module) and user.args == (last,):
-            pass
+            after.append(user)
         elif following is not None and act == "none":
             act = following
+            after.append(following if module is None else user)
         else:
             break
-        after.append(user if module is not None else following)  # type: ignore[arg-type]
         nodes.append(user)
         last = user
-        kept = norm, tuple(after), act, last, tuple(nodes)
-    return Chain(*kept)
+    return Chain(norm, tuple(after), act, last, tuple(nodes))
 
 
 def _activation(user: fx.Node, of: fx.Node, module: nn.Module | None) -> Activation | None:
     """The activation that a node computes of another; None if it is no such node."""
     if module is not None:
         return act_of(module) if user.args == (of,) and not user.kwargs else None
-    table: dict[Any, Activation]
-    table = {"call_function": FUNCTIONS, "call_method": METHODS}.get(user.op, {})  # type: ignore[assignment]
+    tables: dict[str, dict[Any, Activation]]
+    tables = {"call_function": FUNCTIONS, "call_method": METHODS}
     if user.args[:1] != (of,) or len(user.args) > 1 or user.kwargs.keys() - {"inplace"}:
         return None
-    return table.get(user.target)
+    return tables.get(user.op, {}).get(user.target)
 
 
 def _convolves(user: fx.Node, of: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -10,10 +10,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from bitkern import _torch
-from bitkern.convert.tracing import Case, Forward, Parameters, Unproven, original_forward
+from bitkern.convert.tracing import (
+    Case,
+    Deceived,
+    Forward,
+    Parameters,
+    Unproven,
+    original_forward,
+)
 
 SIZES = 8, 16, 32  # pixels of the images tried, one after the other: some networks want large ones
 BATCH = 2
+IN_FLOAT64: dict[str, Any] = {"device": "cpu", "dtype": torch.float64}
 LARGEST = 200_000_000  # parameters of a copy
 TOLERANCE = 1e-9  # relative; rounding of float64 in some thousand operations
 _DIMENSIONS = ((nn.Conv1d, 1), (nn.Conv3d, 3), (nn.ConvTranspose1d, 1), (nn.ConvTranspose3d, 3))
@@ -71,7 +79,7 @@ def _randomize(twin: nn.Module) -> None:
     """Parameters that leave nothing out: none is 0 or 1, filters keep the scale of what passes."""
     if any(t.is_meta for t in (*twin.parameters(), *twin.buffers())):
         twin.to_empty(device="cpu")
-    twin.to(device="cpu", dtype=torch.float64)
+    twin.to(**IN_FLOAT64)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -90,7 +98,7 @@ def _inputs(graph: fx.Graph, block: nn.Module, size: int) -> list[Tensor]:
             shape = next(_shapes(node, modules, size), None)
             shapes.append(shape or (shapes[0] if shapes else (BATCH, 8, size, size)))
     return [
-        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        torch.randn(shape, generator=generator, **IN_FLOAT64, requires_grad=True)
         for shape in shapes
     ]
 
@@ -163,4 +171,4 @@ def _compare(found: list[Tensor | None], expected: list[Tensor | None]) -> None:
         else:
             same = torch.equal(ours, theirs)
         if not same:
-            raise Unproven("what torch.fx traced is not what its forward does")
+            raise Deceived("what torch.fx traced is not what its forward does")

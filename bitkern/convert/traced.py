@@ -11,6 +11,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from bitkern.convert.patterns import fuse
 from bitkern.convert.proof import prove, twin_of
 from bitkern.convert.tracing import (
     Case,
+    Deceived,
     Forward,
     Parameters,
     Read,
@@ -55,25 +57,32 @@ class Plan(NamedTuple):
 
     def of(self, block: nn.Module) -> "BoundPlan":
         """The plan for a block as it stands."""
+
+        def scope(of: str | dict[str, Any]) -> dict[str, Any]:
+            return vars(block.get_submodule(of)) if isinstance(of, str) else of
+
         through = [block.get_submodule(path) for path in self.through]
         ways = {
-            case: (way.function, [(block.get_submodule(r.path), r) for r in way.reads])
+            case: (way.function, [(scope(read.of), read) for read in way.reads])
             for case, way in self.ways.items()
         }
-        return BoundPlan(self, through, structure((block, *through)), ways)
+        looked_at = [part for each in (block, *through) for part in _looked_at(each)]
+        return BoundPlan(self, through, looked_at, structure(looked_at), ways)
 
 
-class BoundPlan(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class BoundPlan:
     """A plan and the modules of one block."""
 
     plan: Plan
     through: list[nn.Module]
+    looked_at: list[nn.Module]
     structure: tuple[Any, ...]
-    ways: dict[Case, tuple[Forward, list[tuple[nn.Module, Read]]]]
+    ways: dict[Case, tuple[Forward, list[tuple[dict[str, Any], Read]]]]
 
-    def fits(self, block: nn.Module) -> bool:
+    def fits(self) -> bool:
         """Whether the block still has the parts that it had."""
-        return structure((block, *self.through)) == self.structure
+        return structure(self.looked_at) == self.structure
 
     def way(self, block: nn.Module, args: Any, kwargs: Any) -> tuple[Forward, Any] | None:
         """The function for a call, and its tensors; None if the block is to run unfused."""
@@ -82,10 +91,10 @@ class BoundPlan(NamedTuple):
             return None
         which, tensors = bound
         way = self.ways.get(Case(block.training, torch.is_grad_enabled(), which))
-        if way is None or not self.fits(block) or any(map(watched, self.through)):
+        if way is None or not self.fits() or any(map(watched, self.through)):
             return None
         function, reads = way
-        return (function, tensors) if all(read.holds(m) for m, read in reads) else None
+        return (function, tensors) if all(read.holds(scope) for scope, read in reads) else None
 
 
 class Traced:
@@ -94,23 +103,30 @@ class Traced:
     original: type
     bitkern_plan: BoundPlan | None = None
 
+    @property
+    def planned(self) -> bool:
+        """Whether there is a plan for the parts that it has now."""
+        return self.bitkern_plan is not None and self.bitkern_plan.fits()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = memo[id(self)] = object.__new__(type(self))
+        twin: Any = object.__new__(type(self))
+        memo[id(self)] = twin
         vars(twin).update(copy.deepcopy(_without_plan(self), memo))
-        bound = self.bitkern_plan
-        if bound is not None and bound.fits(self):  # type: ignore[arg-type]
-            twin.bitkern_plan = bound.plan.of(twin)  # type: ignore[arg-type]
+        if self.bitkern_plan is not None and self.planned:
+            twin.bitkern_plan = self.bitkern_plan.plan.of(twin)
         return twin
 
-    # The class has no name to be pickled by, and functions made here have none: the plan is made
-    # anew.
+    # The class has no name to be pickled by, nor has a plan's code: the plan is made anew.
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _bare, (self.original,), _without_plan(self)
+        through = self.bitkern_plan.plan.through if self.bitkern_plan else ()
+        return _bare, (self.original,), (_without_plan(self), through)
 
     def __setstate__(self, state: Any) -> None:
-        self.original.__setstate__(self, state)  # type: ignore[attr-defined]
+        attributes, through = state
+        self.original.__setstate__(self, attributes)  # type: ignore[attr-defined]
+        block: Any = self
         with contextlib.suppress(Unproven):
-            adopt(self)  # type: ignore[arg-type]
+            adopt(block, [block.get_submodule(path) for path in through])
 
 
 def _without_plan(block: Any) -> dict[str, Any]:
@@ -160,10 +176,19 @@ def adopt_all(module: nn.Module) -> None:
             pass
 
 
+def _looked_at(block: nn.Module) -> Iterator[nn.Module]:
+    """A block and the lists in it, whose parts a forward may take one by one."""
+    yield block
+    for part in block.children():
+        if isinstance(part, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            yield from _looked_at(part)
+
+
 def is_block(module: nn.Module) -> bool:
     """Whether a module is one that has parts, calls them, and has been left to itself."""
     own = type(module).__module__.split(".")[0] == "bitkern" or "forward" in vars(module)
-    return not (own or isinstance(module, Traced)) and any(True for _ in module.children())
+    done = isinstance(module, Traced) and module.planned
+    return not (own or done) and any(True for _ in module.children())
 
 
 def _held(block: nn.Module) -> Iterator[nn.Module]:
@@ -178,7 +203,8 @@ def adopt(block: nn.Module, through: Sequence[nn.Module] = ()) -> None:
     """Give a block a plan and the class that runs it. Raises Unproven if there is none."""
     plan = _best_plan(block, through).of(block)
     if not isinstance(block, Traced):
-        block.__class__ = traced(type(block))
+        cls: Any = type(block)
+        block.__class__ = traced(cls)
     block.bitkern_plan = plan  # type: ignore[assignment]
 
 
@@ -205,20 +231,22 @@ def plan_of(block: nn.Module, through: Sequence[nn.Module] = ()) -> Plan:
             case = Case(training, grad, which)
             try:
                 graph, reads = trace(block, through, parameters, case)
+                found = fuse(graph, block)
+                left |= found.left
+                if not found.fused:
+                    kind = Escapes if found.escape else Unproven
+                    raise kind("; ".join(sorted(set(found.left.values()))) or "it calls no norm")
+                source = source_of(graph)
+                if source.src not in functions:
+                    function = function_of(source)
+                    twin = twin or twin_of(block)
+                    prove(twin, graph, parameters, case, function)
+                    functions[source.src] = function
+            except Deceived:
+                raise
             except Unproven as error:
                 reason = error
                 continue
-            found = fuse(graph, block)
-            left |= found.left
-            if not found.fused:
-                kind = Escapes if found.escape else Unproven
-                reason = kind("; ".join(sorted(set(found.left.values()))) or "it calls no norm")
-                continue
-            source = source_of(graph)
-            if source.src not in functions:
-                functions[source.src] = function_of(source)
-                twin = twin or twin_of(block)
-                prove(twin, graph, parameters, case, functions[source.src])
             ways[case] = Way(functions[source.src], reads)
             fused |= found.fused
     if not ways:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import itertools
 import random
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,10 @@ class Unproven(Exception):
     """Why a module is left as it is, in a few words."""
 
 
+class Deceived(Unproven):
+    """What torch.fx has seen of a module is not what it does."""
+
+
 class Case(NamedTuple):
     """What decides which way a forward takes, besides what it reads."""
 
@@ -38,19 +43,19 @@ class Case(NamedTuple):
 
 
 class Read(NamedTuple):
-    """An attribute that a forward has looked at, of the module of this path."""
+    """A name that a forward has looked at: of a module, by its path, or of a file's globals."""
 
-    path: str
+    of: str | dict[str, Any]
     name: str
     value: Any
 
-    def holds(self, module: nn.Module) -> bool:
-        value = vars(module).get(self.name, MISSING)
+    def holds(self, scope: dict[str, Any]) -> bool:
+        value = scope.get(self.name, MISSING)
         return value is self.value or type(value) is type(self.value) and value == self.value
 
 
 class Trace(NamedTuple):
-    """A graph, and the attributes on which it depends."""
+    """A graph, and what it depends on."""
 
     graph: fx.Graph
     reads: tuple[Read, ...]
@@ -89,7 +94,8 @@ class Parameters:
         """Which parameters are tensors, and those; None for a call that no case is of."""
         if len(args) > self.positional or not kwargs.keys() <= set(self.names[len(args) :]):
             return None
-        which, tensors = [], []
+        which: list[bool] = []
+        tensors: list[Any] = []
         for i, (name, constant) in enumerate(zip(self.names, self.constants, strict=True)):
             value = args[i] if i < len(args) else kwargs.get(name, constant)
             is_tensor = isinstance(value, Tensor) and not isinstance(value, fx.Proxy)
@@ -112,7 +118,7 @@ def _simple(value: Any) -> bool:
 class _Symbol(fx.Proxy):
     """A symbol that says it is a tensor, as what it stands for would."""
 
-    __class__ = property(lambda self: Tensor)  # type: ignore[assignment]
+    __class__ = property(lambda self: Tensor)
     _is_param = _is_buffer = False
 
 
@@ -145,9 +151,15 @@ class _Tracer(fx.Tracer):
         return call, []
 
 
+def original(module: nn.Module) -> Any:
+    """The class of a module, as its author wrote it."""
+    return getattr(type(module), "original", type(module))
+
+
 def original_forward(module: nn.Module) -> Forward:
-    """The forward of a module's class, as its author wrote it."""
-    return getattr(type(module), "original", type(module)).forward  # type: ignore[no-any-return]
+    """The forward of that."""
+    forward: Forward = original(module).forward
+    return forward
 
 
 def trace(
@@ -177,7 +189,18 @@ def trace(
     for read in used:
         if read.value is not MISSING and not (_simple(read.value) or callable(read.value)):
             raise Unproven(f"its forward reads {read.name}, which may change unseen")
-    return Trace(graph, tuple(used))
+    seen = (_globals_of(original(module)) for module in (block, *through))
+    return Trace(graph, (*used, *itertools.chain.from_iterable(seen)))
+
+
+def _globals_of(cls: type) -> Iterator[Read]:
+    """The settings in the files of a class's methods that these methods name."""
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for method in map(inspect.unwrap, filter(callable, vars(base).values())):
+            scope = getattr(method, "__globals__", {})
+            for name in getattr(getattr(method, "__code__", None), "co_names", ()):
+                if name in scope and _simple(scope[name]):
+                    yield Read(scope, name, scope[name])
 
 
 def _random_states() -> tuple[Any, ...]:

@@ -20,6 +20,6 @@ def may_be_idle(module: nn.Module) -> bool:
 
 def idle(module: nn.Module) -> bool:
     """Whether a module returns its input, as it stands."""
-    if type(module) in _DROPOUTS:
+    if isinstance(module, _DROPOUTS) and type(module) in _DROPOUTS:
         return module.p == 0.0 or not module.training
     return type(module) is nn.Identity

@@ -1,6 +1,7 @@
 """A norm, its activation and the convolutions behind it as one node of the autograd graph."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def fusible_conv(module: nn.Module) -> tuple[nn.Module, Conv] | None:
     return None if conv is None else (module, conv)
 
 
-def _parameters(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def _parameters(conv: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a convolution of x, as its forward hands them to PyTorch's function."""
     if isinstance(conv, WSConv2d):
         weight = conv.standardize(x)
