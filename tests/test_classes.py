@@ -1,0 +1,66 @@
+"""Convolutions and norms of the user's own, on the kernels after a comparison."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bitkern
+from tests.blocks import C, assert_same, fused, images
+
+
+class TheirConv(nn.Conv2d):
+    """As many papers write it: Bessel's correction, eps beside the root."""
+
+    factor = 1.0
+
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        w = w / (w.flatten(1).std(1).view(-1, 1, 1, 1) + 1e-5)
+        return self.factor * F.conv2d(x, w, self.bias, self.stride, self.padding)
+
+
+class TheirNorm(nn.GroupNorm):
+    def forward(self, x):
+        return F.silu(super().forward(x))
+
+
+def test_classes():
+    torch.manual_seed(0)
+    made = nn.Sequential(TheirConv(3, C, 3), TheirNorm(2, C), nn.Conv2d(C, C, 1))
+    peer = copy.deepcopy(made)
+    conv = functools.partial(bitkern.nn.WSConv2d, eps=1e-5, eps_outside=True, unbiased=True)
+    norm = functools.partial(bitkern.nn.GroupNormAct, act="silu")
+    bitkern.convert(made, classes={TheirConv: conv, TheirNorm: norm})
+    assert type(made[0]) is bitkern.nn.WSConv2d and type(made[1]) is bitkern.nn.GroupNormAct
+    assert fused(made, images(2, 3, 9, 8)) == (1, 0)
+    assert_same(made, peer, images(2, 3, 9, 8))
+
+
+def test_classes_that_compute_something_else():
+    made = nn.Sequential(TheirConv(3, C, 3), TheirNorm(2, C))
+    far, advice = r"does not compute what 0 \(TheirConv\)", "eps_outside=True, unbiased=True"
+    with pytest.raises(ValueError, match=rf"{far}.*eps=1e-05, {advice}\) does"):
+        bitkern.convert(made, classes={TheirConv: bitkern.nn.WSConv2d})
+    with pytest.raises(ValueError, match=r"act='silu'\) does"):
+        bitkern.convert(made, classes={TheirNorm: bitkern.nn.GroupNormAct})
+    made[0].factor = 1.1
+    with pytest.raises(ValueError, match="no variant of WSConv2d does"):
+        bitkern.convert(made, classes={TheirConv: bitkern.nn.WSConv2d})
+    assert type(made[0]) is TheirConv and type(made[1]) is TheirNorm
+
+
+def test_classes_bad_input():
+    made = nn.Sequential(TheirConv(3, C, 3))
+    for classes, error, match in (
+        ({TheirNorm: bitkern.nn.GroupNormAct}, ValueError, "no TheirNorm in Sequential"),
+        ({TheirConv: nn.Conv2d}, TypeError, "expected WSConv2d or GroupNormAct"),
+        ({TheirConv: functools.partial(bitkern.nn.WSConv2d, bias=True)}, TypeError, "keywords"),
+        ({nn.Linear: bitkern.nn.WSConv2d}, TypeError, r"a subclass of nn\.Conv2d"),
+        ({TheirConv: bitkern.nn.GroupNormAct}, TypeError, r"a subclass of nn\.GroupNorm"),
+    ):
+        with pytest.raises(error, match=f"^classes: .*{match}"):
+            bitkern.convert(made, classes=classes)
