@@ -94,6 +94,8 @@ def _how(module: nn.Module, model: nn.Module) -> str:
         if act == "none":
             return f"norm by a kernel alone: {why_left(module, model)}"
         return "norm and activation in one kernel"
+    if isinstance(module, Traced):
+        return "what follows its norms is computed with them"
     return "norms, activations and convolutions inside as one"
 
 
