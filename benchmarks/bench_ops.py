@@ -25,6 +25,7 @@ GPU = [Case("group_norm_act", shape) for shape in R50X1 + R152X4 + SINGLE]
 GPU += [Case("group_norm_act", shape, backward=False) for shape in (R50X1[0], R152X4[0])]
 GPU += [Case("group_norm_act", R50X1[0], "fp32"), Case("group_norm_act", R50X1[0], "bf16", "nchw")]
 GPU += [Case("add_group_norm_act", shape) for shape in R50X1[:4] + R152X4[:2] + SINGLE[:1]]
+GPU += [Case("group_norm_add_relu", shape) for shape in R50X1[:4]]
 GPU += [
     Case("weight_standardize", model, backward=backward)
     for model in ("R50x1", "R152x4")
@@ -52,6 +53,8 @@ CPU = [
     Case("group_norm_act", SHAPES[2], "bf16", "channels_last", backward=False),
     Case("add_group_norm_act", SHAPES[0], "fp32", "channels_last", modes=("default",)),
     Case("add_group_norm_act", SHAPES[0], "bf16", "nchw"),
+    Case("group_norm_add_relu", SHAPES[0], "fp32"),
+    Case("group_norm_add_relu", SHAPES[0], "bf16"),
     Case("weight_standardize", "R50x1", "bf16", backward=False, modes=("default",)),
     Case("weight_standardize", "R50x1", "fp32"),
 ]
@@ -62,7 +65,8 @@ CPU_ALL = [
     )
 ]
 CPU_ALL += [
-    Case("add_group_norm_act", SHAPES[0], dtype, layout)
+    Case(operator, SHAPES[0], dtype, layout)
+    for operator in ("add_group_norm_act", "group_norm_add_relu")
     for layout, dtype in product(("channels_last", "nchw"), ("fp32", "bf16"))
 ]
 CPU_ALL += [
@@ -80,6 +84,7 @@ TINY = [
     Case("group_norm_act", (2, 32, 5, 5), "bf16", "channels_last", False, ("default",)),
     Case("group_norm_act", (3, 64, 3, 5), "fp32", "nchw"),
     Case("add_group_norm_act", (2, 96, 5, 3), "bf16"),
+    Case("group_norm_add_relu", (2, 96, 5, 3), "bf16"),
     Case("weight_standardize", "R26x0.5", "bf16"),
 ]
 pytestmark = pytest.mark.benchmark(timer=measure.clock(DEVICE))

@@ -87,6 +87,35 @@ def _eager_add_norm(x, residual, weight, bias):
     return total, F.relu(F.group_norm(total, GROUPS, weight, bias))
 
 
+def _ours_norm_add(x, residual, weight, bias):
+    return (bitkern.ops.group_norm_add_relu(x, residual, GROUPS, weight, bias),)
+
+
+def _eager_norm_add(x, residual, weight, bias):
+    return (F.relu(F.group_norm(x, GROUPS, weight, bias) + residual),)
+
+
+def _exact_norm(x, weight, bias):
+    return (reference.group_norm_act(x, GROUPS, weight, bias),)
+
+
+def _exact_add_norm(x, residual, weight, bias):
+    return reference.add_group_norm_act(x, residual, GROUPS, weight, bias)
+
+
+def _exact_norm_add(x, residual, weight, bias):
+    return (reference.group_norm_add_relu(x, residual, GROUPS, weight, bias),)
+
+
+# And the big tensors of forward and backward, each once: x, (residual, sum,) y; then sum or x, dy,
+# (dsum,) dx, or x, y, dy, dx, dresidual.
+NORMS = {
+    "group_norm_act": (_ours_norm, _eager_norm, _exact_norm, (2, 3)),
+    "add_group_norm_act": (_ours_add_norm, _eager_add_norm, _exact_add_norm, (4, 4)),
+    "group_norm_add_relu": (_ours_norm_add, _eager_norm_add, _exact_norm_add, (3, 5)),
+}
+
+
 def _amp(function):
     """Under autocast group_norm returns float32, and the convolution behind it casts again."""
 
@@ -127,30 +156,24 @@ def _norm_problem(case, device):
     dtype, channels = DTYPES[case.dtype], case.shape[1]
     parameters = [p.to(device) for p in affine(channels)]
     branch = [x] if case.operator == "group_norm_act" else [x, feature_maps(case, device, seed=2)]
-    ours, eager = (
-        (_ours_norm, _eager_norm) if len(branch) == 1 else (_ours_add_norm, _eager_add_norm)
-    )
+    ours, eager, exact, tensors = NORMS[case.operator]
     same = _leaves([*branch, *(p.to(dtype) for p in parameters)], case)
     contenders = {"ours": Contender(ours, same), "eager": Contender(eager, same)}
     if case.dtype == "bf16":
         leaves = same[: len(branch)] + _leaves(parameters, case)
         contenders["amp"] = Contender(_amp(eager), leaves)
 
-    def exact(*inputs):
-        if len(branch) == 1:
-            return (reference.group_norm_act(inputs[0], GROUPS, *inputs[1:]),)
-        return reference.add_group_norm_act(*inputs[:2], GROUPS, *inputs[2:])
-
-    total = sum(t.detach().double() for t in branch)
+    first, *others = (t.detach().double() for t in branch)
     norm = [t.detach().double() for t in same[-2:]]
-    kinks = reference.group_norm_act(total, GROUPS, *norm, act="none").abs() < KINK
+    if case.operator == "add_group_norm_act":
+        first += others.pop()
+    z = sum(others, reference.group_norm_act(first, GROUPS, *norm, act="none"))
+    kinks = z.abs() < KINK
     dys = [torch.randn_like(x).masked_fill_(kinks, 0.0)]  # in place: in the layout of x
-    if len(branch) == 2:
+    if case.operator == "add_group_norm_act":
         dys.insert(0, torch.randn_like(x))
-    # Each big tensor once: x, (residual, sum,) y; then sum or x, dy, (dsum,) dx.
-    tensors = 2 * len(branch) + case.backward * (2 + len(branch))
-    pieces = [Piece(exact, range(len(same)), range(len(branch) + len(same)))]
-    return contenders, dys, pieces, tensors * x.nbytes
+    pieces = [Piece(exact, range(len(same)), range(len(dys) + len(same)))]
+    return contenders, dys, pieces, sum(tensors[: 1 + case.backward]) * x.nbytes
 
 
 def layer_weights(model, device):

@@ -70,11 +70,18 @@ def group_norm_act(
 
     See :func:`bitkern.ops.group_norm_act`.
     """
+    y = ACTIVATIONS[act](_group_norm(x, num_groups, weight, bias, eps))
+    return y.to(x.dtype, memory_format=memory_format(x))
+
+
+def _group_norm(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """In the dtype of the arithmetic."""
     dtype = compute_dtype(x.dtype)
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
     # torch.group_norm, because F.group_norm refuses groups of a single element.
-    y = ACTIVATIONS[act](torch.group_norm(x.to(dtype), num_groups, weight, bias, eps))
-    return y.to(x.dtype, memory_format=memory_format(x))
+    return torch.group_norm(x.to(dtype), num_groups, weight, bias, eps)
 
 
 def add_group_norm_act(
@@ -92,6 +99,19 @@ def add_group_norm_act(
     """
     total = x + residual
     return total, group_norm_act(total, num_groups, weight, bias, eps, act)
+
+
+def group_norm_add_relu(
+    x: Tensor,
+    residual: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``relu(group_norm(x) + residual)``. See :func:`bitkern.ops.group_norm_add_relu`."""
+    y = F.relu(_group_norm(x, num_groups, weight, bias, eps) + residual)
+    return y.to(x.dtype, memory_format=memory_format(x))
 
 
 def ws_conv2d(
@@ -139,11 +159,15 @@ def group_norm_act_forward(
     """-> (total or None, y, mean, rstd); mean and rstd are (N, num_groups)."""
     total = None if residual is None else x + residual
     s = x if total is None else total
-    dtype = compute_dtype(s.dtype)
-    groups = s.to(dtype).reshape(s.shape[0], num_groups, s.shape[1:].numel() // num_groups)
-    var, mean = torch.var_mean(groups, dim=2, correction=0)
     y = group_norm_act(s, num_groups, weight, bias, eps, act)
-    return total, y, mean, (var + eps).rsqrt()
+    return total, y, *_statistics(s, num_groups, eps)
+
+
+def _statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(x.dtype)
+    groups = x.to(dtype).reshape(x.shape[0], num_groups, x.shape[1:].numel() // num_groups)
+    var, mean = torch.var_mean(groups, dim=2, correction=0)
+    return mean, (var + eps).rsqrt()
 
 
 def group_norm_act_recompute(
@@ -222,6 +246,44 @@ def group_norm_act_backward(
     if need_dparams and bias is not None:
         dbias = g.sum((0, 3)).flatten().to(bias.dtype)
     return dx, dweight, dbias
+
+
+def group_norm_add_relu_forward(
+    x: Tensor,
+    residual: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (y, mean, rstd); mean and rstd are (N, num_groups)."""
+    y = group_norm_add_relu(x, residual, num_groups, weight, bias, eps)
+    return y, *_statistics(x, num_groups, eps)
+
+
+def group_norm_add_relu_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    need_dx: bool,
+    need_dresidual: bool,
+    need_dparams: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """-> (dx, dresidual, dweight, dbias), None where not wanted.
+
+    dresidual is g = dy where ReLU was not at 0, which y tells; the others are the gradients of
+    group normalization alone, into which g comes.
+    """
+    g = torch.where(y <= 0, 0.0, dy)
+    dx, dweight, dbias = group_norm_act_backward(
+        g, None, x, num_groups, weight, bias, mean, rstd, "none", need_dx, need_dparams
+    )
+    return dx, g if need_dresidual else None, dweight, dbias
 
 
 def weight_standardize_forward(

@@ -63,25 +63,28 @@ Floats random(size_t n, int seed) {
 }
 
 // Everything that the operators return for one shape, one after the other.
-Floats group_norm(int64_t batch, bool channels_last, int threads) {
+Floats group_norm(int64_t batch, bool channels_last, bool adds, int threads) {
   const int64_t channels = 96, pixels = 41 * 41, groups = 8, n = batch * channels * pixels;
   const GroupNormActProblem problem{batch, channels, pixels, groups, channels_last,
                                     DType::float32, DType::float32, DType::float32,
                                     Activation::relu};
   const Floats x = random(n, 0), residual = random(n, 1), dy = random(n, 2), dtotal = random(n, 3);
   const Floats weight = random(channels, 4), bias = random(channels, 5);
-  Floats out(3 * n + 2 * batch * groups + 2 * channels);
+  const float* const addend = adds ? dtotal.data() : nullptr;
+  Floats out(4 * n + 2 * batch * groups + 2 * channels);
   float* const total = out.data();
-  float *const y = total + n, *const dx = y + n, *const mean = dx + n;
-  float *const rstd = mean + batch * groups, *const dweight = rstd + batch * groups;
+  float *const y = total + n, *const dx = y + n, *const daddend = dx + n;
+  float *const mean = daddend + n, *const rstd = mean + batch * groups;
+  float* const dweight = rstd + batch * groups;
   baseline::group_norm_act_forward(
       problem,
-      {x.data(), residual.data(), weight.data(), bias.data(), 1e-5f, total, y, mean, rstd, false},
+      {x.data(), residual.data(), weight.data(), bias.data(), addend, 1e-5f, total, y, mean, rstd,
+       false},
       threads);
   baseline::group_norm_act_backward(
       problem,
-      {dy.data(), dtotal.data(), total, weight.data(), bias.data(), mean, rstd, dx, dweight,
-       dweight + channels},
+      {dy.data(), dtotal.data(), total, addend ? y : nullptr, weight.data(), bias.data(), mean,
+       rstd, dx, addend ? daddend : nullptr, dweight, dweight + channels},
       threads);
   return out;
 }
@@ -108,9 +111,12 @@ Floats weight_standardize(bool channels_last, int threads) {
 void check(int threads) {
   for (const bool channels_last : {false, true}) {
     for (const int64_t batch : {1, 3, 4}) {
-      if (group_norm(batch, channels_last, threads) == group_norm(batch, channels_last, 1)) continue;
-      std::printf("group_norm_act depends on the threads\n");
-      std::exit(1);
+      for (const bool adds : {false, true}) {
+        const auto run = [=](int team) { return group_norm(batch, channels_last, adds, team); };
+        if (run(threads) == run(1)) continue;
+        std::printf("group_norm_act depends on the threads\n");
+        std::exit(1);
+      }
     }
     if (weight_standardize(channels_last, threads) == weight_standardize(channels_last, 1)) continue;
     std::printf("weight_standardize depends on the threads\n");

@@ -33,12 +33,16 @@ INSIDE = {
         ("kernels",),
         ("config", "launch"),
         ("group_norm_act", "weight_standardize"),
+        ("group_norm_add_relu",),
     ),
     "backends.triton.kernels": (
         ("tiles",),
         ("group_norm_act_forward", "group_norm_act_backward", "weight_standardize"),
     ),
-    "ops": (("group_norm_act", "weight_standardize"), ("group_norm_act_conv", "ws_conv2d")),
+    "ops": (
+        ("group_norm_act", "weight_standardize"),
+        ("group_norm_act_conv", "group_norm_add_relu", "ws_conv2d"),
+    ),
     "nn": (("activations", "current"), ("layers",), ("fused", "standardized"), ("preact",)),
     "convert": (
         ("batchnorm", "classes", "libraries", "patterns", "tracing"),

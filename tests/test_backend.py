@@ -96,6 +96,14 @@ assert Toy.calls == 2
 torch.testing.assert_close(y, reference.group_norm_act(x, 4))
 print(*explain("group_norm_act", x.double()), sep=": ")
 print(explain("weight_standardize", x).name == bare.name)
+of = x, x, 4
+torch.testing.assert_close(ops.group_norm_add_relu(*of), reference.group_norm_add_relu(*of))
+print(explain("group_norm_add_relu", x, x).name == bare.name)
+try:
+    with use_backend("toy"):
+        ops.group_norm_add_relu(*of)
+except RuntimeError as error:
+    print(error)
 before = Toy.calls
 model = create_model("R26x0.5", num_classes=3)
 torch.compile(model, backend="aot_eager")(torch.randn(1, 3, 32, 32)).sum().backward()
@@ -115,6 +123,8 @@ def test_a_backend_from_outside_in_one_file():
         "reference: the toy kernels take float32, not torch.float64; the cpu kernels take float32, "
         "bfloat16 and float16, not torch.float64",
         "True",
+        "True",
+        "backend 'toy' was asked for, but backend toy has no kernel for group_norm_add_relu",
         "backend: expected a new name, got 'toy'",
     ]
 

@@ -167,10 +167,13 @@ def test_save_and_compare_show_a_slower_operator(tmp_path, monkeypatch):
 
 NORM = operators.Case("group_norm_act", (3, 64, 5, 7), "fp32")
 SUM = operators.Case("add_group_norm_act", (2, 96, 5, 3), "bf16", "nchw")
+ADD = operators.Case("group_norm_add_relu", (2, 96, 5, 3), "bf16")
 WEIGHTS = operators.Case("weight_standardize", "R26x0.5", "bf16")
 
 
-@pytest.mark.parametrize("case", [NORM, SUM, WEIGHTS, WEIGHTS._replace(backward=False)], ids=str)
+@pytest.mark.parametrize(
+    "case", [NORM, SUM, ADD, WEIGHTS, WEIGHTS._replace(backward=False)], ids=str
+)
 def test_gate_passes(case):
     operators.Problem(case, "cpu").gate()
 

@@ -89,6 +89,26 @@ def test_group_norm_act_gradcheck(act):
     assert torch.autograd.gradgradcheck(fn, (x, r, weight, bias))
 
 
+def test_group_norm_add_relu_formula():
+    x, residual = (maps((2, 6, 5, 3), torch.float64, seed) for seed in (0, 7))
+    weight, bias = affine(6, torch.float64)
+    norm = reference.group_norm_act(x, 3, weight, bias, 1e-3, "none")
+    y = reference.group_norm_add_relu(x, residual, 3, weight, bias, 1e-3)
+    torch.testing.assert_close(y, (norm + residual).clamp_min(0))
+
+
+def test_group_norm_add_relu_gradcheck():
+    x = torch.randn(2, 4, 3, 2, dtype=torch.float64, requires_grad=True)
+    r = torch.randn_like(x, requires_grad=True)
+    weight, bias = (p.requires_grad_() for p in affine(4, torch.float64))
+
+    def fn(x, r, weight, bias):
+        return reference.group_norm_add_relu(x, r, 2, weight, bias)
+
+    assert torch.autograd.gradcheck(fn, (x, r, weight, bias))
+    assert torch.autograd.gradgradcheck(fn, (x, r, weight, bias))
+
+
 def test_ws_conv2d_formula():
     x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
     w = torch.randn(6, 2, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -121,6 +141,24 @@ def test_group_norm_act_launcher_formulas(format):
         )
         torch.testing.assert_close(grads, expected)
         assert grads[0].is_contiguous(memory_format=format)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_group_norm_add_relu_launcher_formulas(format):
+    x, r = (
+        maps((3, 8, 5, 4), torch.float64, seed).to(memory_format=format).requires_grad_()
+        for seed in (0, 7)
+    )
+    weight, bias = (p.requires_grad_() for p in affine(8, torch.float64))
+    y = reference.group_norm_add_relu(x, r, 4, weight, bias)
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(y, (x, r, weight, bias), dy)
+    x, r, w, b = (t.detach() for t in (x, r, weight, bias))
+    y2, mean, rstd = reference.group_norm_add_relu_forward(x, r, 4, w, b, 1e-5)
+    torch.testing.assert_close(y2, y)
+    grads = reference.group_norm_add_relu_backward(dy, x, y, 4, w, b, mean, rstd, True, True, True)
+    torch.testing.assert_close(grads, expected)
+    assert all(t.is_contiguous(memory_format=format) for t in (y2, *grads[:2]))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

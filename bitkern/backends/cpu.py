@@ -19,7 +19,11 @@ _ACTS = {"none": 0, "relu": 1, "silu": 2}
 class Cpu(Backend):
     name = "cpu"
     devices = auto = ("cpu",)
-    dtypes = {"group_norm_act": FLOATS, "weight_standardize": FLOATS}
+    dtypes = {
+        "group_norm_act": FLOATS,
+        "group_norm_add_relu": FLOATS,
+        "weight_standardize": FLOATS,
+    }
 
     def unavailable(self) -> str | None:
         return extension.load()[1] or None
@@ -70,7 +74,9 @@ def _forward(
     eps: float,
     act: str,
     outs: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor],
-    normalized: bool,
+    *,
+    addend: torch.Tensor | None = None,
+    normalized: bool = False,
 ) -> None:
     total, y, mean, rstd = outs
     tensors = {
@@ -78,6 +84,7 @@ def _forward(
         "residual": _address(residual),
         "weight": _address(weight),
         "bias": _address(bias),
+        "addend": _address(addend),
         "eps": eps,
         "total": _address(total),
         "y": y.data_ptr(),
@@ -97,13 +104,15 @@ def group_norm_act_forward(
     bias: torch.Tensor | None,
     eps: float,
     act: str,
+    addend: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y is that of group_norm_add_relu if there is an addend."""
     total = None if residual is None else torch.empty_like(x)
     y = torch.empty_like(x)
     mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
     outs = total, y, mean, rstd
-    _forward(x, residual, num_groups, weight, bias, eps, act, outs, normalized=False)
+    _forward(x, residual, num_groups, weight, bias, eps, act, outs, addend=addend)
     return outs
 
 
@@ -134,7 +143,10 @@ def group_norm_act_backward(
     act: str,
     need_dx: bool,
     need_dparams: bool,
+    y: torch.Tensor | None = None,
+    daddend: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Those of group_norm_add_relu if y is given; daddend, if any, is written to."""
     dx = torch.empty_like(total) if need_dx else None
     dweight = torch.empty_like(weight) if need_dparams and weight is not None else None
     dbias = torch.empty_like(bias) if need_dparams and bias is not None else None
@@ -142,17 +154,51 @@ def group_norm_act_backward(
         "dy": dy.data_ptr(),
         "dtotal": _address(dtotal),
         "total": total.data_ptr(),
+        "y": _address(y),
         "weight": _address(weight),
         "bias": _address(bias),
         "mean": mean.data_ptr(),
         "rstd": rstd.data_ptr(),
         "dx": _address(dx),
+        "daddend": _address(daddend),
         "dweight": _address(dweight),
         "dbias": _address(dbias),
     }
     problem = _problem(total, num_groups, weight, bias, act)
     _kernels().group_norm_act_backward(problem, tensors, torch.get_num_threads())
     return dx, dweight, dbias
+
+
+def group_norm_add_relu_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    of = x, None, num_groups, weight, bias, eps, "relu"
+    _, y, mean, rstd = group_norm_act_forward(*of, addend=residual)
+    return y, mean, rstd
+
+
+def group_norm_add_relu_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    need_dx: bool,
+    need_dresidual: bool,
+    need_dparams: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    dresidual = torch.empty_like(x) if need_dresidual else None
+    of = num_groups, weight, bias, mean, rstd, "relu", need_dx, need_dparams
+    dx, dweight, dbias = group_norm_act_backward(dy, None, x, *of, y=y, daddend=dresidual)
+    return dx, dresidual, dweight, dbias
 
 
 def weight_standardize_forward(

@@ -2,6 +2,7 @@
 
 from bitkern.ops.group_norm_act import add_group_norm_act, group_norm_act
 from bitkern.ops.group_norm_act_conv import Conv, group_norm_act_conv
+from bitkern.ops.group_norm_add_relu import group_norm_add_relu
 from bitkern.ops.weight_standardize import weight_standardize, weight_standardize_all
 from bitkern.ops.ws_conv2d import ws_conv2d
 
@@ -10,6 +11,7 @@ __all__ = [
     "add_group_norm_act",
     "group_norm_act",
     "group_norm_act_conv",
+    "group_norm_add_relu",
     "weight_standardize",
     "weight_standardize_all",
     "ws_conv2d",

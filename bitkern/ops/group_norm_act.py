@@ -80,7 +80,7 @@ def _implementation(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> An
 # an empty tensor stands for the sum that there is not, and for a gradient that nobody wants.
 
 
-def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
@@ -103,7 +103,7 @@ def _group_norm_act(
     total, *rest = _implementation(x, weight, bias).group_norm_act_forward(
         x, dense_like(residual, x), num_groups, weight, bias, eps, act
     )
-    return _or_empty(total, x), *rest
+    return or_empty(total, x), *rest
 
 
 @_group_norm_act.register_fake
@@ -120,7 +120,7 @@ def _(
     stats = (x.shape[0], num_groups)
     dtype = reference.compute_dtype(x.dtype)
     mean, rstd = x.new_empty(stats, dtype=dtype), x.new_empty(stats, dtype=dtype)
-    return _or_empty(total, x), torch.empty_like(dense(x)), mean, rstd
+    return or_empty(total, x), torch.empty_like(dense(x)), mean, rstd
 
 
 @torch.library.custom_op(
@@ -144,7 +144,7 @@ def _group_norm_act_backward(
     grads = _implementation(total, weight, bias).group_norm_act_backward(
         dy, dtotal, total, num_groups, weight, bias, *rest
     )
-    return tuple(_or_empty(grad, total) for grad in grads)
+    return tuple(or_empty(grad, total) for grad in grads)
 
 
 @_group_norm_act_backward.register_fake
@@ -166,7 +166,7 @@ def _(
         torch.empty_like(p) if need and p is not None else None
         for need, p in zip(wanted, (dense(total), weight, bias), strict=True)
     ]
-    return tuple(_or_empty(grad, total) for grad in grads)
+    return tuple(or_empty(grad, total) for grad in grads)
 
 
 # Autograd, the same for the registered operator and for eager mode.

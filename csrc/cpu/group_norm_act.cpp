@@ -9,15 +9,17 @@
 namespace bitkern::cpu::BITKERN_ISA {
 namespace {
 
-template <Activation act>
+template <Activation act, bool addend = false>
 struct Act {
   static constexpr Activation value = act;
+  static constexpr bool adds = addend;
 };
 
-// body(T{}, Act<act>{}) for the element type and the activation.
+// body(T{}, Act<act, adds>{}) for the element type and the activation.
 template <class Body>
-void with_dtype_and_act(const GroupNormActProblem& shape, Body&& body) {
+void with_dtype_and_act(const GroupNormActProblem& shape, bool adds, Body&& body) {
   with_dtype(shape.dtype, [&](auto t) {
+    if (adds) return body(t, Act<Activation::relu, true>{});
     if (shape.act == Activation::none) return body(t, Act<Activation::none>{});
     if (shape.act == Activation::relu) return body(t, Act<Activation::relu>{});
     body(t, Act<Activation::silu>{});
@@ -86,10 +88,13 @@ void group_norm_act_forward(const GroupNormActProblem& shape, const GroupNormAct
       stream_fence();
     });
   };
-  with_dtype_and_act(shape, [&](auto t, auto act) {
+  with_dtype_and_act(shape, tensors.addend, [&](auto t, auto act) {
     using T = decltype(t);
-    if (is_channels_last(shape)) run(ForwardChannelsLast<T, act.value>(shape, affine, tensors));
-    else run(ForwardChannelsFirst<T, act.value>(shape, affine, tensors));
+    if (is_channels_last(shape)) {
+      run(ForwardChannelsLast<T, act.value, act.adds>(shape, affine, tensors));
+    } else {
+      run(ForwardChannelsFirst<T, act.value, act.adds>(shape, affine, tensors));
+    }
   });
 }
 
@@ -120,10 +125,13 @@ void group_norm_act_backward(const GroupNormActProblem& shape, const GroupNormAc
       reduce_parameters(team.share(shape.channels));
     });
   };
-  with_dtype_and_act(shape, [&](auto t, auto act) {
+  with_dtype_and_act(shape, tensors.y, [&](auto t, auto act) {
     using T = decltype(t);
-    if (is_channels_last(shape)) run(BackwardChannelsLast<T, act.value>(shape, affine, tensors));
-    else run(BackwardChannelsFirst<T, act.value>(shape, affine, tensors));
+    if (is_channels_last(shape)) {
+      run(BackwardChannelsLast<T, act.value, act.adds>(shape, affine, tensors));
+    } else {
+      run(BackwardChannelsFirst<T, act.value, act.adds>(shape, affine, tensors));
+    }
   });
 }
 

@@ -82,6 +82,16 @@ int64_t bytes_of(const GroupNormActProblem& shape) {
   return shape.batch * shape.channels * shape.pixels * int64_t(sizeof(T));
 }
 
+// A tensor from element `start` on; null stays null.
+template <class T>
+const T* from(const void* tensor, int64_t start) {
+  return tensor ? static_cast<const T*>(tensor) + start : nullptr;
+}
+template <class T>
+T* from(void* tensor, int64_t start) {
+  return tensor ? static_cast<T*>(tensor) + start : nullptr;
+}
+
 // The affine parameters and, for the backward, where the per-sample gradients of them go.
 struct Affine {
   const float* weight;  // [channels]

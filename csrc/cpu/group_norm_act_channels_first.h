@@ -48,7 +48,7 @@ struct ChannelsFirst {
   double* pair(float* slot, int64_t i) const { return reinterpret_cast<double*>(slot) + 2 * i; }
 };
 
-template <class T, Activation act>
+template <class T, Activation act, bool adds>
 struct ForwardChannelsFirst : ChannelsFirst {
   GroupNormActForward tensors;
 
@@ -111,15 +111,20 @@ struct ForwardChannelsFirst : ChannelsFirst {
       const int64_t start = offset(unit, c, block.pixel);
       const T* x = static_cast<const T*>(tensors.residual ? tensors.total : tensors.x) + start;
       T* y = static_cast<T*>(tensors.y) + start;
+      const T* addend = from<T>(tensors.addend, start);
       for_vectors(block.pixels, [=](int64_t i, auto lanes) {
-        const Vec z = fma(load(x + i, lanes) - mean, scale, bias);
+        Vec z = fma(load(x + i, lanes) - mean, scale, bias);
+        if constexpr (adds) {
+          __builtin_prefetch(addend + i + AHEAD<T>);
+          z += load(addend + i, lanes);
+        }
         store(y + i, activate<act>(z), lanes, streams);
       });
     }
   }
 };
 
-template <class T, Activation act>
+template <class T, Activation act, bool adds>
 struct BackwardChannelsFirst : ChannelsFirst {
   GroupNormActBackward tensors;
 
@@ -139,12 +144,15 @@ struct BackwardChannelsFirst : ChannelsFirst {
       const int64_t start = offset(unit, c, block.pixel);
       const T* x = static_cast<const T*>(tensors.total) + start;
       const T* dy = static_cast<const T*>(tensors.dy) + start;
+      const T* y = from<T>(tensors.y, start);
       Vec sums[4] = {}, products[4] = {};
       const auto accumulate = [&](int64_t i, auto lanes, int k) {
         __builtin_prefetch(x + i + AHEAD<T>);
         __builtin_prefetch(dy + i + AHEAD<T>);
+        if constexpr (adds) __builtin_prefetch(y + i + AHEAD<T>);
         const Vec centered = load(x + i, lanes) - mean;
-        const Vec g = activate_backward<act>(fma(centered, scale, bias), load(dy + i, lanes));
+        const Vec z = adds ? load(y + i, lanes) : fma(centered, scale, bias);
+        const Vec g = activate_backward<act>(z, load(dy + i, lanes));
         sums[k] += g;
         products[k] = fma(g, centered, products[k]);
       };
@@ -180,11 +188,13 @@ struct BackwardChannelsFirst : ChannelsFirst {
   }
 
   [[gnu::flatten]] void apply(float* slot, int64_t unit, int64_t index) const {
-    if (!tensors.dx) return;
+    if (!tensors.dx && !tensors.daddend) return;
     const Block block = block_at(index);
     const Vec mean = broadcast(tensors.mean[unit]);
     const Vec slope = broadcast(float(pair(slot, width * columns)[0]));
-    const bool streams = past_cache(bytes_of<T>(shape), static_cast<T*>(tensors.dx), shape.pixels);
+    const int64_t bytes = bytes_of<T>(shape);
+    const bool streams = past_cache(bytes, static_cast<T*>(tensors.dx), shape.pixels);
+    const bool streams_too = past_cache(bytes, static_cast<T*>(tensors.daddend), shape.pixels);
     const Vec shift = broadcast(float(pair(slot, width * columns)[1]));
     for (int64_t c = block.first; c < block.last; ++c) {
       const Vec scale = broadcast(tensors.rstd[unit] * affine.weight[channel(unit, c)]);
@@ -192,12 +202,18 @@ struct BackwardChannelsFirst : ChannelsFirst {
       const int64_t start = offset(unit, c, block.pixel);
       const T* x = static_cast<const T*>(tensors.total) + start;
       const T* dy = static_cast<const T*>(tensors.dy) + start;
-      const T* dtotal = static_cast<const T*>(tensors.dtotal);
-      if (dtotal) dtotal += start;
-      T* dx = static_cast<T*>(tensors.dx) + start;
+      const T* dtotal = from<T>(tensors.dtotal, start);
+      const T* y = from<T>(tensors.y, start);
+      T* dx = from<T>(tensors.dx, start);
+      T* daddend = from<T>(tensors.daddend, start);
       for_vectors(block.pixels, [=](int64_t i, auto lanes) {
         const Vec centered = load(x + i, lanes) - mean;
-        const Vec g = activate_backward<act>(fma(centered, scale, bias), load(dy + i, lanes));
+        const Vec z = adds ? load(y + i, lanes) : fma(centered, scale, bias);
+        const Vec g = activate_backward<act>(z, load(dy + i, lanes));
+        if constexpr (adds) {
+          if (daddend) store(daddend + i, g, lanes, streams_too);
+          if (!dx) return;
+        }
         Vec grad = fma(scale, g, fma(slope, centered, shift));
         if (dtotal) grad += load(dtotal + i, lanes);
         store(dx + i, grad, lanes, streams);

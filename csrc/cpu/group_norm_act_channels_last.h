@@ -61,7 +61,7 @@ struct ChannelsLast {
   }
 };
 
-template <class T, Activation act>
+template <class T, Activation act, bool adds>
 struct ForwardChannelsLast : ChannelsLast {
   enum { COEFFICIENTS = BIAS + 1 };
   GroupNormActForward tensors;
@@ -156,6 +156,7 @@ struct ForwardChannelsLast : ChannelsLast {
     const void* input = tensors.residual ? tensors.total : tensors.x;
     const T* x = static_cast<const T*>(input) + offset(unit, block);
     T* y = static_cast<T*>(tensors.y) + offset(unit, block);
+    const T* addend = from<T>(tensors.addend, offset(unit, block));
     const int64_t channels = shape.channels;
     const float* const means = coefficient(slot, MEAN);
     const float* const scales = coefficient(slot, SCALE);
@@ -167,7 +168,11 @@ struct ForwardChannelsLast : ChannelsLast {
         for (int r = 0; r < rows.count; ++r) {
           const int64_t i = (row + r) * channels + c;
           __builtin_prefetch(x + i + AHEAD<T>);
-          const Vec z = fma(load(x + i, lanes) - mean, scale, bias);
+          Vec z = fma(load(x + i, lanes) - mean, scale, bias);
+          if constexpr (adds) {
+            __builtin_prefetch(addend + i + AHEAD<T>);
+            z += load(addend + i, lanes);
+          }
           store(y + i, activate<act>(z), lanes, streams);
         }
       });
@@ -175,7 +180,7 @@ struct ForwardChannelsLast : ChannelsLast {
   }
 };
 
-template <class T, Activation act>
+template <class T, Activation act, bool adds>
 struct BackwardChannelsLast : ChannelsLast {
   // g = dy * act'(SCALE * (x - MEAN) + BIAS), dx = SCALE * g + SLOPE * (x - MEAN) + SHIFT
   enum { SLOPE = BIAS + 1, SHIFT, COEFFICIENTS };
@@ -193,6 +198,7 @@ struct BackwardChannelsLast : ChannelsLast {
   [[gnu::flatten]] void reduce(float* slot, int64_t unit, int64_t block) const {
     const T* x = static_cast<const T*>(tensors.total) + offset(unit, block);
     const T* dy = static_cast<const T*>(tensors.dy) + offset(unit, block);
+    const T* y = from<T>(tensors.y, offset(unit, block));
     float* const sums = partial(slot, block, 0);
     float* const products = partial(slot, block, 1);
     const int64_t channels = shape.channels, ahead = 4 * channels;
@@ -208,8 +214,10 @@ struct BackwardChannelsLast : ChannelsLast {
           const int64_t i = (row + r) * channels + c;
           __builtin_prefetch(x + i + ahead);
           __builtin_prefetch(dy + i + ahead);
+          if constexpr (adds) __builtin_prefetch(y + i + ahead);
           const Vec centered = load(x + i, lanes) - mean;
-          const Vec g = activate_backward<act>(fma(centered, scale, bias), load(dy + i, lanes));
+          const Vec z = adds ? load(y + i, lanes) : fma(centered, scale, bias);
+          const Vec g = activate_backward<act>(z, load(dy + i, lanes));
           sum += g;
           product = fma(g, centered, product);
         }
@@ -252,19 +260,22 @@ struct BackwardChannelsLast : ChannelsLast {
   }
 
   [[gnu::flatten]] void apply(float* slot, int64_t unit, int64_t block) const {
-    if (!tensors.dx) return;
+    if (!tensors.dx && !tensors.daddend) return;
     const T* x = static_cast<const T*>(tensors.total) + offset(unit, block);
     const T* dy = static_cast<const T*>(tensors.dy) + offset(unit, block);
-    const T* dtotal = static_cast<const T*>(tensors.dtotal);
-    if (dtotal) dtotal += offset(unit, block);
-    T* dx = static_cast<T*>(tensors.dx) + offset(unit, block);
+    const T* dtotal = from<T>(tensors.dtotal, offset(unit, block));
+    const T* y = from<T>(tensors.y, offset(unit, block));
+    T* dx = from<T>(tensors.dx, offset(unit, block));
+    T* daddend = from<T>(tensors.daddend, offset(unit, block));
     const int64_t channels = shape.channels;
     const float* const means = coefficient(slot, MEAN);
     const float* const scales = coefficient(slot, SCALE);
     const float* const biases = coefficient(slot, BIAS);
     const float* const slopes = coefficient(slot, SLOPE);
     const float* const shifts = coefficient(slot, SHIFT);
-    const bool streams = past_cache(bytes_of<T>(shape), static_cast<T*>(tensors.dx), channels);
+    const int64_t bytes = bytes_of<T>(shape);
+    const bool streams = past_cache(bytes, static_cast<T*>(tensors.dx), channels);
+    const bool streams_too = past_cache(bytes, static_cast<T*>(tensors.daddend), channels);
     for_rows<2>(0, pixels_of(block), [=](int64_t row, auto rows) {
       for_vectors(channels, [=](int64_t c, auto lanes) {
         const Vec mean = load(means + c), scale = load(scales + c), bias = load(biases + c);
@@ -273,8 +284,14 @@ struct BackwardChannelsLast : ChannelsLast {
           const int64_t i = (row + r) * channels + c;
           __builtin_prefetch(x + i + AHEAD<T>);
           __builtin_prefetch(dy + i + AHEAD<T>);
+          if constexpr (adds) __builtin_prefetch(y + i + AHEAD<T>);
           const Vec centered = load(x + i, lanes) - mean;
-          const Vec g = activate_backward<act>(fma(centered, scale, bias), load(dy + i, lanes));
+          const Vec z = adds ? load(y + i, lanes) : fma(centered, scale, bias);
+          const Vec g = activate_backward<act>(z, load(dy + i, lanes));
+          if constexpr (adds) {
+            if (daddend) store(daddend + i, g, lanes, streams_too);
+            if (!dx) continue;
+          }
           Vec grad = fma(scale, g, fma(slope, centered, shift));
           if (dtotal) grad += load(dtotal + i, lanes);
           store(dx + i, grad, lanes, streams);

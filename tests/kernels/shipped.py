@@ -14,7 +14,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bitkern.backends.triton import config, group_norm_act, launch, weight_standardize
+from bitkern.backends.triton import (
+    config,
+    group_norm_act,
+    group_norm_add_relu,
+    launch,
+    weight_standardize,
+)
 from bitkern.backends.triton.kernels.tiles import STAGES
 from bitkern.variant import Variant
 from tests.kernels import machine_code
@@ -95,6 +101,19 @@ def group_norms(dtype, channels_last, shapes, affine=torch.float32, act="relu", 
                 group_norm_act.group_norm_act_backward(*backward)
 
 
+def group_norm_adds(dtype, channels_last, shapes, groups=32):
+    """The launchers of group_norm_add_relu: launches of the same kernels, with an addend."""
+    for channels, size in shapes:
+        weight = torch.empty(channels, device="meta")
+        x = torch.empty(128, channels, size, size, device="meta", dtype=dtype)
+        x = x.contiguous(memory_format=FORMATS[channels_last])
+        stats = torch.empty(128, groups, device="meta")
+        of = groups, weight, weight
+        group_norm_add_relu.group_norm_add_relu_forward(x, x, *of, 1e-5)
+        backward = (x, x, x, *of, stats, stats, True, True, True)
+        group_norm_add_relu.group_norm_add_relu_backward(*backward)
+
+
 def weights(width):
     """Shapes of a BiT's standardized weights."""
     found = {(64 * width, 3, 7, 7)}
@@ -151,6 +170,9 @@ def shipped(everything):
     group_norms(bf16, True, [(64, 1 << 13)])  # 2^32 elements in a sample
     group_norms(bf16, False, [(64, 1 << 13)])
     group_norms(bf16, True, [(63, 30), (1000, 14)], groups=1)
+    group_norm_adds(bf16, True, [shape for width in widths for shape in maps(width, 224)])
+    for dtype, channels_last in ((bf16, False), (fp32, True), (fp32, False), (fp16, True)):
+        group_norm_adds(dtype, channels_last, few)
     some = [(64, 3, 7, 7), (256, 256, 3, 3), (2048, 2048, 3, 3)]
     standardizations(fp32, fp16, (False, True), some, gain=True, variant=(True, True))
     standardizations(bf16, bf16, (True, True), some[1:], gain=True)

@@ -11,7 +11,7 @@ from tests.kernels import fake_driver
 COUNTS = {
     "on chip": (1, 1, 2), "whole": (1, 1, 2), "split": (2, 1, 3), "split, one sample": (2, 1, 2),
     "unaligned": (1, 1, 2), "fp32": (1, 1, 2), "one weight": (1, None, 1),
-    "weights": (2, None, 2),
+    "weights": (2, None, 2), "add, on chip": (1, None, 2), "add, split": (2, None, 3),
 }  # fmt: skip
 
 pytestmark = pytest.mark.skipif(

@@ -43,6 +43,17 @@ def group_norm(shape, format, dtype=torch.float32):
     return *outs, *torch.autograd.grad(outs, inputs, (dtotal, dy))
 
 
+def group_norm_add_relu(shape, format):
+    x, residual, dy = (
+        maps(shape, torch.bfloat16, seed).to(memory_format=FORMATS[format]) for seed in range(3)
+    )
+    inputs = [t.requires_grad_() for t in (x, residual, *affine(shape[1]))]
+    groups = 3 if shape[1] % 2 else 8
+    with bitkern.use_backend("cpu"):
+        y = bitkern.ops.group_norm_add_relu(*inputs[:2], groups, *inputs[2:])
+    return y, *torch.autograd.grad(y, inputs, dy)
+
+
 def weight_standardize(channels_last):
     generator = torch.Generator().manual_seed(0)
     weights = [
@@ -57,6 +68,7 @@ def weight_standardize(channels_last):
 def everything():
     norms = [group_norm(shape, format) for shape in SHAPES for format in FORMATS]
     norms.append(group_norm(SHAPES[0], "channels_last", torch.bfloat16))
+    norms += [group_norm_add_relu(shape, format) for shape in SHAPES for format in FORMATS]
     weights = [weight_standardize(channels_last) for channels_last in (False, True)]
     return [t.detach() for results in norms + weights for t in results]
 
@@ -139,7 +151,8 @@ def test_every_instruction_set(isa):
     assert in_process(isa, "-c", code).stdout.strip() == isa
     if isa == _C.cpu.isa():
         return  # the suite itself runs on it
-    tests = ["tests/ops/test_group_norm_act.py", "tests/ops/test_weight_standardize.py"]
+    operators = "group_norm_act", "group_norm_add_relu", "weight_standardize"
+    tests = [f"tests/ops/test_{operator}.py" for operator in operators]
     options = ["-q", "-p", "no:cacheprovider", "-k", "cpu and not compile and not opcheck"]
     done = in_process(isa, "-m", "pytest", *tests, *options)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -23,6 +23,7 @@ class Net(nn.Module):
 def layers(x: Tensor) -> tuple[Tensor, str]:
     net: Net = bitkern.fold(bitkern.convert(Net()))
     total, y = bitkern.ops.add_group_norm_act(x, x, 3)
+    y = bitkern.ops.group_norm_add_relu(y, x, 3, eps=1e-6)
     weight = bitkern.reference.weight_standardize(torch.ones(4, 3, 1, 1), scale=2.0)
     y = bitkern.ops.ws_conv2d(y, weight, stride=(1, 2), padding="same")
     choice: bitkern.Choice = bitkern.explain("group_norm_act", x)

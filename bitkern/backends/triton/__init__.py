@@ -20,7 +20,11 @@ def load() -> tuple[types.ModuleType | None, str]:
 class Triton(Backend):
     name = "triton"
     devices = auto = ("cuda",)
-    dtypes = {"group_norm_act": FLOATS, "weight_standardize": FLOATS}
+    dtypes = {
+        "group_norm_act": FLOATS,
+        "group_norm_add_relu": FLOATS,
+        "weight_standardize": FLOATS,
+    }
 
     def runs_on(self, device: str) -> bool:
         return device in self.devices or os.environ.get("TRITON_INTERPRET") == "1"

@@ -25,10 +25,11 @@ def _problem(x, num_groups, tensors):
     return plan, samples * -(-channels // plan.block), sizes, options, plan.block == size
 
 
-def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act):
+def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act, addend=None):
     """``(total or None, y, mean, rstd)``; total = x + residual if there is a residual.
 
-    x (N, C, *spatial), dense, NCHW or channels_last; residual alike; mean, rstd (N, G) fp32.
+    x (N, C, *spatial), dense, NCHW or channels_last; residual and addend, which the activation sees
+    added to what is normalized, alike; mean, rstd (N, G) fp32.
     """
     out = None if residual is None else torch.empty_like(x)
     y = torch.empty_like(x)
@@ -39,7 +40,7 @@ def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act):
     total = x if out is None else out
     tensors = 1 if residual is None else 2
     plan, programs, sizes, options, one_group = _problem(x, num_groups, tensors)
-    pointers = (x, residual, total, y, weight, bias, mean, rstd)
+    pointers = (x, residual, addend, total, y, weight, bias, mean, rstd)
     if plan.splits == 1:
         kernel = forward.group_norm_act_forward_whole
         if plan.on_chip:
@@ -52,7 +53,7 @@ def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act):
     pointers, constants = (x, residual, total, partial), (*options, one_group)
     kernel = forward.group_norm_act_forward_reduce
     launch(kernel, programs, pointers, sizes, constants, plan.warps)
-    pointers = (total, y, weight, bias, mean, rstd, partial)
+    pointers = (total, addend, y, weight, bias, mean, rstd, partial)
     constants = (*options, act, config.max_splits(plan.lanes))
     kernel = forward.group_norm_act_forward_apply
     launch(kernel, programs, pointers, (*sizes, eps), constants, plan.warps)
@@ -72,11 +73,13 @@ def group_norm_act_recompute(total, num_groups, weight, bias, mean, rstd, act):
 
 
 def group_norm_act_backward(
-    dy, dtotal, total, num_groups, weight, bias, mean, rstd, act, need_dx, need_dparams
-):
+    dy, dtotal, total, num_groups, weight, bias, mean, rstd, act, need_dx, need_dparams,
+    y=None, daddend=None,
+):  # fmt: skip
     """``(dx or None, dweight or None, dbias or None)``; dtotal, if any, is added to dx.
 
-    dy, dtotal in the format of total. The parameters' gradients have their dtypes.
+    dy, dtotal in the format of total. The parameters' gradients have their dtypes. After a forward
+    with an addend, whose act was ReLU, y is what it returned; daddend, if any, is written to.
     """
     dx = torch.empty_like(total) if need_dx else None
     dweight = torch.empty_like(weight) if need_dparams and weight is not None else None
@@ -90,7 +93,8 @@ def group_norm_act_backward(
     parts = [dweight, dbias]
     if samples > 1:
         parts = [None if p is None else mean.new_empty((samples, channels)) for p in parts]
-    _backward(dy, dtotal, total, dx, num_groups, weight, bias, mean, rstd, parts, act)
+    maps = dy, dtotal, total, y, dx, daddend
+    _backward(maps, num_groups, weight, bias, mean, rstd, parts, act)
     if samples > 1 and (dweight is not None or dbias is not None):
         launch(
             backward.group_norm_act_sum_samples, -(-channels // 32), (*parts, dweight, dbias),
@@ -99,10 +103,11 @@ def group_norm_act_backward(
     return dx, dweight, dbias
 
 
-def _backward(dy, dtotal, total, dx, num_groups, weight, bias, mean, rstd, parts, act):
-    plan, programs, sizes, options, one_group = _problem(total, num_groups, 2)
+def _backward(maps, num_groups, weight, bias, mean, rstd, parts, act):
+    dy, _, total, y, *_ = maps
+    plan, programs, sizes, options, one_group = _problem(total, num_groups, 2)  # y gives way to g
     constants = (*options, one_group, act)
-    pointers = (dy, dtotal, total, dx, weight, bias, mean, rstd, *parts)
+    pointers = (*maps, weight, bias, mean, rstd, *parts)
     if plan.splits == 1:
         kernel = backward.group_norm_act_backward_whole
         if plan.on_chip:
@@ -111,7 +116,7 @@ def _backward(dy, dtotal, total, dx, num_groups, weight, bias, mean, rstd, parts
         return
     programs *= plan.splits
     partial = mean.new_empty((total.shape[0], plan.splits, total.shape[1], 2))
-    needed = (dy, total, weight, bias, mean, rstd, partial)
+    needed = (dy, total, y, weight, bias, mean, rstd, partial)
     kernel = backward.group_norm_act_backward_reduce
     launch(kernel, programs, needed, sizes, constants, plan.warps)
     kernel = backward.group_norm_act_backward_apply

@@ -4,7 +4,8 @@
 
 namespace bitkern {
 
-// y = act(weight * (s - mean) * rstd + bias) with s = x (+ residual), statistics per (sample, group).
+// y = act(weight * (s - mean) * rstd + bias (+ addend)) with s = x (+ residual), statistics per
+// (sample, group).
 // Big tensors are dense [batch, channels, pixels], or [batch, pixels, channels] if channels_last.
 struct GroupNormActProblem {
   int64_t batch, channels, pixels, groups;
@@ -22,6 +23,7 @@ struct GroupNormActForward {
   const void* residual;  // or null
   const void* weight;    // [channels] or null
   const void* bias;      // [channels] or null
+  const void* addend;    // or null; with one, act is relu
   float eps;
   void* total;           // x + residual; null without residual
   void* y;
@@ -29,22 +31,24 @@ struct GroupNormActForward {
   float* rstd;           // [batch, groups]
   bool normalized;       // mean and rstd are given, x has been summed: only y is computed
 
-  BITKERN_FIELDS(x, residual, weight, bias, eps, total, y, mean, rstd, normalized)
+  BITKERN_FIELDS(x, residual, weight, bias, addend, eps, total, y, mean, rstd, normalized)
 };
 
 struct GroupNormActBackward {
   const void* dy;
   const void* dtotal;    // gradient of total, or null
   const void* total;     // x, or x + residual
+  const void* y;         // with an addend; else null
   const void* weight;    // [channels] or null
   const void* bias;      // [channels] or null
   const float* mean;     // [batch, groups]
   const float* rstd;     // [batch, groups]
   void* dx;              // gradient of x and of residual alike; null if not wanted
+  void* daddend;         // null if not wanted
   void* dweight;         // [channels], null if not wanted
   void* dbias;           // [channels], null if not wanted
 
-  BITKERN_FIELDS(dy, dtotal, total, weight, bias, mean, rstd, dx, dweight, dbias)
+  BITKERN_FIELDS(dy, dtotal, total, y, weight, bias, mean, rstd, dx, daddend, dweight, dbias)
 };
 
 }  // namespace bitkern

@@ -20,7 +20,12 @@ torch._C._cuda_getCurrentRawStream = lambda _: 0
 
 import triton  # noqa: E402
 
-from bitkern.backends.triton import group_norm_act, launch, weight_standardize  # noqa: E402
+from bitkern.backends.triton import (  # noqa: E402
+    group_norm_act,
+    group_norm_add_relu,
+    launch,
+    weight_standardize,
+)
 from bitkern.variant import Variant  # noqa: E402
 from tests.kernels import shipped  # noqa: E402
 
@@ -53,6 +58,18 @@ class Case:
         group_norm_act.group_norm_act_backward(self.x, self.residual, self.x, *of)
 
 
+class AddCase(Case):
+    """Of group_norm_add_relu."""
+
+    def forward(self):
+        of = 32, *self.affine, 1e-5
+        group_norm_add_relu.group_norm_add_relu_forward(self.x, self.x, *of)
+
+    def backward(self):
+        of = 32, *self.affine, *self.statistics, True, True, True
+        group_norm_add_relu.group_norm_add_relu_backward(self.x, self.x, self.x, *of)
+
+
 class Weights:
     def __init__(self, shapes):
         self.weights = [torch.empty(shape) for shape in shapes]
@@ -70,6 +87,7 @@ class Weights:
         )
 
 
+ADD_CASES = {"add, on chip": AddCase(2, 2048, 7), "add, split": AddCase(3, 256, 56)}
 CASES = {
     "on chip": Case(2, 2048, 7),
     "whole": Case(2, 512, 28, residual=True),
@@ -108,6 +126,7 @@ def launches():
         module.launch = checked_launch
     done = []
     works = [(name, case, ("forward", "recompute", "backward")) for name, case in CASES.items()]
+    works += [(name, case, ("forward", "backward")) for name, case in ADD_CASES.items()]
     works += [("one weight", Weights([(64, 64, 3, 3)]), ("forward", "backward"))]
     works += [("weights", Weights(shipped.weights(1)), ("forward", "backward"))]
     for repeat in range(2):

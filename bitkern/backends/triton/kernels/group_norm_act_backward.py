@@ -1,4 +1,4 @@
-"""GroupNorm + activation, backward, with and without the gradient of a residual sum.
+"""GroupNorm + activation, backward, with and without the gradient of a residual sum or an addend.
 
 The same ways as forward: ``_on_chip``; ``_whole``; ``_reduce``, then ``_apply``. ``tiles.py`` has
 the shapes and the names of the sizes.
@@ -33,24 +33,31 @@ def _act_backward(dy, z, ACT: tl.constexpr):
 
 
 @triton.jit
-def _gradients(dy, total, at, mask, mean, scale, shift, ACT: tl.constexpr):
-    """g = dy through the activation, and total - mean."""
+def _gradients(dy, total, y, at, mask, mean, scale, shift, ACT: tl.constexpr):
+    """g = dy through the activation, and total - mean. A given y tells where ReLU was 0."""
     centered = load(total + at, mask) - mean[None, :]
-    z = centered * scale[None, :] + shift[None, :]
+    if y is not None:
+        z = load(y + at, mask)
+    else:
+        z = centered * scale[None, :] + shift[None, :]
     return _act_backward(load(dy + at, mask), z, ACT), centered
 
 
 @triton.jit
-def _store_dx(dx, dtotal, at, mask, g, centered, scale, constant, slope):
-    value = g * scale[None, :] - constant[None, :] - centered * slope[None, :]
-    if dtotal is not None:
-        value += load(dtotal + at, mask)
-    tl.store(dx + at, value, mask=mask)
+def _store_dx(dx, dtotal, daddend, at, mask, g, centered, scale, constant, slope):
+    """And daddend, which is g."""
+    if daddend is not None:
+        tl.store(daddend + at, g, mask=mask)
+    if dx is not None:
+        value = g * scale[None, :] - constant[None, :] - centered * slope[None, :]
+        if dtotal is not None:
+            value += load(dtotal + at, mask)
+        tl.store(dx + at, value, mask=mask)
 
 
 @triton.jit
 def _sums(
-    dy, total, mean, rstd, scale, shift, first, left, in_block, start, channels, pixels,
+    dy, total, y, mean, rstd, scale, shift, first, left, in_block, start, channels, pixels,
     CHANNELS_LAST: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     WIDE: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +71,7 @@ def _sums(
     sum_gc = tl.zeros([ROWS, LANES], tl.float32)
     for i in tl.range(tl.cdiv(left, TILE), num_stages=STAGES):
         mask = (pixel < left - i * TILE)[:, None] & in_block[None, :]
-        g, centered = _gradients(dy, total, at + offsets, mask, mean, scale, shift, ACT)
+        g, centered = _gradients(dy, total, y, at + offsets, mask, mean, scale, shift, ACT)
         sum_g += sum_depth(g, CHANNELS_LAST, DEPTH, ROWS, LANES)
         sum_gc += sum_depth(g * centered, CHANNELS_LAST, DEPTH, ROWS, LANES)
         at += TILE * stride
@@ -105,19 +112,19 @@ def _coefficients(sum_g, sum_gn, w, rstd, channel, pixels, size, ONE_GROUP: tl.c
 
 @triton.jit
 def _apply_tiles(
-    dy, dtotal, total, dx, mean, scale, shift, constant, slope, first, left, in_block, start,
-    channels, pixels, CHANNELS_LAST: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+    dy, dtotal, total, y, dx, daddend, mean, scale, shift, constant, slope, first, left, in_block,
+    start, channels, pixels, CHANNELS_LAST: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
     WIDE: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """dx of ``left`` pixels from pixel ``first`` on."""
+    """dx and daddend of ``left`` pixels from pixel ``first`` on."""
     pixel = tl.arange(0, TILE)
     offsets = tile_offsets(pixel, channels, pixels, CHANNELS_LAST, LANES, WIDE)
     stride = pixel_stride(channels, CHANNELS_LAST)
     at = start + first * stride
     for i in tl.range(tl.cdiv(left, TILE), num_stages=STAGES):
         mask = (pixel < left - i * TILE)[:, None] & in_block[None, :]
-        g, centered = _gradients(dy, total, at + offsets, mask, mean, scale, shift, ACT)
-        _store_dx(dx, dtotal, at + offsets, mask, g, centered, scale, constant, slope)
+        g, centered = _gradients(dy, total, y, at + offsets, mask, mean, scale, shift, ACT)
+        _store_dx(dx, dtotal, daddend, at + offsets, mask, g, centered, scale, constant, slope)
         at += TILE * stride
 
 
@@ -126,7 +133,9 @@ def group_norm_act_backward_on_chip(
     dy,  # [N, P, C]
     dtotal,  # [N, P, C] or None
     total,  # [N, P, C]
+    y,  # [N, P, C] or None
     dx,  # [N, P, C] or None
+    daddend,  # [N, P, C] or None
     weight,  # [C] or None
     bias,  # [C] or None
     mean,  # [N, G]
@@ -147,15 +156,15 @@ def group_norm_act_backward_on_chip(
     pixel = tl.arange(0, DEPTH * ROWS)
     at = start + tile_offsets(pixel, channels, pixels, CHANNELS_LAST, LANES, WIDE)
     mask = (pixel < pixels)[:, None] & in_block[None, :]
-    g, centered = _gradients(dy, total, at, mask, mean, scale, shift, ACT)
+    g, centered = _gradients(dy, total, y, at, mask, mean, scale, shift, ACT)
     sum_g = tl.sum(sum_depth(g, CHANNELS_LAST, DEPTH, ROWS, LANES), 0)
     sum_gn = tl.sum(sum_depth(g * centered, CHANNELS_LAST, DEPTH, ROWS, LANES), 0) * rstd
     _store_sums(
         channel_weight, channel_bias, sum_g, sum_gn, sample, split, channel, in_block, channels
     )
-    if dx is not None:
+    if dx is not None or daddend is not None:
         constant, slope = _coefficients(sum_g, sum_gn, w, rstd, channel, pixels, size, ONE_GROUP)
-        _store_dx(dx, dtotal, at, mask, g, centered, scale, constant, slope)
+        _store_dx(dx, dtotal, daddend, at, mask, g, centered, scale, constant, slope)
 
 
 @kernel
@@ -163,7 +172,9 @@ def group_norm_act_backward_whole(
     dy,  # [N, P, C]
     dtotal,  # [N, P, C] or None
     total,  # [N, P, C]
+    y,  # [N, P, C] or None
     dx,  # [N, P, C] or None
+    daddend,  # [N, P, C] or None
     weight,  # [C] or None
     bias,  # [C] or None
     mean,  # [N, G]
@@ -182,17 +193,17 @@ def group_norm_act_backward_whole(
     w, shift = affine(weight, bias, channel, in_block, LANES)
     scale = w * rstd
     sum_g, sum_gn = _sums(
-        dy, total, mean, rstd, scale, shift, zero, pixels, in_block, start, channels, pixels,
+        dy, total, y, mean, rstd, scale, shift, zero, pixels, in_block, start, channels, pixels,
         CHANNELS_LAST, DEPTH, ROWS, LANES, WIDE, ACT,
     )  # fmt: skip
     _store_sums(
         channel_weight, channel_bias, sum_g, sum_gn, sample, zero, channel, in_block, channels
     )
-    if dx is not None:
+    if dx is not None or daddend is not None:
         constant, slope = _coefficients(sum_g, sum_gn, w, rstd, channel, pixels, size, ONE_GROUP)
         _apply_tiles(
-            dy, dtotal, total, dx, mean, scale, shift, constant, slope, zero, pixels, in_block,
-            start, channels, pixels, CHANNELS_LAST, DEPTH * ROWS, LANES, WIDE, ACT,
+            dy, dtotal, total, y, dx, daddend, mean, scale, shift, constant, slope, zero, pixels,
+            in_block, start, channels, pixels, CHANNELS_LAST, DEPTH * ROWS, LANES, WIDE, ACT,
         )  # fmt: skip
 
 
@@ -200,6 +211,7 @@ def group_norm_act_backward_whole(
 def group_norm_act_backward_reduce(
     dy,  # [N, P, C]
     total,  # [N, P, C]
+    y,  # [N, P, C] or None
     weight,  # [C] or None
     bias,  # [C] or None
     mean,  # [N, G]
@@ -218,7 +230,7 @@ def group_norm_act_backward_reduce(
     first = split * tiles * (DEPTH * ROWS)
     left = tl.minimum(tiles * (DEPTH * ROWS), pixels - first)
     sum_g, sum_gn = _sums(
-        dy, total, mean, rstd, w * rstd, shift, first, left, in_block, start, channels, pixels,
+        dy, total, y, mean, rstd, w * rstd, shift, first, left, in_block, start, channels, pixels,
         CHANNELS_LAST, DEPTH, ROWS, LANES, WIDE, ACT,
     )  # fmt: skip
     to = partial + ((sample * splits + split) * channels + channel) * 2
@@ -231,7 +243,9 @@ def group_norm_act_backward_apply(
     dy,  # [N, P, C]
     dtotal,  # [N, P, C] or None
     total,  # [N, P, C]
+    y,  # [N, P, C] or None
     dx,  # [N, P, C] or None
+    daddend,  # [N, P, C] or None
     weight,  # [C] or None
     bias,  # [C] or None
     mean,  # [N, G]
@@ -252,7 +266,7 @@ def group_norm_act_backward_apply(
     _store_sums(
         channel_weight, channel_bias, sum_g, sum_gn, sample, split, channel, in_block, channels
     )
-    if dx is not None:
+    if dx is not None or daddend is not None:
         mean, rstd = statistics(mean, rstd, sample, channels, channel, size, in_block, ONE_GROUP)
         w, shift = affine(weight, bias, channel, in_block, LANES)
         constant, slope = _coefficients(sum_g, sum_gn, w, rstd, channel, pixels, size, ONE_GROUP)
@@ -260,8 +274,8 @@ def group_norm_act_backward_apply(
         first = split * tiles * TILE
         left = tl.minimum(tiles * TILE, pixels - first)
         _apply_tiles(
-            dy, dtotal, total, dx, mean, w * rstd, shift, constant, slope, first, left, in_block,
-            start, channels, pixels, CHANNELS_LAST, TILE, LANES, WIDE, ACT,
+            dy, dtotal, total, y, dx, daddend, mean, w * rstd, shift, constant, slope, first, left,
+            in_block, start, channels, pixels, CHANNELS_LAST, TILE, LANES, WIDE, ACT,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""GroupNorm + activation, forward, with and without a residual sum.
+"""GroupNorm + activation, forward, with and without a residual sum, or an addend after the norm.
 
 A small map is one tile, which stays in registers between the two passes (``_on_chip``). Of a larger
 one a program reads its part twice, the second time from L2 (``_whole``). The largest take two
@@ -145,9 +145,9 @@ def _store_statistics(
 
 @triton.jit
 def _apply_tiles(
-    total, y, mean, rstd, weight, bias, first, left, channel, in_block, start, channels, pixels,
-    CHANNELS_LAST: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
-    ACT: tl.constexpr,
+    total, addend, y, mean, rstd, weight, bias, first, left, channel, in_block, start, channels,
+    pixels, CHANNELS_LAST: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+    WIDE: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """y of ``left`` pixels from pixel ``first`` on."""
     scale, shift = affine(weight, bias, channel, in_block, LANES)
@@ -159,6 +159,8 @@ def _apply_tiles(
     for i in tl.range(tl.cdiv(left, TILE), num_stages=STAGES):
         mask = (pixel < left - i * TILE)[:, None] & in_block[None, :]
         z = (load(total + at + offsets, mask) - mean[None, :]) * scale[None, :] + shift[None, :]
+        if addend is not None:
+            z += load(addend + at + offsets, mask)
         tl.store(y + at + offsets, _act(z, ACT), mask=mask)
         at += TILE * stride
 
@@ -167,6 +169,7 @@ def _apply_tiles(
 def group_norm_act_forward_on_chip(
     x,  # [N, P, C]
     residual,  # [N, P, C] or None
+    addend,  # [N, P, C] or None
     total,  # [N, P, C], x where there is no residual
     y,  # [N, P, C]
     weight,  # [C] or None
@@ -197,6 +200,8 @@ def group_norm_act_forward_on_chip(
     )
     scale, shift = affine(weight, bias, channel, in_block, LANES)
     z = (value - mean[None, :]) * (scale * rstd)[None, :] + shift[None, :]
+    if addend is not None:
+        z += load(addend + start + offsets, mask)
     tl.store(y + start + offsets, _act(z, ACT), mask=mask)
 
 
@@ -204,6 +209,7 @@ def group_norm_act_forward_on_chip(
 def group_norm_act_forward_whole(
     x,  # [N, P, C]
     residual,  # [N, P, C] or None
+    addend,  # [N, P, C] or None
     total,  # [N, P, C], x where there is no residual
     y,  # [N, P, C]
     weight,  # [C] or None
@@ -228,8 +234,8 @@ def group_norm_act_forward_whole(
         mean_out, rstd_out, mean, m2, sample, zero, channel, in_block, channels, pixels, size, eps
     )
     _apply_tiles(
-        total, y, mean, rstd, weight, bias, zero, pixels, channel, in_block, start, channels,
-        pixels, CHANNELS_LAST, DEPTH * ROWS, LANES, WIDE, ACT,
+        total, addend, y, mean, rstd, weight, bias, zero, pixels, channel, in_block, start,
+        channels, pixels, CHANNELS_LAST, DEPTH * ROWS, LANES, WIDE, ACT,
     )  # fmt: skip
 
 
@@ -262,6 +268,7 @@ def group_norm_act_forward_reduce(
 @kernel
 def group_norm_act_forward_apply(
     total,  # [N, P, C]
+    addend,  # [N, P, C] or None
     y,  # [N, P, C]
     weight,  # [C] or None
     bias,  # [C] or None
@@ -287,7 +294,7 @@ def group_norm_act_forward_apply(
     first = split * tiles * TILE
     left = tl.minimum(tiles * TILE, pixels - first)
     _apply_tiles(
-        total, y, mean, rstd, weight, bias, first, left, channel, in_block, start, channels,
+        total, addend, y, mean, rstd, weight, bias, first, left, channel, in_block, start, channels,
         pixels, CHANNELS_LAST, TILE, LANES, WIDE, ACT,
     )  # fmt: skip
 
@@ -313,6 +320,6 @@ def group_norm_act_recompute(
     first = split * tiles * TILE
     left = tl.minimum(tiles * TILE, pixels - first)
     _apply_tiles(
-        total, y, mean, rstd, weight, bias, first, left, channel, in_block, start, channels,
+        total, None, y, mean, rstd, weight, bias, first, left, channel, in_block, start, channels,
         pixels, CHANNELS_LAST, TILE, LANES, WIDE, ACT,
     )  # fmt: skip
