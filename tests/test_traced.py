@@ -1,6 +1,7 @@
 """Blocks of unknown classes: what is proven runs fused, what deceives is left, nothing changes."""
 
 import copy
+import operator
 import pickle
 import random
 
@@ -11,7 +12,7 @@ from torch import nn
 
 import bitkern
 from bitkern.convert.traced import Traced
-from tests.blocks import Block, C, assert_same, block, converted, fused, images, run
+from tests.blocks import Block, C, assert_same, block, converted, fused, images, nodes, run
 from tests.helpers import assert_accurate
 
 
@@ -244,3 +245,78 @@ def test_modes_and_random_state_are_left():
     assert [m.training for m in made.modules()].count(False) == 1
     assert torch.equal(random_state, torch.get_rng_state()) and python_state == random.getstate()
     assert torch.get_num_threads() == threads
+
+
+def ends(add):
+    def forward(self, x):
+        shortcut = x * 2
+        y = self.norm2(self.conv1(self.act(self.norm1(x))))
+        return self.act(add(y, shortcut))
+
+    return forward
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "add", [operator.iadd, operator.add, torch.add, lambda a, b: a.add_(b), lambda a, b: b + a]
+)
+def test_sum_and_relu_behind_a_norm(add, memory_format):
+    module, peer = converted(block(ends(add)))
+    x = images().contiguous(memory_format=memory_format)
+    assert "GroupNormAddReluFunctionBackward" in nodes(module(x))
+    assert_same(module, peer, x)
+    calls = []
+    for each in (module, peer):
+        each.act.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(module(x), peer(x))
+    assert len(calls) == 4
+
+
+def adds_with_a_factor(self, x):
+    return self.act(torch.add(self.norm2(self.conv1(x)), x, alpha=2))
+
+
+def adds_a_number(self, x):
+    return self.act(self.norm2(self.conv1(x)) + 1)
+
+
+def adds_to_the_shortcut(self, x):
+    shortcut = x * 1
+    shortcut += self.norm2(self.conv1(x))
+    return self.act(shortcut) + shortcut
+
+
+def adds_a_smaller_one(self, x):
+    return self.act(self.norm2(self.conv1(x)) + x[:, :1])
+
+
+def uses_the_sum_twice(self, x):
+    total = self.norm2(self.conv1(x)) + x
+    return F.relu(total) + total
+
+
+def changes_what_the_norm_saw(self, x):
+    y = self.conv1(x)
+    z = self.norm2(y)
+    y.zero_()
+    return self.act(z + x)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        adds_with_a_factor,
+        adds_a_number,
+        adds_to_the_shortcut,
+        adds_a_smaller_one,
+        uses_the_sum_twice,
+        changes_what_the_norm_saw,
+    ],
+)
+def test_other_sums_behind_a_norm(forward):
+    module, peer = converted(block(forward))
+    with torch.no_grad():
+        torch.testing.assert_close(module(images()), peer(images()))
+    if forward is not changes_what_the_norm_saw:
+        assert "GroupNormAddReluFunctionBackward" not in nodes(module(images()))
+        assert_same(module, peer, images())

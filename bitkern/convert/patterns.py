@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from bitkern.nn.activations import act_of, may_be_idle
-from bitkern.nn.fused import fused_act, fusible_conv, norm_act, norm_act_convs
+from bitkern.nn.fused import fused_act, fusible_conv, norm_act, norm_act_convs, norm_add_relu
 from bitkern.reference import Activation
 
 FUNCTIONS: dict[Any, Activation] = {
@@ -31,6 +31,16 @@ class Chain(NamedTuple):
     nodes: tuple[fx.Node, ...]
 
 
+class End(NamedTuple):
+    """The sum with a residual and its ReLU behind a norm."""
+
+    total: fx.Node
+    residual: fx.Node
+    relu: fx.Node
+    act: fx.Node | Activation
+    in_place: bool
+
+
 class Found(NamedTuple):
     """What has become of a graph's norms, by the path of each; whether the graph returns one's."""
 
@@ -51,6 +61,11 @@ def fuse(graph: fx.Graph, block: nn.Module) -> Found:
             continue
         path = str(node.target)
         chain = _chain(node, modules) if _alone(node) else None
+        end = None if chain is None else _end(chain, modules)
+        if chain is not None and end is not None:
+            _fuse_end(graph, chain, end)
+            fused[path] = "norm, sum and ReLU in one kernel"
+            continue
         if chain is None or chain.act == "none":
             left[path] = _why(node, chain, block)
             escape |= chain is not None and [u.op for u in chain.last.users] == ["output"]
@@ -93,6 +108,38 @@ def _chain(norm: fx.Node, modules: dict[str, nn.Module]) -> Chain:
         nodes.append(user)
         last = user
     return Chain(norm, tuple(after), act, last, tuple(nodes))
+
+
+ADDITIONS = {operator.add: False, operator.iadd: True, torch.add: False, "add": False, "add_": True}
+
+
+def _end(chain: Chain, modules: dict[str, nn.Module]) -> End | None:
+    """What ends a post-activation block, if that is what follows a norm."""
+    x = chain.norm.args[0]
+    if chain.act != "none" or len(chain.last.users) != 1 or not _fresh(x, modules):
+        return None
+    (total,) = chain.last.users
+    plain = total.op in ("call_function", "call_method") and total.target in ADDITIONS
+    if not plain or len(total.args) != 2 or total.kwargs or len(total.users) != 1:
+        return None
+    first, second = total.args
+    residual, in_place = second if first is chain.last else first, ADDITIONS[total.target]
+    (relu,) = total.users
+    module = modules.get(str(relu.target)) if relu.op == "call_module" else None
+    if not isinstance(residual, fx.Node) or residual is chain.last:
+        return None
+    if (in_place and first is not chain.last) or _activation(relu, total, module) != "relu":
+        return None
+    return End(total, residual, relu, "relu" if module is None else relu, in_place)
+
+
+def _fresh(x: Any, modules: dict[str, nn.Module]) -> bool:
+    """Whether a symbol is what a convolution has made, and a norm alone will see."""
+    if len(x.users) != 1:
+        return False
+    if x.op == "call_module":
+        return fusible_conv(modules[str(x.target)]) is not None
+    return x.target is operator.getitem and x.args[0].target is norm_act_convs
 
 
 def _activation(user: fx.Node, of: fx.Node, module: nn.Module | None) -> Activation | None:
@@ -146,6 +193,18 @@ def _fuse_convs(graph: fx.Graph, chain: Chain, convs: list[fx.Node]) -> None:
     for conv, out in zip(convs, outs, strict=True):
         conv.replace_all_uses_with(out)
         graph.erase_node(conv)
+    _erase(graph, chain)
+
+
+def _fuse_end(graph: fx.Graph, chain: Chain, end: End) -> None:
+    with graph.inserting_before(end.total):  # where the residual is
+        norm, after, x = _arguments(graph, chain)
+        act = _module(graph, end.act) if isinstance(end.act, fx.Node) else end.act
+        arguments = norm, after, act, x, end.residual, end.in_place
+        fused = graph.call_function(norm_add_relu, arguments)
+    end.relu.replace_all_uses_with(fused)
+    graph.erase_node(end.relu)
+    graph.erase_node(end.total)
     _erase(graph, chain)
 
 

@@ -10,7 +10,7 @@ from bitkern import _torch, ops
 from bitkern.backends import requested
 from bitkern.nn.activations import act_of, idle
 from bitkern.nn.layers import GroupNormAct, WSConv2d, conv_fusion
-from bitkern.ops import Conv, group_norm_act
+from bitkern.ops import Conv, group_norm_act, group_norm_add_relu
 from bitkern.reference import ACTIVATIONS, Activation
 
 torch.fx.wrap("group_norm_act")  # recorded as it is
@@ -91,6 +91,25 @@ def norm_act(norm: nn.Module, after: Sequence[After], x: Tensor) -> Tensor:
         return apply_after(after, norm(x))
     assert isinstance(norm, nn.GroupNorm)
     return group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, act)
+
+
+def norm_add_relu(
+    norm: nn.Module,
+    after: Sequence[After],
+    relu: After,
+    x: Tensor,
+    residual: Tensor,
+    in_place: bool,
+) -> Tensor:
+    """``relu(norm(x) + residual)`` in one kernel where it can; else the sum ``in_place`` or not."""
+    activation = act_of(relu) if isinstance(relu, nn.Module) and not watched(relu) else relu
+    alike = residual.shape == x.shape and residual.dtype == x.dtype
+    if activation == "relu" and alike and fused_act(norm, after) == "none":
+        assert isinstance(norm, nn.GroupNorm)
+        affine = norm.num_groups, norm.weight, norm.bias, norm.eps
+        return group_norm_add_relu(x, residual, *affine)
+    y = apply_after(after, norm(x))
+    return apply_after([relu], y.add_(residual) if in_place else y + residual)
 
 
 def norm_act_conv(
