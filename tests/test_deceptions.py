@@ -85,7 +85,7 @@ def returns_a_number(self, x):
         (edits_the_activation, (0, 1)),
         (looks_at_values, (0, 1)),
         (looks_at_shapes, (0, 1)),
-        (looks_at_types, (1, 0)),
+        (looks_at_types, (0, 1)),
         (rolls_dice, (0, 1)),
         (without_gradients, None),
         (without_autocast, (0, 1)),

@@ -98,7 +98,7 @@ class Parameters:
         tensors: list[Any] = []
         for i, (name, constant) in enumerate(zip(self.names, self.constants, strict=True)):
             value = args[i] if i < len(args) else kwargs.get(name, constant)
-            is_tensor = isinstance(value, Tensor) and not isinstance(value, fx.Proxy)
+            is_tensor = isinstance(value, Tensor)
             if is_tensor:
                 tensors.append(value)
             elif type(value) is not type(constant) or value != constant:
@@ -115,13 +115,6 @@ def _simple(value: Any) -> bool:
     return value is None or isinstance(value, kinds)
 
 
-class _Symbol(fx.Proxy):
-    """A symbol that says it is a tensor, as what it stands for would."""
-
-    __class__ = property(lambda self: Tensor)
-    _is_param = _is_buffer = False
-
-
 class _Tracer(fx.Tracer):
     """Records the calls of all modules but those ``through`` which it looks."""
 
@@ -131,12 +124,6 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return all(m is not module for module in self._through)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Symbol(node, self)
-
-    def create_arg(self, a: Any) -> Any:
-        return a.node if type(a) is _Symbol else super().create_arg(a)
 
     def create_args_for_root(self, *_: Any, **__: Any) -> Any:
         block, forward = self.root, original_forward(self.root)
