@@ -40,7 +40,12 @@ INSIDE = {
     ),
     "ops": (("group_norm_act", "weight_standardize"), ("group_norm_act_conv2d", "ws_conv2d")),
     "nn": (("current",), ("layers",), ("fused", "standardized"), ("preact",)),
-    "convert": (("activations", "batchnorm"), ("libraries",), ("convert",), ("explain", "fold")),
+    "convert": (
+        ("activations", "batchnorm", "instance_norm"),
+        ("libraries",),
+        ("convert",),
+        ("explain", "fold"),
+    ),
     "convert.libraries": (("common",), ("timm", "transformers")),
     "models": (
         ("download", "pretrained", "resnetv2"),

@@ -14,31 +14,43 @@ import torch
 from torch import nn
 
 from bitkern import _torch, ops
-from bitkern.convert.activations import ACT_OF
+from bitkern.convert.activations import act_of
 from bitkern.convert.batchnorm import standardize
+from bitkern.convert.instance_norm import INSTANCE_NORMS, InstanceNorm
 from bitkern.convert.libraries import replacements
 from bitkern.nn import GroupNormAct
 from bitkern.nn.fused import fused_act, watched
+from bitkern.reference import Activation
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
 class Sequential(nn.Sequential):
-    """``nn.Sequential`` that computes a plain GroupNorm and the ReLU or SiLU after it as one."""
+    """``nn.Sequential`` that computes a plain norm and the activation after it as one."""
 
     def forward(self, input: Any) -> Any:
         modules = list(self)
         while modules:
             module, *modules = modules
-            act = ACT_OF.get(type(modules[0])) if modules and fused_act(module) == "none" else None
-            if act is None or watched(modules[0]):
+            act = _act_after(module, modules[0]) if modules else None
+            # torch.fx records the layers.
+            if act is None or watched(modules[0]) or isinstance(input, torch.fx.Proxy):
                 input = module(input)
+                continue
+            modules = modules[1:]
+            if isinstance(module, InstanceNorm):
+                input = module.forward(input, act)
             else:
-                modules = modules[1:]
                 assert isinstance(module, nn.GroupNorm)
                 norm = module.num_groups, module.weight, module.bias, module.eps
                 input = ops.group_norm_act(input, *norm, act)
         return input
+
+
+def _act_after(norm: nn.Module, module: nn.Module) -> Activation | None:
+    """The activation that ``module`` is, if ``norm`` before it can compute it as well."""
+    instance = getattr(type(norm), "forward", None) is InstanceNorm.forward and not watched(norm)
+    return act_of(module) if instance or fused_act(norm) == "none" else None
 
 
 def is_bitkern(module: nn.Module) -> bool:
@@ -49,7 +61,7 @@ def is_bitkern(module: nn.Module) -> bool:
 def fused_pairs(sequential: Iterable[nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
     """The norms in a sequential container that come right before an activation, and those."""
     pairs = pairwise(sequential)
-    return [(a, b) for a, b in pairs if fused_act(a) == "none" and type(b) in ACT_OF]
+    return [(a, b) for a, b in pairs if _act_after(a, b)]
 
 
 def convert(module: _Module, ws: bool = False) -> _Module:
@@ -57,8 +69,9 @@ def convert(module: _Module, ws: bool = False) -> _Module:
 
     Converted are timm's ``StdConv2d``, ``ScaledStdConv2d`` (with ``Same`` or without),
     ``GroupNormAct``, ``GroupNorm1Act``, ``GroupNorm`` and ``GroupNorm1``, transformers'
-    ``WeightStandardizedConv2d`` and ``BitGroupNormActivation``, ``nn.GroupNorm``, the latter with
-    the ReLU or SiLU behind it where an ``nn.Sequential`` shows it; in pre-activation (BiT) models
+    ``WeightStandardizedConv2d`` and ``BitGroupNormActivation``, ``nn.GroupNorm`` and
+    ``nn.InstanceNorm1d`` to ``3d`` without running statistics, these with the activation behind
+    them where an ``nn.Sequential`` shows it and the kernels have it; in pre-activation (BiT) models
     of both libraries also the blocks, which keep less for backward, and in whole ones the weights
     are standardized in one launch. Parameters and ``state_dict`` keys, optimizer state, hooks,
     modes, dtypes and devices are left alone. Subclasses are not converted: what they compute is
@@ -99,6 +112,8 @@ def convert(module: _Module, ws: bool = False) -> _Module:
         cls = layers.get(type(part))
         if type(part) is nn.GroupNorm:
             part.act = "none"  # type: ignore[assignment]
+        elif type(part) in INSTANCE_NORMS and not part.track_running_stats:
+            cls = INSTANCE_NORMS[type(part)]
         elif type(part) is nn.Sequential and fused_pairs(part):
             cls = Sequential
         elif type(part) in blocks and blocks[type(part)].fits(part):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bitkern import backends
 from bitkern.backends import Choice
 from bitkern.convert.convert import Sequential, fused_pairs, is_bitkern
+from bitkern.convert.instance_norm import INSTANCE_NORMS, InstanceNorm
 from bitkern.convert.libraries import __name__ as LIBRARIES
 from bitkern.convert.libraries import replacements
 from bitkern.nn import WSConv2d
@@ -73,14 +74,15 @@ def _library(cls: type) -> str:
     return cls.__module__.removeprefix(f"{LIBRARIES}.").split(".")[0]
 
 
-_PLAIN = nn.GroupNorm, WSConv2d, Sequential
+_PLAIN = nn.GroupNorm, *INSTANCE_NORMS, WSConv2d, Sequential
 
 
 def _how(module: nn.Module, fused: bool) -> str:
     if isinstance(module, WSConv2d):
         return "weights standardized by a kernel"
-    if isinstance(module, nn.GroupNorm):
-        act, after = module.fusion()  # type: ignore[operator]
+    if isinstance(module, nn.GroupNorm | InstanceNorm):
+        plain = isinstance(module, InstanceNorm)
+        act, after = ("none", ()) if plain else module.fusion()  # type: ignore[operator]
         then = ", then ".join(type(m).__name__ for m in after if type(m) is not nn.Identity)
         if then:
             return f"norm by a kernel, then {then}, which it cannot apply"
@@ -97,7 +99,9 @@ def _why_left(module: nn.Module, classes: Mapping[type, Any]) -> str | None:
         return None
     if "forward" in vars(module):
         return "a forward of its own has been put over that of its class"
-    if cls in classes or cls is nn.GroupNorm:
+    if cls in INSTANCE_NORMS and module.track_running_stats:
+        return "running statistics, which a GroupNorm has not"
+    if cls in classes or cls is nn.GroupNorm or cls in INSTANCE_NORMS:
         fits = getattr(classes.get(cls), "fits", None)
         if fits is None or fits(module):
             return "bitkern.convert has not seen it"

@@ -128,9 +128,10 @@ class WSConv2d(nn.Conv2d):
 
 
 class GroupNormAct(nn.GroupNorm):
-    """``nn.GroupNorm`` followed by an activation (``"relu"``, ``"silu"`` or ``"none"``), fused.
+    """``nn.GroupNorm`` followed by an activation, fused.
 
-    Takes the arguments and has the ``state_dict`` of ``nn.GroupNorm``.
+    Takes the arguments and has the ``state_dict`` of ``nn.GroupNorm``; ``act`` is that of
+    :func:`bitkern.ops.group_norm_act`.
     """
 
     __prepare_scriptable__ = _refuse_to_script

@@ -6,12 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitkern.convert.activations import ACT_OF
+from bitkern.convert.activations import act_of
 from bitkern.nn import GroupNormAct, WSConv2d, preact
 from bitkern.nn.fused import watched
 from bitkern.reference import Activation
-
-ACT_OR_NONE_OF: Mapping[type, Activation] = {**ACT_OF, nn.Identity: "none"}
 
 
 class StandardizedConv(WSConv2d):
@@ -29,10 +27,13 @@ class Norm:
 
 
 def fusion(
-    acts: Mapping[type, Activation], *modules: nn.Module
+    more: Mapping[type, Activation], *modules: nn.Module
 ) -> tuple[Activation, tuple[nn.Module, ...]]:
-    """:meth:`GroupNormAct.fusion` of a norm that calls ``modules``, the last an activation."""
-    act = acts.get(type(modules[-1]))
+    """:meth:`GroupNormAct.fusion` of a norm that calls ``modules``, the last an activation.
+
+    ``more`` are the library's own classes of activations.
+    """
+    act = "none" if type(modules[-1]) is nn.Identity else act_of(modules[-1], more)
     idle = all(type(module) is nn.Identity for module in modules[:-1])
     if act is None or not idle or any(watched(module) for module in modules):
         return "none", modules

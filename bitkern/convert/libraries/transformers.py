@@ -3,12 +3,14 @@
 import functools
 
 from torch import nn
-from transformers.activations import SiLUActivation
+from transformers.activations import GELUActivation, MishActivation, SiLUActivation
 from transformers.models.bit import modeling_bit as bit
 
 from bitkern.convert.libraries import common
-from bitkern.convert.libraries.common import ACT_OR_NONE_OF, Norm, StandardizedConv, fusion
+from bitkern.convert.libraries.common import Norm, StandardizedConv, fusion
 from bitkern.nn.standardized import per_forward
+
+ACTS = {SiLUActivation: "silu", GELUActivation: "gelu", MishActivation: "mish"}
 
 
 class WeightStandardizedConv2d(StandardizedConv, bit.WeightStandardizedConv2d):
@@ -32,7 +34,7 @@ class PaddedWeightStandardizedConv2d(WeightStandardizedConv2d):
 
 class BitGroupNormActivation(Norm, bit.BitGroupNormActivation):
     def fusion(self):
-        return fusion({**ACT_OR_NONE_OF, SiLUActivation: "silu"}, self.activation)
+        return fusion(ACTS, self.activation)
 
 
 class BitPreActivationBottleneckLayer(common.Bottleneck, bit.BitPreActivationBottleneckLayer):
