@@ -174,6 +174,12 @@ def test_mean_far_from_zero(name, device, shift):
 
 
 @every_implementation
+def test_many_channels(name, device):
+    """More than a block of the CPU's has elements."""
+    compare(name, device, maps((2, 40000)), None, 4, None, None, "none")
+
+
+@every_implementation
 def test_zero_variance(name, device):
     x = torch.randn(2, 8, 4, 4)
     x[0, :4] = 2.0

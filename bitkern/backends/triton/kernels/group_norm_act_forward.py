@@ -33,7 +33,7 @@ def _act(z, ACT: tl.constexpr):
     elif ACT == "silu":
         z = z * tl.sigmoid(z)
     elif ACT == "leaky_relu":
-        z = tl.where(z > 0.0, z, 0.01 * z)
+        z = tl.maximum(z, 0.01 * z, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "gelu":
         z = z * (0.5 + 0.5 * tl.erf(z * 0.7071067811865476))
     elif ACT == "mish":
