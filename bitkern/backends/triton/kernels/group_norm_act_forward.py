@@ -39,7 +39,7 @@ def _act(z, ACT: tl.constexpr):
     elif ACT == "mish":
         e = tl.exp(tl.minimum(z, 20.0, propagate_nan=tl.PropagateNan.ALL))  # no overflow of e²
         n = e * (e + 2.0)
-        z = z * (n / (n + 2.0))  # tanh(softplus(z))
+        z = z / (n + 2.0) * n  # times tanh(softplus(z)), in fewer registers
     elif ACT == "hardswish":
         gate = tl.maximum(z + 3.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
         z = z * (tl.minimum(gate, 6.0, propagate_nan=tl.PropagateNan.ALL) * (1.0 / 6.0))
