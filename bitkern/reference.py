@@ -5,6 +5,7 @@ floating dtype (float64 included), and can be differentiated any number of times
 in the package is tested against them. 16-bit inputs are computed in float32 and rounded once.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -15,10 +16,14 @@ from torch import Tensor
 from bitkern.layout import memory_format
 from bitkern.variant import Variant
 
-Activation = Literal["relu", "silu", "none"]
+Activation = Literal["relu", "silu", "leaky_relu", "gelu", "mish", "hardswish", "none"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
+    "leaky_relu": F.leaky_relu,
+    "gelu": F.gelu,
+    "mish": F.mish,
+    "hardswish": F.hardswish,
     "none": lambda x: x,
 }
 
@@ -233,6 +238,17 @@ def group_norm_act_backward(
     elif act == "silu":
         sigmoid = z.sigmoid()
         g = g * sigmoid * (1 + z * (1 - sigmoid))
+    elif act == "leaky_relu":
+        g = torch.where(z > 0, g, 0.01 * g)
+    elif act == "gelu":
+        density = (-0.5 * z * z).exp() / math.sqrt(2 * math.pi)
+        g = g * (torch.special.ndtr(z) + z * density)
+    elif act == "mish":
+        t = F.softplus(z).tanh()
+        g = g * (t + z * z.sigmoid() * (1 - t * t))
+    elif act == "hardswish":
+        slope = torch.where(z >= 3, 1.0, z / 3 + 0.5)
+        g = torch.where(z <= -3, 0.0, g * slope)
     dx = dweight = dbias = None
     if need_dx:
         h = gamma * g

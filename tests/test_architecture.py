@@ -43,7 +43,13 @@ INSIDE = {
         ("group_norm_act", "weight_standardize"),
         ("group_norm_act_conv", "group_norm_add_relu", "ws_conv2d"),
     ),
-    "nn": (("activations", "current"), ("layers",), ("fused", "standardized"), ("preact",)),
+    "nn": (
+        ("activations", "current"),
+        ("layers",),
+        ("instance_norm",),
+        ("fused", "standardized"),
+        ("preact",),
+    ),
     "convert": (
         ("batchnorm", "classes", "libraries", "patterns", "tracing"),
         ("proof",),
@@ -51,7 +57,7 @@ INSIDE = {
         ("convert",),
         ("explain", "fold"),
     ),
-    "convert.libraries": (("common",), ("timm", "transformers")),
+    "convert.libraries": (("common",), ("timm", "transformers", "transformers_activations")),
     "models": (
         ("download", "pretrained", "resnetv2"),
         ("checkpoints", "weights"),

@@ -47,7 +47,14 @@ LAYERS = {
     "GroupNorm no affine": lambda: nn.GroupNorm(6, 12, affine=False),
     "GroupNorm, ReLU": lambda: nn.Sequential(nn.GroupNorm(6, 12), nn.ReLU(inplace=True)),
     "GroupNorm1, SiLU": lambda: nn.Sequential(timm.GroupNorm1(12), nn.SiLU(), nn.ReLU()),
-    "ReLU, GroupNorm": lambda: nn.Sequential(nn.ReLU(), nn.GroupNorm(6, 12), nn.GELU()),
+    "ReLU, GroupNorm": lambda: nn.Sequential(nn.ReLU(), nn.GroupNorm(6, 12), nn.ELU()),
+    "GroupNorm, Mish": lambda: nn.Sequential(nn.GroupNorm(3, 12), nn.Mish(inplace=True)),
+    "GroupNormAct timm's GELU": lambda: timm.GroupNormAct(12, 4, act_layer="gelu"),
+    "BitGroupNormActivation Mish": lambda: bit_norm("mish"),
+    "InstanceNorm": lambda: nn.InstanceNorm2d(12, eps=1e-3),
+    "InstanceNorm, LeakyReLU": lambda: nn.Sequential(
+        nn.InstanceNorm2d(12, affine=True), nn.LeakyReLU(inplace=True)
+    ),
 }
 
 
@@ -234,10 +241,10 @@ def test_explain():
     before = bitkern.explain(small_timm())
     assert not any(row.converted for row in before)
     assert "bitkern.convert has not seen it" in str(before)
-    table = bitkern.explain(bitkern.convert(small_timm(act_layer=nn.GELU)))
+    table = bitkern.explain(bitkern.convert(small_timm(act_layer=nn.ELU)))
     rows = {row.name: row for row in table}
     assert rows["stem.conv"].layer == "timm StdConv2d" and rows["stem.conv"].converted
-    assert "then GELU" in rows["norm"].reason
+    assert "then ELU" in rows["norm"].reason
     assert not rows["head.fc"].converted
     assert "  12 timm StdConv2d " in str(table)
     plain = bitkern.explain(nn.Linear(2, 2))

@@ -64,7 +64,7 @@ def test_weight_standardize_constant_filter(eps_outside):
     assert w.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("act", ["relu", "silu", "none"])
+@pytest.mark.parametrize("act", reference.ACTIVATIONS)
 def test_group_norm_act_formula(act):
     x = maps((2, 6, 5, 3), torch.float64)
     weight, bias = affine(6, torch.float64)
@@ -72,11 +72,19 @@ def test_group_norm_act_formula(act):
     g = x.reshape(2, 3, -1)
     g = (g - g.mean(2, keepdim=True)) / (g.var(2, correction=0, keepdim=True) + 1e-3).sqrt()
     z = g.reshape(x.shape) * weight[:, None, None] + bias[:, None, None]
-    expected = {"relu": z.clamp_min(0), "silu": z / (1 + (-z).exp()), "none": z}[act]
+    expected = {
+        "relu": z.clamp_min(0),
+        "silu": z / (1 + (-z).exp()),
+        "leaky_relu": torch.maximum(z, z / 100),
+        "gelu": z / 2 * (1 + (z / 2**0.5).erf()),
+        "mish": z * z.exp().log1p().tanh(),
+        "hardswish": z * (z + 3).clamp(0, 6) / 6,
+        "none": z,
+    }[act]
     torch.testing.assert_close(y, expected)
 
 
-@pytest.mark.parametrize("act", ["relu", "silu", "none"])
+@pytest.mark.parametrize("act", reference.ACTIVATIONS)
 def test_group_norm_act_gradcheck(act):
     x = torch.randn(2, 4, 3, 2, dtype=torch.float64, requires_grad=True)
     r = torch.randn_like(x, requires_grad=True)
@@ -129,7 +137,7 @@ def test_group_norm_act_launcher_formulas(format):
     r = torch.randn_like(x, requires_grad=True)
     weight, bias = (p.requires_grad_() for p in affine(8, torch.float64))
     dtotal, dy = torch.randn_like(x), torch.randn_like(x)
-    for act in ("relu", "silu", "none"):
+    for act in reference.ACTIVATIONS:
         total, y = reference.add_group_norm_act(x, r, 4, weight, bias, 1e-5, act)
         expected = torch.autograd.grad((total, y), (x, weight, bias), (dtotal, dy))
         args = (t.detach() for t in (x, r))

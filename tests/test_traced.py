@@ -207,6 +207,20 @@ def test_compile_and_export():
     torch.testing.assert_close(exported.module()(x), peer(x), rtol=1e-4, atol=1e-4)
 
 
+def test_blocks_compiled_one_by_one_are_compiled_once():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    peer = block()
+    for _ in range(10):
+        module = torch.compile(bitkern.convert(block()), backend=backend, fullgraph=True)
+        torch.testing.assert_close(module(images()), peer(images()), rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1
+
+
 def test_torch_fx_and_checkpointing_and_transforms():
     module, peer = converted(block())
     x = images()

@@ -13,7 +13,15 @@ from bitkern.backends.backend import FLOATS, Backend
 from bitkern.backends.extension import DTYPES, Struct
 from bitkern.variant import Variant
 
-_ACTS = {"none": 0, "relu": 1, "silu": 2}
+_ACTS = {
+    "none": 0,
+    "relu": 1,
+    "silu": 2,
+    "leaky_relu": 3,
+    "gelu": 4,
+    "mish": 5,
+    "hardswish": 6,
+}
 
 
 class Cpu(Backend):

@@ -18,6 +18,7 @@ from bitkern.convert.classes import convert_classes
 from bitkern.convert.libraries import replacements
 from bitkern.convert.traced import adopt_all
 from bitkern.nn import GroupNormAct
+from bitkern.nn.instance_norm import INSTANCE_NORMS
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -34,8 +35,9 @@ def convert(
 
     Converted are timm's ``StdConv2d``, ``ScaledStdConv2d`` (with ``Same`` or without),
     ``GroupNormAct``, ``GroupNorm1Act``, ``GroupNorm`` and ``GroupNorm1``, transformers'
-    ``WeightStandardizedConv2d`` and ``BitGroupNormActivation``, ``nn.GroupNorm``, the latter with
-    the ReLU or SiLU behind it where an ``nn.Sequential`` shows it; in pre-activation (BiT) models
+    ``WeightStandardizedConv2d`` and ``BitGroupNormActivation``, ``nn.GroupNorm`` and
+    ``nn.InstanceNorm1d`` to ``3d`` without running statistics, these with the activation behind
+    them where an ``nn.Sequential`` shows it and the kernels have it; in pre-activation (BiT) models
     of both libraries also the blocks, which keep less for backward, and in whole ones the weights
     are standardized in one launch. Parameters and ``state_dict`` keys, optimizer state, hooks,
     modes, dtypes and devices are left alone. Subclasses are not converted: what they compute is
@@ -78,6 +80,8 @@ def convert(
         cls = layers.get(type(part))
         if type(part) is nn.GroupNorm:
             part.act = "none"  # type: ignore[assignment]
+        elif type(part) in INSTANCE_NORMS and not part.track_running_stats:
+            cls = INSTANCE_NORMS[type(part)]
         elif type(part) in blocks and blocks[type(part)].fits(part):
             cls = blocks[type(part)]
         if cls is not None:

@@ -14,6 +14,7 @@ from bitkern.convert.libraries import __name__ as LIBRARIES
 from bitkern.convert.libraries import replacements
 from bitkern.convert.traced import Traced, why_left
 from bitkern.nn import WSConv2d
+from bitkern.nn.instance_norm import INSTANCE_NORMS, InstanceNorm
 
 
 class Row(NamedTuple):
@@ -80,13 +81,13 @@ def _library(cls: type) -> str:
     return cls.__module__.removeprefix(f"{LIBRARIES}.").split(".")[0]
 
 
-_PLAIN = nn.GroupNorm, WSConv2d, Traced
+_PLAIN = nn.GroupNorm, *INSTANCE_NORMS, WSConv2d, Traced
 
 
 def _how(module: nn.Module, model: nn.Module) -> str:
     if isinstance(module, WSConv2d):
         return "weights standardized by a kernel"
-    if isinstance(module, nn.GroupNorm):
+    if isinstance(module, nn.GroupNorm | InstanceNorm):
         act, after = module.fusion()  # type: ignore[operator]
         then = ", then ".join(type(m).__name__ for m in after if type(m) is not nn.Identity)
         if then:
@@ -108,7 +109,9 @@ def _why_left(module: nn.Module, classes: Mapping[type, Any]) -> str | None:
         return None
     if "forward" in vars(module):
         return "a forward of its own has been put over that of its class"
-    if cls in classes or cls is nn.GroupNorm:
+    if cls in INSTANCE_NORMS and module.track_running_stats:
+        return "running statistics, which a GroupNorm has not"
+    if cls in classes or cls is nn.GroupNorm or cls in INSTANCE_NORMS:
         fits = getattr(classes.get(cls), "fits", None)
         if fits is None or fits(module):
             return "bitkern.convert has not seen it"

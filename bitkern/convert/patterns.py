@@ -17,6 +17,10 @@ FUNCTIONS: dict[Any, Activation] = {
     torch.relu: "relu",
     torch.relu_: "relu",
     F.silu: "silu",
+    F.leaky_relu: "leaky_relu",
+    F.gelu: "gelu",
+    F.mish: "mish",
+    F.hardswish: "hardswish",
 }
 METHODS: dict[Any, Activation] = {"relu": "relu", "relu_": "relu"}
 

@@ -24,7 +24,11 @@ BATCH = 2
 IN_FLOAT64: dict[str, Any] = {"device": "cpu", "dtype": torch.float64}
 LARGEST = 200_000_000  # parameters of a copy
 TOLERANCE = 1e-9  # relative; rounding of float64 in some thousand operations
-_DIMENSIONS = ((nn.Conv1d, 1), (nn.Conv3d, 3), (nn.ConvTranspose1d, 1), (nn.ConvTranspose3d, 3))
+_CHANNELS = "in_channels", "num_channels", "num_features"
+_DIMENSIONS = (
+    *((cls, 1) for cls in (nn.Conv1d, nn.ConvTranspose1d, nn.InstanceNorm1d)),
+    *((cls, 3) for cls in (nn.Conv3d, nn.ConvTranspose3d, nn.InstanceNorm3d)),
+)
 
 
 def twin_of(block: nn.Module) -> nn.Module:
@@ -120,7 +124,7 @@ def _shapes(node: fx.Node, modules: dict[str, nn.Module], size: int) -> Iterator
 def _shape(part: Any, size: int, modules: dict[str, nn.Module]) -> tuple[int, ...] | None:
     if isinstance(part, nn.Linear):
         return BATCH, part.in_features
-    channels = getattr(part, "in_channels", getattr(part, "num_channels", None))
+    channels = next((vars(part)[n] for n in _CHANNELS if n in vars(part)), None)
     if not isinstance(channels, int):
         return None
     of = (part, *modules.values())

@@ -11,8 +11,8 @@ import copy
 import functools
 import inspect
 import itertools
+import operator
 import random
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -304,8 +304,12 @@ def source_of(graph: fx.Graph) -> Any:
 
 def function_of(source: Any) -> Forward:
     """``function(block, *tensors)`` of such code; it calls the block's parts."""
-    scope: dict[str, Any] = dict(source.globals)
-    exec(compile(source.src, f"<{__name__}>", "exec"), scope)
-    function = scope["forward"]
-    assert isinstance(function, types.FunctionType)
+    return _function(source.src, tuple(sorted(source.globals.items(), key=operator.itemgetter(0))))
+
+
+@functools.cache  # torch.compile takes functions for the same if they are
+def _function(src: str, names: tuple[tuple[str, Any], ...]) -> Forward:
+    scope = dict(names)
+    exec(compile(src, f"<{__name__}>", "exec"), scope)
+    function: Forward = scope["forward"]
     return function

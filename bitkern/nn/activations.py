@@ -1,16 +1,28 @@
-"""The modules of PyTorch whose activation a kernel computes, and those that may do nothing."""
+"""The modules whose activation a kernel computes, and those that may do nothing."""
 
 from torch import nn
 
 from bitkern.reference import Activation
 
-ACT_OF: dict[type, Activation] = {nn.ReLU: "relu", nn.SiLU: "silu"}
+# Those of PyTorch. A file of bitkern.convert.libraries adds the classes of its library.
+ACTS: dict[type, Activation] = {
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.GELU: "gelu",
+    nn.Mish: "mish",
+    nn.Hardswish: "hardswish",
+}
 _DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d
 
 
 def act_of(module: nn.Module) -> Activation | None:
-    """The activation that a module computes, and a kernel as well; None if it is no such module."""
-    return ACT_OF.get(type(module))
+    """The activation that a module is; None for a subclass, or with other arguments."""
+    if type(module) is nn.LeakyReLU and module.negative_slope != 0.01:
+        return None
+    if type(module) is nn.GELU and module.approximate != "none":
+        return None
+    return ACTS.get(type(module))
 
 
 def may_be_idle(module: nn.Module) -> bool:

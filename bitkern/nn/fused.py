@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bitkern import _torch, ops
 from bitkern.backends import requested
 from bitkern.nn.activations import act_of, idle
+from bitkern.nn.instance_norm import InstanceNorm
 from bitkern.nn.layers import GroupNormAct, WSConv2d, conv_fusion
 from bitkern.ops import Conv, group_norm_act, group_norm_add_relu
 from bitkern.reference import ACTIVATIONS, Activation
@@ -24,17 +25,23 @@ def watched(module: nn.Module) -> bool:
     return _torch.hooked(module) or "forward" in vars(module)
 
 
-def fused_act(norm: nn.Module, after: Sequence[After] = ()) -> Activation | None:
-    """The activation that a kernel computes with a norm, whose own or one of those after it.
+# By the function, not the class: classes that bitkern.convert puts in have it, and a subclass with
+# a forward of its own has not.
+_FORWARDS = GroupNormAct.forward, InstanceNorm.forward
 
-    None if norm is no such module, or if the kernel cannot do all that comes after it.
+
+def fused_act(norm: Any, after: Sequence[After] = (), x: Tensor | None = None) -> Activation | None:
+    """The activation that a kernel computes with a norm, its own or one of those after it.
+
+    None if norm is no such module, if the kernel cannot do all that comes after it, or if it does
+    not take x.
     """
-    # By the function, not the class: classes that bitkern.convert puts in have it, and a subclass
-    # with a forward of its own has not.
-    if getattr(type(norm), "forward", None) is not GroupNormAct.forward or watched(norm):
+    if getattr(type(norm), "forward", None) not in _FORWARDS or watched(norm):
+        return None
+    if x is not None and not norm.takes(x):
         return None
     act: Activation
-    act, modules = norm.fusion()  # type: ignore[operator]
+    act, modules = norm.fusion()
     for part in (*modules, *after):
         if isinstance(part, nn.Module):
             if watched(part):
@@ -84,17 +91,16 @@ def apply_after(after: Sequence[After], y: Tensor) -> Tensor:
     return y
 
 
-def norm_act(norm: nn.Module, after: Sequence[After], x: Tensor) -> Tensor:
+def norm_act(norm: Any, after: Sequence[After], x: Tensor) -> Tensor:
     """A norm, and the activation among what comes after it, in one kernel where it can."""
-    act = fused_act(norm, after)
+    act = fused_act(norm, after, x)
     if act is None:
         return apply_after(after, norm(x))
-    assert isinstance(norm, nn.GroupNorm)
     return group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, act)
 
 
 def norm_add_relu(
-    norm: nn.Module,
+    norm: Any,
     after: Sequence[After],
     relu: After,
     x: Tensor,
@@ -104,8 +110,7 @@ def norm_add_relu(
     """``relu(norm(x) + residual)`` in one kernel where it can; else the sum ``in_place`` or not."""
     activation = act_of(relu) if isinstance(relu, nn.Module) and not watched(relu) else relu
     alike = residual.shape == x.shape and residual.dtype == x.dtype
-    if activation == "relu" and alike and fused_act(norm, after) == "none":
-        assert isinstance(norm, nn.GroupNorm)
+    if activation == "relu" and alike and fused_act(norm, after, x) == "none":
         affine = norm.num_groups, norm.weight, norm.bias, norm.eps
         return group_norm_add_relu(x, residual, *affine)
     y = apply_after(after, norm(x))
@@ -113,7 +118,7 @@ def norm_add_relu(
 
 
 def norm_act_conv(
-    norm: nn.Module,
+    norm: Any,
     convs: Sequence[nn.Module],
     x: Tensor,
     residual: Tensor | None = None,
@@ -133,12 +138,11 @@ def norm_act_conv(
         x, residual: (N, C, *); residual may be None.
         after: what stands between norm and convolutions: an activation, idle modules.
     """
-    act = fused_act(norm, after)
+    act = fused_act(norm, after, x)
     if act is None:
         s = x if residual is None else x + residual
         activation = apply_after(after, norm(s))
         return s, [conv(activation) for conv in convs]
-    assert isinstance(norm, nn.GroupNorm)
     affine = norm.num_groups, norm.weight, norm.bias, norm.eps, act
     fused = [found for found in map(fusible_conv, convs) if found]
     # The node is eager and differentiated once. Whoever asks for plain PyTorch gets it.
@@ -158,7 +162,7 @@ def norm_act_conv(
 
 
 def norm_act_convs(
-    norm: nn.Module, after: Sequence[After], convs: Sequence[nn.Module], x: Tensor
+    norm: Any, after: Sequence[After], convs: Sequence[nn.Module], x: Tensor
 ) -> list[Tensor]:
     """:func:`norm_act_conv`, of which nobody wants the sum."""
     return norm_act_conv(norm, convs, x, after=after)[1]

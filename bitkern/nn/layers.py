@@ -133,9 +133,10 @@ class WSConv2d(nn.Conv2d):
 
 
 class GroupNormAct(nn.GroupNorm):
-    """``nn.GroupNorm`` followed by an activation (``"relu"``, ``"silu"`` or ``"none"``), fused.
+    """``nn.GroupNorm`` followed by an activation, fused.
 
-    Takes the arguments and has the ``state_dict`` of ``nn.GroupNorm``.
+    Takes the arguments and has the ``state_dict`` of ``nn.GroupNorm``; ``act`` is that of
+    :func:`bitkern.ops.group_norm_act`.
     """
 
     __prepare_scriptable__ = _refuse_to_script
@@ -156,6 +157,10 @@ class GroupNormAct(nn.GroupNorm):
         check_act(act)
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         self.act = act
+
+    def takes(self, input: Tensor) -> bool:
+        """Whether the kernel's function is the one for an input; what it refuses is an error."""
+        return True
 
     def fusion(self) -> tuple[Activation, tuple[nn.Module, ...]]:
         """The activation that the kernel applies, and the modules that are called after it."""

@@ -287,7 +287,8 @@ def group_norm_act(
         num_groups: a divisor of C.
         weight, bias: (C,), any floating dtype, or None.
         eps: added to the variance.
-        act: ``"relu"``, ``"silu"`` or ``"none"``.
+        act: ``"relu"``, ``"silu"``, ``"leaky_relu"`` (slope 0.01), ``"gelu"`` (exact), ``"mish"``,
+            ``"hardswish"`` or ``"none"``.
 
     Returns:
         A tensor with the shape, dtype and memory format of ``x``, under autocast too.

@@ -22,7 +22,11 @@ void with_dtype_and_act(const GroupNormActProblem& shape, bool adds, Body&& body
     if (adds) return body(t, Act<Activation::relu, true>{});
     if (shape.act == Activation::none) return body(t, Act<Activation::none>{});
     if (shape.act == Activation::relu) return body(t, Act<Activation::relu>{});
-    body(t, Act<Activation::silu>{});
+    if (shape.act == Activation::silu) return body(t, Act<Activation::silu>{});
+    if (shape.act == Activation::leaky_relu) return body(t, Act<Activation::leaky_relu>{});
+    if (shape.act == Activation::gelu) return body(t, Act<Activation::gelu>{});
+    if (shape.act == Activation::mish) return body(t, Act<Activation::mish>{});
+    body(t, Act<Activation::hardswish>{});
   });
 }
 

@@ -12,10 +12,44 @@ namespace {
 
 // Comparisons are written so that NaN passes.
 
+constexpr float LEAK = 0.01f;
+
+// e^(-z²/2)
+inline Vec bell(Vec z) { return exp_down(z * z * -0.5f); }
+
+// The integral of the standard normal density up to z, by that up to -a: bell(a) (1/2 - a t p(t))
+// with a = |z|, t = 1 / (1 + 0.26 a); p is the fit of degree 8 on a <= 14.7, within 6.2e-9.
+inline Vec normal_cdf(Vec z, Vec bell) {
+  const Vec a = z < 0.0f ? -z : z, t = 1.0f / fma(a, broadcast(0.26f), broadcast(1.0f));
+  Vec p = fma(t, broadcast(0x1.1f9826p-7f), broadcast(-0x1.21722ep-5f));
+  p = fma(t, p, broadcast(0x1.463eeep-5f));
+  p = fma(t, p, broadcast(-0x1.817b52p-7f));
+  p = fma(t, p, broadcast(0x1.45e5d2p-5f));
+  p = fma(t, p, broadcast(0x1.8a5b96p-5f));
+  p = fma(t, p, broadcast(0x1.39736cp-4f));
+  p = fma(t, p, broadcast(0x1.a5d692p-4f));
+  p = fma(t, p, broadcast(0x1.0a3e6p-3f));
+  const Vec tail = bell * fma(-a * t, p, broadcast(0.5f));
+  return z < 0.0f ? tail : 1.0f - tail;
+}
+
+// Beyond it tanh(softplus(z)) is 1 in float, and its powers do not overflow before.
+constexpr float MISH_END = 20.0f;
+
 template <Activation act>
 inline Vec activate(Vec z) {
   if constexpr (act == Activation::relu) return relu(z);
   if constexpr (act == Activation::silu) return z / (1.0f + exp(-z));
+  if constexpr (act == Activation::leaky_relu) return z > 0.0f ? z : LEAK * z;
+  if constexpr (act == Activation::gelu) return z * normal_cdf(z, bell(z));
+  if constexpr (act == Activation::mish) {  // tanh(softplus(z)) = n / (n + 2)
+    const Vec e = exp_down(z > MISH_END ? broadcast(MISH_END) : z), n = e * (e + 2.0f);
+    return z * (n / (n + 2.0f));
+  }
+  if constexpr (act == Activation::hardswish) {
+    const Vec gate = relu(z + 3.0f);
+    return z * ((gate > 6.0f ? broadcast(6.0f) : gate) * (1.0f / 6.0f));
+  }
   return z;
 }
 
@@ -26,6 +60,20 @@ inline Vec activate_backward(Vec z, Vec dy) {
   if constexpr (act == Activation::silu) {
     const Vec sigmoid = 1.0f / (1.0f + exp(-z));
     return dy * (sigmoid * fma(z, 1.0f - sigmoid, broadcast(1.0f)));
+  }
+  if constexpr (act == Activation::leaky_relu) return z > 0.0f ? dy : LEAK * dy;
+  if constexpr (act == Activation::gelu) {
+    const Vec e = bell(z);
+    return dy * fma(z, e * 0x1.988454p-2f, normal_cdf(z, e));  // e / sqrt(2 pi), the density
+  }
+  if constexpr (act == Activation::mish) {
+    z = z > MISH_END ? broadcast(MISH_END) : z;
+    const Vec e = exp_down(z), n = e * (e + 2.0f), r = 1.0f / (n + 2.0f);
+    return dy * (r * fma(4.0f * z, e * (e + 1.0f) * r, n));
+  }
+  if constexpr (act == Activation::hardswish) {
+    const Vec g = dy * fma(z, broadcast(1.0f / 3.0f), broadcast(0.5f));
+    return z <= -3.0f ? Vec{} : z >= 3.0f ? dy : g;
   }
   return dy;
 }

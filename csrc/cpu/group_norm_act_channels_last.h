@@ -30,7 +30,8 @@ struct ChannelsLast {
         coefficients(coefficients) {
     const int64_t elements = shape.pixels * shape.channels;
     const int64_t target = elements / 64 > BLOCK ? elements / 64 : BLOCK;
-    pixels_a_block = (target / shape.channels + 7) / 8 * 8;
+    const int64_t pixels = target / shape.channels;
+    pixels_a_block = pixels > 0 ? (pixels + 7) / 8 * 8 : 8;
     units = shape.batch;
     blocks = (shape.pixels + pixels_a_block - 1) / pixels_a_block;
     parts = shape.groups;

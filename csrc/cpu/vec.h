@@ -294,5 +294,12 @@ inline Vec exp(Vec x) {
   return (Vec)((VecBits)e + ((VecBits)shifted << 23));
 }
 
+// e^x for x below 88, with the subnormal results and the 0 that exp() has not.
+inline Vec exp_down(Vec x) {
+  const VecInt low = x < -64.0f;
+  const Vec e = exp(low ? x + 64.0f : x);
+  return low ? e * 0x1.969d48p-93f : e;  // e^-64
+}
+
 }  // namespace
 }  // namespace bitkern::cpu::BITKERN_ISA

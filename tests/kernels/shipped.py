@@ -176,6 +176,8 @@ def shipped(everything):
     some = [(64, 3, 7, 7), (256, 256, 3, 3), (2048, 2048, 3, 3)]
     standardizations(fp32, fp16, (False, True), some, gain=True, variant=(True, True))
     standardizations(bf16, bf16, (True, True), some[1:], gain=True)
+    for act in ("leaky_relu", "gelu", "mish", "hardswish"):
+        group_norms(bf16, True, few[:2], act=act)
     return list(recorder.launches)
 
 

@@ -151,8 +151,8 @@ def test_every_instruction_set(isa):
     assert in_process(isa, "-c", code).stdout.strip() == isa
     if isa == _C.cpu.isa():
         return  # the suite itself runs on it
-    operators = "group_norm_act", "group_norm_add_relu", "weight_standardize"
-    tests = [f"tests/ops/test_{operator}.py" for operator in operators]
+    names = "group_norm_act", "activations", "group_norm_add_relu", "weight_standardize"
+    tests = [f"tests/ops/test_{name}.py" for name in names]
     options = ["-q", "-p", "no:cacheprovider", "-k", "cpu and not compile and not opcheck"]
     done = in_process(isa, "-m", "pytest", *tests, *options)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -17,7 +17,7 @@ class Net(nn.Module):
         self.norm = GroupNormAct(8, 32, act="silu")
 
     def forward(self, x: Tensor) -> Tensor:
-        return bitkern.ops.group_norm_act(self.norm(self.conv(x)), 8, act="none")
+        return bitkern.ops.group_norm_act(self.norm(self.conv(x)), 8, act="leaky_relu")
 
 
 def layers(x: Tensor) -> tuple[Tensor, str]:

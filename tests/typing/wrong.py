@@ -8,7 +8,7 @@ from bitkern import transfer
 from bitkern.nn import GroupNormAct, WSConv2d
 
 x = torch.ones(1, 8, 2, 2)
-bitkern.ops.group_norm_act(x, 4, act="gelu")  # error: arg-type
+bitkern.ops.group_norm_act(x, 4, act="tanh")  # error: arg-type
 bitkern.ops.group_norm_act(x)  # error: call-arg
 bitkern.ops.add_group_norm_act(x, None, 4)  # error: arg-type
 bitkern.ops.weight_standardize([x])  # error: arg-type

@@ -16,6 +16,7 @@ from typing import Any
 LIBRARIES = {
     "timm": "timm.layers",
     "transformers": "transformers.models.bit.modeling_bit",
+    "transformers_activations": "transformers.activations",
 }
 
 

@@ -1,17 +1,14 @@
 """What the layers, blocks and stages of timm and transformers have in common."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitkern.nn import GroupNormAct, WSConv2d, preact
-from bitkern.nn.activations import ACT_OF
+from bitkern.nn.activations import act_of
 from bitkern.nn.fused import watched
 from bitkern.reference import Activation
-
-ACT_OR_NONE_OF: Mapping[type, Activation] = {**ACT_OF, nn.Identity: "none"}
 
 
 class StandardizedConv(WSConv2d):
@@ -25,14 +22,13 @@ class Norm:
     """Mixin of norms; they say what is fused by a ``fusion`` of their own."""
 
     forward = GroupNormAct.forward
+    takes = GroupNormAct.takes
     __prepare_scriptable__ = GroupNormAct.__prepare_scriptable__
 
 
-def fusion(
-    acts: Mapping[type, Activation], *modules: nn.Module
-) -> tuple[Activation, tuple[nn.Module, ...]]:
+def fusion(*modules: nn.Module) -> tuple[Activation, tuple[nn.Module, ...]]:
     """:meth:`GroupNormAct.fusion` of a norm that calls ``modules``, the last an activation."""
-    act = acts.get(type(modules[-1]))
+    act = "none" if type(modules[-1]) is nn.Identity else act_of(modules[-1])
     idle = all(type(module) is nn.Identity for module in modules[:-1])
     if act is None or not idle or any(watched(module) for module in modules):
         return "none", modules

@@ -4,13 +4,24 @@ import contextlib
 
 import torch
 from timm import layers
+from timm.layers import activations
 from timm.models import resnetv2
 from torch import nn
 
 from bitkern.convert.libraries import common
-from bitkern.convert.libraries.common import ACT_OR_NONE_OF, Norm, StandardizedConv, fusion
+from bitkern.convert.libraries.common import Norm, StandardizedConv, fusion
+from bitkern.nn.activations import ACTS
 from bitkern.nn.preact import summed, through
 from bitkern.nn.standardized import per_forward
+
+ACTS.update(
+    {
+        activations.Swish: "silu",
+        activations.GELU: "gelu",
+        activations.Mish: "mish",
+        activations.HardSwish: "hardswish",
+    }
+)
 
 
 class StdConv2d(StandardizedConv, layers.StdConv2d):
@@ -51,7 +62,7 @@ class PlainNorm(Norm):
 
 class NormAct(Norm):
     def fusion(self):
-        return fusion(ACT_OR_NONE_OF, self.drop, self.act)
+        return fusion(self.drop, self.act)
 
 
 class GroupNorm(PlainNorm, layers.GroupNorm):

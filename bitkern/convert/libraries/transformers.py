@@ -3,11 +3,10 @@
 import functools
 
 from torch import nn
-from transformers.activations import SiLUActivation
 from transformers.models.bit import modeling_bit as bit
 
 from bitkern.convert.libraries import common
-from bitkern.convert.libraries.common import ACT_OR_NONE_OF, Norm, StandardizedConv, fusion
+from bitkern.convert.libraries.common import Norm, StandardizedConv, fusion
 from bitkern.nn.standardized import per_forward
 
 
@@ -32,7 +31,7 @@ class PaddedWeightStandardizedConv2d(WeightStandardizedConv2d):
 
 class BitGroupNormActivation(Norm, bit.BitGroupNormActivation):
     def fusion(self):
-        return fusion({**ACT_OR_NONE_OF, SiLUActivation: "silu"}, self.activation)
+        return fusion(self.activation)
 
 
 class BitPreActivationBottleneckLayer(common.Bottleneck, bit.BitPreActivationBottleneckLayer):

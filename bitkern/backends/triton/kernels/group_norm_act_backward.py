@@ -29,6 +29,20 @@ def _act_backward(dy, z, ACT: tl.constexpr):
     elif ACT == "silu":
         s = tl.sigmoid(z)
         dy = dy * s * (1.0 + z * (1.0 - s))
+    elif ACT == "leaky_relu":
+        dy = tl.where(z > 0.0, dy, 0.01 * dy)
+    elif ACT == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        dy = dy * (0.5 + 0.5 * tl.erf(z * 0.7071067811865476) + z * density)
+    elif ACT == "mish":
+        z = tl.minimum(z, 20.0, propagate_nan=tl.PropagateNan.ALL)  # no overflow of n
+        e = tl.exp(z)
+        n = e * (e + 2.0)
+        r = 1.0 / (n + 2.0)
+        dy = dy * (r * (n + 4.0 * z * (e * (e + 1.0) * r)))
+    elif ACT == "hardswish":
+        slope = tl.where(z >= 3.0, 1.0, z * (1.0 / 3.0) + 0.5)
+        dy = tl.where(z <= -3.0, 0.0, dy * slope)
     return dy
 
 

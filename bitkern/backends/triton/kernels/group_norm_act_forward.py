@@ -32,6 +32,17 @@ def _act(z, ACT: tl.constexpr):
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "silu":
         z = z * tl.sigmoid(z)
+    elif ACT == "leaky_relu":
+        z = tl.maximum(z, 0.01 * z, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == "gelu":
+        z = z * (0.5 + 0.5 * tl.erf(z * 0.7071067811865476))
+    elif ACT == "mish":
+        e = tl.exp(tl.minimum(z, 20.0, propagate_nan=tl.PropagateNan.ALL))  # no overflow of e²
+        n = e * (e + 2.0)
+        z = z / (n + 2.0) * n  # times tanh(softplus(z)), in fewer registers
+    elif ACT == "hardswish":
+        gate = tl.maximum(z + 3.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        z = z * (tl.minimum(gate, 6.0, propagate_nan=tl.PropagateNan.ALL) * (1.0 / 6.0))
     return z
 
 

@@ -1,0 +1,68 @@
+"""Instance normalization (Ulyanov et al., arXiv 1607.08022): GroupNorm with a group per channel."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bitkern.nn.layers import GroupNormAct
+from bitkern.ops import group_norm_act
+from bitkern.reference import Activation
+
+torch.fx.wrap("group_norm_act")  # recorded as it is
+
+
+class InstanceNorm(nn.Module):
+    """Mixin of instance norms without running statistics."""
+
+    __prepare_scriptable__ = GroupNormAct.__prepare_scriptable__
+
+    dimensions: ClassVar[int]  # of a batch
+    num_features: int
+    weight: Any
+    bias: Any
+    eps: float
+
+    @property
+    def num_groups(self) -> int:
+        return self.num_features
+
+    def fusion(self) -> tuple[Activation, tuple[nn.Module, ...]]:
+        """As :meth:`GroupNormAct.fusion`."""
+        return "none", ()
+
+    def takes(self, input: Tensor) -> bool:
+        """Whether an input is a batch that PyTorch takes, for which a kernel is there."""
+        features = input.ndim == self.dimensions and input.shape[1] == self.num_features
+        return features and input.shape[2:].numel() > 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps (N, num_features, *) -> the same shape, dtype and memory format.
+
+        What else PyTorch takes, a sample without a batch say, or refuses, is left to it.
+        """
+        # torch.fx, which cannot follow the conditions, records what a batch takes.
+        if isinstance(input, torch.fx.Proxy) or self.takes(input):
+            affine = self.num_features, self.weight, self.bias, self.eps
+            return group_norm_act(input, *affine, "none")
+        y: Tensor = super().forward(input)
+        return y
+
+
+class InstanceNorm1d(InstanceNorm, nn.InstanceNorm1d):
+    dimensions = 3
+
+
+class InstanceNorm2d(InstanceNorm, nn.InstanceNorm2d):
+    dimensions = 4
+
+
+class InstanceNorm3d(InstanceNorm, nn.InstanceNorm3d):
+    dimensions = 5
+
+
+INSTANCE_NORMS: dict[type, type[InstanceNorm]] = {
+    nn.InstanceNorm1d: InstanceNorm1d,
+    nn.InstanceNorm2d: InstanceNorm2d,
+    nn.InstanceNorm3d: InstanceNorm3d,
+}
