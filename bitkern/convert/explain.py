@@ -62,7 +62,7 @@ def explain(subject: str | nn.Module, /, *tensors: Tensor | None) -> Choice | Ta
     known = *layers, *blocks, *_PLAIN
     fused = {
         block.get_submodule(path): how
-        for block in subject.modules()
+        for block in reversed(list(subject.modules()))  # outer blocks may do more
         if isinstance(block, Traced) and block.bitkern_plan and block.planned
         for path, how in block.bitkern_plan.plan.fused.items()
     }

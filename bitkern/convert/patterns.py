@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from bitkern.nn.activations import act_of, may_be_idle
-from bitkern.nn.fused import fused_act, fusible_conv, norm_act, norm_act_convs, norm_add_relu
+from bitkern.nn.fused import (
+    add_norm_act_convs,
+    fused_act,
+    fusible_conv,
+    norm_act,
+    norm_act_convs,
+    norm_add_relu,
+)
 from bitkern.reference import Activation
 
 FUNCTIONS: dict[Any, Activation] = {
@@ -35,14 +42,26 @@ class Chain(NamedTuple):
     nodes: tuple[fx.Node, ...]
 
 
+class Sum(NamedTuple):
+    """The node of a sum, its operands, and whether it changes the first of them."""
+
+    node: fx.Node
+    first: fx.Node
+    second: fx.Node
+    in_place: bool
+
+
 class End(NamedTuple):
     """The sum with a residual and its ReLU behind a norm."""
 
-    total: fx.Node
+    total: Sum
     residual: fx.Node
     relu: fx.Node
     act: fx.Node | Activation
-    in_place: bool
+
+
+AS_ONE = "norm, activation and convolution as one"
+WITH_SUM = "residual sum, norm, activation and convolution as one"
 
 
 class Found(NamedTuple):
@@ -76,8 +95,12 @@ def fuse(graph: fx.Graph, block: nn.Module) -> Found:
             continue
         convs = [user for user in chain.last.users if _convolves(user, chain.last, modules)]
         if convs and len(convs) == len(chain.last.users):
-            _fuse_convs(graph, chain, convs)
-            fused[path] = "norm, activation and convolution as one"
+            total = _sum_before(graph, chain, modules)
+            if total is None:
+                _fuse_convs(graph, chain, convs)
+            else:
+                _fuse_sum(graph, chain, convs, total)
+            fused[path] = AS_ONE if total is None else WITH_SUM
         elif chain.nodes:
             _fuse_act(graph, chain)
             fused[path] = "norm and activation in one kernel"
@@ -117,24 +140,43 @@ def _chain(norm: fx.Node, modules: dict[str, nn.Module]) -> Chain:
 ADDITIONS = {operator.add: False, operator.iadd: True, torch.add: False, "add": False, "add_": True}
 
 
+def _sum(node: fx.Node) -> Sum | None:
+    """A sum of two symbols; None if a node is something else."""
+    plain = node.op in ("call_function", "call_method") and node.target in ADDITIONS
+    if not plain or len(node.args) != 2 or node.kwargs:
+        return None
+    first, second = node.args
+    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)) or first is second:
+        return None
+    return Sum(node, first, second, ADDITIONS[node.target])
+
+
+def _sum_before(graph: fx.Graph, chain: Chain, modules: dict[str, nn.Module]) -> Sum | None:
+    """The sum that a norm is the first to see, if it may be computed with it."""
+    x = chain.norm.args[0]
+    total = _sum(x) if isinstance(x, fx.Node) else None
+    if total is None or (total.in_place and not _fresh(total.first, modules)):
+        return None
+    users = set(total.node.users)
+    return total if next(n for n in graph.nodes if n in users) is chain.norm else None
+
+
 def _end(chain: Chain, modules: dict[str, nn.Module]) -> End | None:
     """What ends a post-activation block, if that is what follows a norm."""
     x = chain.norm.args[0]
     if chain.act != "none" or len(chain.last.users) != 1 or not _fresh(x, modules):
         return None
-    (total,) = chain.last.users
-    plain = total.op in ("call_function", "call_method") and total.target in ADDITIONS
-    if not plain or len(total.args) != 2 or total.kwargs or len(total.users) != 1:
+    total = _sum(next(iter(chain.last.users)))
+    if total is None or len(total.node.users) != 1:
         return None
-    first, second = total.args
-    residual, in_place = second if first is chain.last else first, ADDITIONS[total.target]
-    (relu,) = total.users
+    if total.in_place and total.first is not chain.last:
+        return None
+    (relu,) = total.node.users
     module = modules.get(str(relu.target)) if relu.op == "call_module" else None
-    if not isinstance(residual, fx.Node) or residual is chain.last:
+    if _activation(relu, total.node, module) != "relu":
         return None
-    if (in_place and first is not chain.last) or _activation(relu, total, module) != "relu":
-        return None
-    return End(total, residual, relu, "relu" if module is None else relu, in_place)
+    residual = total.second if total.first is chain.last else total.first
+    return End(total, residual, relu, "relu" if module is None else relu)
 
 
 def _fresh(x: Any, modules: dict[str, nn.Module]) -> bool:
@@ -143,7 +185,10 @@ def _fresh(x: Any, modules: dict[str, nn.Module]) -> bool:
         return False
     if x.op == "call_module":
         return fusible_conv(modules[str(x.target)]) is not None
-    return x.target is operator.getitem and x.args[0].target is norm_act_convs
+    made = x.args[0] if x.target is operator.getitem else None
+    while made is not None and made.target is operator.getitem:
+        made = made.args[0]
+    return made is not None and made.target in (norm_act_convs, add_norm_act_convs)
 
 
 def _activation(user: fx.Node, of: fx.Node, module: nn.Module | None) -> Activation | None:
@@ -194,22 +239,39 @@ def _fuse_convs(graph: fx.Graph, chain: Chain, convs: list[fx.Node]) -> None:
         parts = [_module(graph, conv) for conv in convs]
         fused = graph.call_function(norm_act_convs, (norm, after, parts, x))
         outs = [graph.call_function(operator.getitem, (fused, i)) for i in range(len(convs))]
-    for conv, out in zip(convs, outs, strict=True):
-        conv.replace_all_uses_with(out)
-        graph.erase_node(conv)
+    _replace(graph, convs, outs)
     _erase(graph, chain)
 
 
 def _fuse_end(graph: fx.Graph, chain: Chain, end: End) -> None:
-    with graph.inserting_before(end.total):  # where the residual is
+    with graph.inserting_before(end.total.node):  # where the residual is
         norm, after, x = _arguments(graph, chain)
         act = _module(graph, end.act) if isinstance(end.act, fx.Node) else end.act
-        arguments = norm, after, act, x, end.residual, end.in_place
+        arguments = norm, after, act, x, end.residual, end.total.in_place
         fused = graph.call_function(norm_add_relu, arguments)
     end.relu.replace_all_uses_with(fused)
     graph.erase_node(end.relu)
-    graph.erase_node(end.total)
+    graph.erase_node(end.total.node)
     _erase(graph, chain)
+
+
+def _fuse_sum(graph: fx.Graph, chain: Chain, convs: list[fx.Node], total: Sum) -> None:
+    with graph.inserting_before(total.node):
+        norm, after, _ = _arguments(graph, chain)
+        parts = [_module(graph, conv) for conv in convs]
+        arguments = norm, after, parts, total.first, total.second, total.in_place
+        fused = graph.call_function(add_norm_act_convs, arguments)
+        s, every = (graph.call_function(operator.getitem, (fused, i)) for i in range(2))
+        outs = [graph.call_function(operator.getitem, (every, i)) for i in range(len(convs))]
+    _replace(graph, convs, outs)
+    _erase(graph, chain)
+    _replace(graph, [total.node], [s])
+
+
+def _replace(graph: fx.Graph, nodes: list[fx.Node], others: list[fx.Node]) -> None:
+    for node, other in zip(nodes, others, strict=True):
+        node.replace_all_uses_with(other)
+        graph.erase_node(node)
 
 
 def _why(node: fx.Node, chain: Chain | None, block: nn.Module) -> str:

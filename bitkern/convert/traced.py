@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from bitkern.convert.patterns import fuse
+from bitkern import _torch
+from bitkern.convert.patterns import WITH_SUM, fuse
 from bitkern.convert.proof import prove, twin_of
 from bitkern.convert.tracing import (
     Case,
@@ -91,10 +92,15 @@ class BoundPlan:
             return None
         which, tensors = bound
         way = self.ways.get(Case(block.training, torch.is_grad_enabled(), which))
-        if way is None or not self.fits() or any(map(watched, self.through)):
+        if way is None or not self.fits() or any(map(_by_itself, self.through)):
             return None
         function, reads = way
         return (function, tensors) if all(read.holds(scope) for scope, read in reads) else None
+
+
+def _by_itself(part: nn.Module) -> bool:
+    """Whether a module is to be called, since hooks watch it or something has compiled it."""
+    return watched(part) or _torch.compiled(part)
 
 
 class Traced:
@@ -141,7 +147,6 @@ def _bare(cls: type) -> Any:
 def traced(cls: Any) -> Any:
     """The subclass of a class whose instances may have a plan."""
 
-    @functools.wraps(cls.forward)  # its parameters are looked at
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = self.bitkern_plan
         way = None if bound is None else bound.way(self, args, kwargs)
@@ -152,6 +157,7 @@ def traced(cls: Any) -> Any:
 
     # torch.compile counts its attempts by code: those at another class are others.
     forward.__code__ = forward.__code__.replace()
+    functools.update_wrapper(forward, cls.forward)  # whose parameters are looked at
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (Traced, cls), names | {"original": cls, "forward": forward})
 
@@ -162,6 +168,11 @@ def adopt_all(module: nn.Module) -> None:
     If a block returns what a norm makes, and does no more with it, the block that calls it is
     looked at, and the inner one as a part of that.
     """
+    _adopt_inside(module)
+    _adopt_across(module)
+
+
+def _adopt_inside(module: nn.Module) -> None:
     escapes: list[nn.Module] = []
     for block in reversed(list(module.modules())):
         if not is_block(block):
@@ -178,6 +189,20 @@ def adopt_all(module: nn.Module) -> None:
             pass
 
 
+def _adopt_across(block: nn.Module) -> None:
+    """Let blocks that follow each other run as one where a norm takes the sum before it."""
+    parts = [part for part in block.modules() if part is not block]
+    through = [part for part in parts if any(isinstance(p, Traced) for p in part.modules())]
+    if sum(isinstance(part, Traced) for part in through) > 1 and not is_ours(block):
+        with contextlib.suppress(Unproven):
+            plan = plan_of(block, through)
+            if WITH_SUM in plan.fused.values():
+                _give(block, plan)
+                return
+    for child in block.children():
+        _adopt_across(child)
+
+
 def _looked_at(block: nn.Module) -> Iterator[nn.Module]:
     """A block and the lists in it, whose parts a forward may take one by one."""
     yield block
@@ -188,9 +213,13 @@ def _looked_at(block: nn.Module) -> Iterator[nn.Module]:
 
 def is_block(module: nn.Module) -> bool:
     """Whether a module is one that has parts, calls them, and has been left to itself."""
-    own = type(module).__module__.split(".")[0] == "bitkern" or "forward" in vars(module)
     done = isinstance(module, Traced) and module.planned
-    return not (own or done) and any(True for _ in module.children())
+    return not (is_ours(module) or done) and any(True for _ in module.children())
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether a module has a forward of this package, or one put over that of its class."""
+    return type(module).__module__.split(".")[0] == "bitkern" or "forward" in vars(module)
 
 
 def _held(block: nn.Module) -> Iterator[nn.Module]:
@@ -203,11 +232,14 @@ def _held(block: nn.Module) -> Iterator[nn.Module]:
 
 def adopt(block: nn.Module, through: Sequence[nn.Module] = ()) -> None:
     """Give a block a plan and the class that runs it. Raises Unproven if there is none."""
-    plan = _best_plan(block, through).of(block)
+    _give(block, _best_plan(block, through))
+
+
+def _give(block: nn.Module, plan: Plan) -> None:
     if not isinstance(block, Traced):
         cls: Any = type(block)
         block.__class__ = traced(cls)
-    block.bitkern_plan = plan  # type: ignore[assignment]
+    block.bitkern_plan = plan.of(block)  # type: ignore[assignment]
 
 
 def _best_plan(block: nn.Module, through: Sequence[nn.Module]) -> Plan:

@@ -125,6 +125,11 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return all(m is not module for module in self._through)
 
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if self.is_leaf_module(m, ""):
+            return super().call_module(m, forward, args, kwargs)
+        return original_forward(m)(m, *args, **kwargs)
+
     def create_args_for_root(self, *_: Any, **__: Any) -> Any:
         block, forward = self.root, original_forward(self.root)
 

@@ -161,6 +161,20 @@ def norm_act_conv(
     return s, [conv(activation) for conv in convs]
 
 
+def add_norm_act_convs(
+    norm: Any,
+    after: Sequence[After],
+    convs: Sequence[nn.Module],
+    x: Tensor,
+    residual: Tensor,
+    in_place: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """:func:`norm_act_conv` of a sum that is wanted; ``in_place`` or not where it is no such."""
+    if residual.shape == x.shape and residual.dtype == x.dtype:
+        return norm_act_conv(norm, convs, x, residual, after=after)
+    return norm_act_conv(norm, convs, x.add_(residual) if in_place else x + residual, after=after)
+
+
 def norm_act_convs(
     norm: Any, after: Sequence[After], convs: Sequence[nn.Module], x: Tensor
 ) -> list[Tensor]:
