@@ -31,15 +31,16 @@ def is_bitkern(module: nn.Module) -> bool:
 def convert(
     module: _Module, ws: bool = False, classes: Mapping[type, Any] | None = None
 ) -> _Module:
-    """Run the layers of timm, transformers and PyTorch in ``module`` on the kernels, in place.
+    """Run the norms and standardized convolutions of ``module`` on the kernels, in place.
 
     Converted are timm's ``StdConv2d``, ``ScaledStdConv2d`` (with ``Same`` or without),
     ``GroupNormAct``, ``GroupNorm1Act``, ``GroupNorm`` and ``GroupNorm1``, transformers'
-    ``WeightStandardizedConv2d`` and ``BitGroupNormActivation``, ``nn.GroupNorm`` and
-    ``nn.InstanceNorm1d`` to ``3d`` without running statistics, these with the activation behind
-    them where an ``nn.Sequential`` shows it and the kernels have it; in pre-activation (BiT) models
-    of both libraries also the blocks, which keep less for backward, and in whole ones the weights
-    are standardized in one launch. Parameters and ``state_dict`` keys, optimizer state, hooks,
+    ``WeightStandardizedConv2d`` and ``BitGroupNormActivation``, ``nn.GroupNorm``, and
+    ``nn.InstanceNorm1d`` to ``3d`` without running statistics; in pre-activation (BiT) models of
+    both libraries also the blocks, which keep less for backward, and in whole ones the weights are
+    standardized in one launch. In blocks of any other class what follows a norm, an activation,
+    convolutions, a residual sum, is computed with it where torch.fx proves what that is and a
+    comparison in float64 agrees. Parameters and ``state_dict`` keys, optimizer state, hooks,
     modes, dtypes and devices are left alone. Subclasses are not converted: what they compute is
     their own. :func:`bitkern.explain` of the module tells what was converted, what not, and why.
 
@@ -52,13 +53,17 @@ def convert(
             same weight and bias) and ``nn.Conv2d`` into :class:`bitkern.nn.WSConv2d`, where
             torch.fx or an ``nn.Sequential`` shows that batch normalization alone follows it. That
             is another network, for training; it has no running statistics.
+        classes: convolutions and norms of classes that bitkern does not know: ``{TheirConv:
+            WSConv2d, TheirNorm: GroupNormAct}``, or :func:`functools.partial` of these with the
+            variant of the formula. Each is first compared on random input.
 
     Returns:
         ``module``.
 
     Raises:
         TypeError: for what is no ``nn.Module``, or what is compiled already.
-        ValueError: with ``ws``, if there is no such convolution.
+        ValueError: with ``ws``, if there is no such convolution; with ``classes``, if one computes
+            something else, and by how much, or is not in the module.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"convert: expected an nn.Module, got {type(module).__name__}")

@@ -195,10 +195,8 @@ def _adopt_across(block: nn.Module) -> None:
     through = [part for part in parts if any(isinstance(p, Traced) for p in part.modules())]
     if sum(isinstance(part, Traced) for part in through) > 1 and not is_ours(block):
         with contextlib.suppress(Unproven):
-            plan = plan_of(block, through)
-            if WITH_SUM in plan.fused.values():
-                _give(block, plan)
-                return
+            _give(block, plan_of(block, through, wanted=WITH_SUM))
+            return
     for child in block.children():
         _adopt_across(child)
 
@@ -252,8 +250,11 @@ def _best_plan(block: nn.Module, through: Sequence[nn.Module]) -> Plan:
     return plan_of(block)
 
 
-def plan_of(block: nn.Module, through: Sequence[nn.Module] = ()) -> Plan:
-    """What of a block can run fused. Raises Unproven, with the reason, if nothing can."""
+def plan_of(block: nn.Module, through: Sequence[nn.Module] = (), wanted: str | None = None) -> Plan:
+    """What of a block can run fused. Raises Unproven, with the reason, if nothing can.
+
+    ``wanted`` is what a norm must become for the plan to be worth it.
+    """
     parameters = Parameters(original_forward(block))
     reason, twin = Unproven("its forward fails in all cases"), None
     ways: dict[Case, Way] = {}
@@ -270,6 +271,8 @@ def plan_of(block: nn.Module, through: Sequence[nn.Module] = ()) -> Plan:
                 if not found.fused:
                     kind = Escapes if found.escape else Unproven
                     raise kind("; ".join(sorted(set(found.left.values()))) or "it calls no norm")
+                if wanted is not None and wanted not in found.fused.values():
+                    raise Unproven(f"no {wanted}")
                 source = source_of(graph)
                 if source.src not in functions:
                     function = function_of(source)
