@@ -51,9 +51,9 @@ INSIDE = {
         ("preact",),
     ),
     "convert": (
-        ("batchnorm", "classes", "libraries", "patterns", "tracing"),
+        ("batchnorm", "libraries", "patterns", "tracing"),
         ("proof",),
-        ("traced",),
+        ("classes", "traced"),
         ("convert",),
         ("explain", "fold"),
     ),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkern import _torch
+from bitkern.convert.proof import one_thread
 from bitkern.nn import GroupNormAct, WSConv2d
 from bitkern.reference import ACTIVATIONS
 from bitkern.variant import Variant
@@ -31,8 +32,13 @@ def convert_classes(module: nn.Module, classes: Mapping[type, Any]) -> None:
         found = {name: part for name, part in module.named_modules() if type(part) is cls}
         if not found:
             raise ValueError(f"classes: no {cls.__name__} in {type(module).__name__}")
+        alike: set[str] = set()
         for name, part in found.items():
-            _check(name, part, target, options)
+            settings = {k: v for k, v in vars(part).items() if not k.startswith("_")}
+            if repr((part, settings)) not in alike:
+                with one_thread():
+                    _check(name, part, target, options)
+                alike.add(repr((part, settings)))
             chosen.append((part, target, options))
     for part, target, options in chosen:
         _assign(part, target, options)
@@ -118,7 +124,7 @@ def _shape(part: Any) -> tuple[int, ...]:
         return (
             2,
             part.in_channels,
-            *(d * (k - 1) + 4 for d, k in zip(part.dilation, part.kernel_size, strict=True)),
+            *(d * (k - 1) + 3 for d, k in zip(part.dilation, part.kernel_size, strict=True)),
         )
     return 2, part.num_channels, 5, 4
 

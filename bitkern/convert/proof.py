@@ -1,5 +1,6 @@
 """Whether a function does what a block does: results and gradients on random input, in float64."""
 
+import contextlib
 import copy
 import functools
 import math
@@ -50,10 +51,17 @@ def prove(
     """Raise Unproven unless a function of a graph agrees in a case with a block, as its twin is."""
     for part in twin.modules():
         part.training = case.training
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these are small
-    try:
+    with one_thread():
         _prove(twin, graph, parameters, case, function)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For work in which threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 

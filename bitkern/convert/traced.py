@@ -28,6 +28,7 @@ from bitkern.convert.tracing import (
     Read,
     Unproven,
     function_of,
+    original,
     original_forward,
     source_of,
     structure,
@@ -250,6 +251,10 @@ def _best_plan(block: nn.Module, through: Sequence[nn.Module]) -> Plan:
     return plan_of(block)
 
 
+# Which code has been compared with which class, its parts being such: not again in a next block.
+_proved: set[tuple[type, str, str]] = set()
+
+
 def plan_of(block: nn.Module, through: Sequence[nn.Module] = (), wanted: str | None = None) -> Plan:
     """What of a block can run fused. Raises Unproven, with the reason, if nothing can.
 
@@ -260,7 +265,6 @@ def plan_of(block: nn.Module, through: Sequence[nn.Module] = (), wanted: str | N
     ways: dict[Case, Way] = {}
     fused: dict[str, str] = {}
     left: dict[str, str] = {}
-    functions: dict[str, Forward] = {}  # one for the cases in which the same happens
     for training, grad in itertools.product((True, False), repeat=2):
         for which in parameters.cases():
             case = Case(training, grad, which)
@@ -274,17 +278,18 @@ def plan_of(block: nn.Module, through: Sequence[nn.Module] = (), wanted: str | N
                 if wanted is not None and wanted not in found.fused.values():
                     raise Unproven(f"no {wanted}")
                 source = source_of(graph)
-                if source.src not in functions:
-                    function = function_of(source)
+                function = function_of(source)
+                key = original(block), source.src, repr(block)
+                if key not in _proved:
                     twin = twin or twin_of(block)
                     prove(twin, graph, parameters, case, function)
-                    functions[source.src] = function
+                    _proved.add(key)
             except Deceived:
                 raise
             except Unproven as error:
                 reason = error
                 continue
-            ways[case] = Way(functions[source.src], reads)
+            ways[case] = Way(function, reads)
             fused |= found.fused
     if not ways:
         raise reason
