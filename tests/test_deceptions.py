@@ -273,3 +273,10 @@ def test_explain():
     ):
         rows = bitkern.explain(bitkern.convert(block(forward)))
         assert any(reason in row.reason for row in rows), list(rows)
+
+
+def test_copied_in_a_way_of_its_own():
+    cls = type("Own", (type(block()),), {"__getstate__": lambda self: self.__dict__ | {"extra": 1}})
+    module, peer = converted(block(cls=cls))
+    assert fused(module, images()) == (0, 2)
+    assert copy.deepcopy(module).extra == copy.deepcopy(peer).extra == 1

@@ -251,8 +251,23 @@ def _best_plan(block: nn.Module, through: Sequence[nn.Module]) -> Plan:
     return plan_of(block)
 
 
-# Which code has been compared with which class, its parts being such: not again in a next block.
-_proved: set[tuple[type, str, str]] = set()
+# Which code has been compared with which class, its parts being such, in which mode: not again in a
+# next block, nor for a case in which the same happens.
+_proved: set[tuple[type, str, str, bool]] = set()
+
+
+# How modules are copied and pickled that do not say it themselves.
+_COPIED = tuple(
+    (name, getattr(nn.Module, name, None))
+    for name in (
+        "__copy__",
+        "__deepcopy__",
+        "__getstate__",
+        "__setstate__",
+        "__reduce__",
+        "__reduce_ex__",
+    )
+)
 
 
 def plan_of(block: nn.Module, through: Sequence[nn.Module] = (), wanted: str | None = None) -> Plan:
@@ -261,6 +276,8 @@ def plan_of(block: nn.Module, through: Sequence[nn.Module] = (), wanted: str | N
     ``wanted`` is what a norm must become for the plan to be worth it.
     """
     parameters = Parameters(original_forward(block))
+    if any(getattr(original(block), name, None) is not how for name, how in _COPIED):
+        raise Unproven("its class is copied in a way of its own")
     reason, twin = Unproven("its forward fails in all cases"), None
     ways: dict[Case, Way] = {}
     fused: dict[str, str] = {}
@@ -279,7 +296,7 @@ def plan_of(block: nn.Module, through: Sequence[nn.Module] = (), wanted: str | N
                     raise Unproven(f"no {wanted}")
                 source = source_of(graph)
                 function = function_of(source)
-                key = original(block), source.src, repr(block)
+                key = original(block), source.src, repr(block), training
                 if key not in _proved:
                     twin = twin or twin_of(block)
                     prove(twin, graph, parameters, case, function)
@@ -304,9 +321,11 @@ def why_left(norm: nn.Module, model: nn.Module) -> str:
     for block in blocks:
         if isinstance(block, nn.ModuleList | nn.ModuleDict):
             continue
+        path = next(path for path, part in block.named_modules() if part is norm)
         try:
-            path = next(path for path, part in block.named_modules() if part is norm)
-            reasons.append(plan_of(block).left.get(path, "bitkern.convert has not seen its block"))
+            bound = block.bitkern_plan if isinstance(block, Traced) and block.planned else None
+            plan = bound.plan if bound else plan_of(block)
+            reasons.append(plan.left.get(path, "bitkern.convert has not seen its block"))
         except Unproven as error:
             reasons.append(f"{type(block).__name__}: {error}")
     return "; ".join(reasons) or "no block is known that calls it"
