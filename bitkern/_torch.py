@@ -1,5 +1,6 @@
 """Every call of a private name of PyTorch, in one place. Tried on PyTorch 2.11.0 and 2.14.1."""
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,14 +36,55 @@ def active_ddp() -> DistributedDataParallel | None:
     return ddp
 
 
+_GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+    torch.nn.modules.module._global_backward_hooks,
+    torch.nn.modules.module._global_backward_pre_hooks,
+)
+
+
 def hooked(module: nn.Module) -> bool:
-    """Whether hooks see a module being called."""
+    """Whether hooks see a module being called, its own or those on all modules."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or any(_GLOBAL_HOOKS)
     )
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """As PyTorch's, but gradients of gradients are refused whatever the incoming ones are.
+
+    PyTorch's lets them be silently wrong where no incoming gradient has a history, behind a sum for
+    example: it takes the result for a constant.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return outputs
+        refuse = torch._C._functions.DelayedError(
+            b"trying to differentiate twice what bitkern differentiates once "
+            b"(once_differentiable): use bitkern.use_backend('reference')",
+            len(outputs),
+        )
+        histories: list[Any] = [None if o is None else o.detach().requires_grad_() for o in outputs]
+        return refuse(*histories)
+
+    return wrapper
+
+
+def plain_tensor(value: Any) -> bool:
+    """Whether a value is a tensor and no subclass with a mind of its own."""
+    if type(value) in (torch.Tensor, nn.Parameter):
+        return True
+    recorded = "FakeTensorMode", "ProxyTorchDispatchMode"
+    return isinstance(value, torch.Tensor) and transformed() in recorded
 
 
 def forward_pre_hooked(module: nn.Module) -> bool:

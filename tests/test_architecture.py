@@ -51,7 +51,8 @@ INSIDE = {
         ("preact",),
     ),
     "convert": (
-        ("batchnorm", "libraries", "patterns", "tracing"),
+        ("batchnorm", "libraries", "patterns", "watching"),
+        ("tracing",),
         ("proof",),
         ("classes", "traced"),
         ("convert",),

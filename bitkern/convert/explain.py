@@ -12,7 +12,7 @@ from bitkern.backends import Choice
 from bitkern.convert.convert import is_bitkern
 from bitkern.convert.libraries import __name__ as LIBRARIES
 from bitkern.convert.libraries import replacements
-from bitkern.convert.traced import Traced, why_left
+from bitkern.convert.traced import Traced, plan_for, why_left
 from bitkern.nn import WSConv2d
 from bitkern.nn.instance_norm import INSTANCE_NORMS, InstanceNorm
 
@@ -63,8 +63,9 @@ def explain(subject: str | nn.Module, /, *tensors: Tensor | None) -> Choice | Ta
     fused = {
         block.get_submodule(path): how
         for block in reversed(list(subject.modules()))  # outer blocks may do more
-        if isinstance(block, Traced) and block.bitkern_plan and block.planned
-        for path, how in block.bitkern_plan.plan.fused.items()
+        for plan in [plan_for(block)]
+        if plan is not None
+        for path, how in plan.fused.items()
     }
     rows = []
     for name, part in subject.named_modules():
@@ -104,7 +105,7 @@ def _why_left(module: nn.Module, classes: Mapping[type, Any]) -> str | None:
     """Why a module does not run on the kernels; None if it does."""
     cls = type(module)
     if isinstance(module, Traced):
-        return None if module.planned else "its parts have changed: bitkern.convert it again"
+        return None if plan_for(module) else "its parts have changed: bitkern.convert it again"
     if is_bitkern(module):
         return None
     if "forward" in vars(module):

@@ -65,11 +65,13 @@ WITH_SUM = "residual sum, norm, activation and convolution as one"
 
 
 class Found(NamedTuple):
-    """What has become of a graph's norms, by the path of each; whether the graph returns one's."""
+    """What has become of a graph's norms, by the path of each; whether the graph returns one's;
+    the paths of all that is not called any more, or at another time."""
 
     fused: dict[str, str]
     left: dict[str, str]
     escape: bool
+    involved: set[str]
 
 
 def fuse(graph: fx.Graph, block: nn.Module) -> Found:
@@ -77,6 +79,7 @@ def fuse(graph: fx.Graph, block: nn.Module) -> Found:
     fused: dict[str, str] = {}
     left: dict[str, str] = {}
     escape = False
+    called = _called(graph)
     modules = dict(block.named_modules(remove_duplicate=False))
     for node in list(graph.nodes):
         norm = modules.get(str(node.target)) if node.op == "call_module" else None
@@ -107,7 +110,20 @@ def fuse(graph: fx.Graph, block: nn.Module) -> Found:
         else:  # a norm with an activation of its own
             left[path] = "norm and activation in one kernel"
     graph.lint()
-    return Found(fused, left, escape)
+    return Found(fused, left, escape, called - _called(graph) | _makers(graph))
+
+
+def _called(graph: fx.Graph) -> set[str]:
+    """The paths of the modules that a graph calls."""
+    return {str(node.target) for node in graph.nodes if node.op == "call_module"}
+
+
+def _makers(graph: fx.Graph) -> set[str]:
+    """The paths of the modules that fused nodes hold, and of those whose results go into them."""
+    fused = norm_act, norm_act_convs, add_norm_act_convs, norm_add_relu
+    nodes = (node for node in graph.nodes if node.op == "call_function" and node.target in fused)
+    given = (n for node in nodes for n in node.all_input_nodes)
+    return {str(n.target) for n in given if n.op in ("call_module", "get_attr")}
 
 
 def _alone(node: fx.Node) -> bool:

@@ -11,14 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from bitkern import _torch
-from bitkern.convert.tracing import (
-    Case,
-    Deceived,
-    Forward,
-    Parameters,
-    Unproven,
-    original_forward,
-)
+from bitkern.convert.tracing import Case, Forward, Parameters, original_forward
+from bitkern.convert.watching import Unproven
 
 SIZES = 8, 16, 32  # pixels of the images tried, one after the other: some networks want large ones
 BATCH = 2
@@ -32,16 +26,23 @@ _DIMENSIONS = (
 )
 
 
+class Deceived(Unproven):
+    """What torch.fx has seen of a module is not what it does."""
+
+
 def twin_of(block: nn.Module) -> nn.Module:
-    """A copy to compare with: on the CPU, in float64, with random parameters, without hooks."""
-    elements = sum(parameter.numel() for parameter in block.parameters())
-    if elements > LARGEST:
-        raise Unproven(f"a copy to compare with would have {elements} parameters")
+    """A copy to trace and to compare with: on the CPU, in float64, with random parameters, without
+    hooks."""
     try:
+        elements = sum(parameter.numel() for parameter in block.parameters())
+        if elements > LARGEST:
+            raise Unproven(f"a copy to compare with would have {elements} parameters")
         twin = copy.deepcopy(block)
-    except Exception as error:
+        _randomize(twin)
+    except Unproven:
+        raise
+    except Exception as error:  # of whatever the parts are
         raise Unproven("it cannot be copied, to be compared with") from error
-    _randomize(twin)
     return twin
 
 
@@ -51,8 +52,13 @@ def prove(
     """Raise Unproven unless a function of a graph agrees in a case with a block, as its twin is."""
     for part in twin.modules():
         part.training = case.training
-    with one_thread():
-        _prove(twin, graph, parameters, case, function)
+    try:
+        with one_thread():
+            _prove(twin, graph, parameters, case, function)
+    except Unproven:
+        raise
+    except Exception as error:  # of a function that does something else
+        raise Deceived(f"what torch.fx traced fails ({error})") from error
 
 
 @contextlib.contextmanager
@@ -95,7 +101,8 @@ def _randomize(twin: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():
-            scale = 1 / math.sqrt(max(parameter[0].numel(), 1)) if parameter.ndim > 1 else 1.0
+            fan = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 1
+            scale = 1 / math.sqrt(max(fan, 1))
             parameter.uniform_(-2 * scale, 2 * scale, generator=generator)
     for part in twin.modules():
         _torch.drop_hooks(part)
@@ -140,13 +147,14 @@ def _shape(part: Any, size: int, modules: dict[str, nn.Module]) -> tuple[int, ..
     return BATCH, channels, *[size] * dimensions
 
 
-def _run(call: Any, twin: nn.Module, inputs: Sequence[Tensor], case: Case) -> list[Tensor | None]:
-    """Results and, where they are recorded, gradients of inputs and parameters."""
+def _run(call: Any, twin: nn.Module, inputs: Sequence[Tensor], case: Case) -> list[Any]:
+    """The kinds of results, these, and the gradients of inputs and parameters if recorded."""
     state = copy.deepcopy(twin.state_dict())  # running statistics move
     with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(case.grad):
         torch.manual_seed(2)
-        results = list(_tensors(call()))
-        found: list[Tensor | None] = [*results]
+        value = call()
+        results = list(_tensors(value))
+        found: list[Any] = [*results]
         used = [r for r in results if r.requires_grad]
         if case.grad and used:
             leaves = [*inputs, *(p for p in twin.parameters() if p.requires_grad)]
@@ -155,7 +163,16 @@ def _run(call: Any, twin: nn.Module, inputs: Sequence[Tensor], case: Case) -> li
     found += twin.buffers()
     found = [t if t is None else t.detach().clone() for t in found]
     twin.load_state_dict(state)
-    return found
+    return [_kinds(value), *found]
+
+
+def _kinds(value: Any) -> Any:
+    """The types of what a forward returns, and whether it has a history."""
+    if isinstance(value, Tensor):
+        return Tensor, value.requires_grad
+    if isinstance(value, list | tuple):
+        return type(value), [_kinds(item) for item in value]
+    return type(value), [(k, _kinds(v)) for k, v in value.items()] if value is not None else None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -170,7 +187,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         raise Unproven(f"its forward returns {type(value).__name__}")
 
 
-def _compare(found: list[Tensor | None], expected: list[Tensor | None]) -> None:
+def _compare(found: list[Any], expected: list[Any]) -> None:
+    (kinds, *found), (expected_kinds, *expected) = found, expected
+    if kinds != expected_kinds or len(found) != len(expected):
+        raise Deceived("what torch.fx traced returns something else than its forward")
     norms = [float(t.norm()) for t in expected if t is not None and t.is_floating_point()]
     if not all(map(math.isfinite, norms)):
         raise Unproven("its results on random input are not finite")

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,14 +19,11 @@ from torch import nn
 
 from bitkern import _torch
 from bitkern.convert.patterns import WITH_SUM, fuse
-from bitkern.convert.proof import prove, twin_of
+from bitkern.convert.proof import Deceived, prove, twin_of
 from bitkern.convert.tracing import (
     Case,
-    Deceived,
     Forward,
     Parameters,
-    Read,
-    Unproven,
     function_of,
     original,
     original_forward,
@@ -34,6 +31,8 @@ from bitkern.convert.tracing import (
     structure,
     trace,
 )
+from bitkern.convert.watching import Read, Unproven
+from bitkern.nn.activations import idle, may_be_idle
 from bitkern.nn.fused import fused_act, watched
 
 
@@ -53,6 +52,7 @@ class Plan(NamedTuple):
 
     parameters: Parameters
     through: tuple[str, ...]
+    involved: frozenset[str]
     ways: dict[Case, Way]
     fused: dict[str, str]  # what becomes of each norm, by its path
     left: dict[str, str]
@@ -60,16 +60,19 @@ class Plan(NamedTuple):
     def of(self, block: nn.Module) -> "BoundPlan":
         """The plan for a block as it stands."""
 
-        def scope(of: str | dict[str, Any]) -> dict[str, Any]:
+        def scope(of: str | Mapping[str, Any]) -> Mapping[str, Any]:
             return vars(block.get_submodule(of)) if isinstance(of, str) else of
 
-        through = [block.get_submodule(path) for path in self.through]
         ways = {
             case: (way.function, [(scope(read.of), read) for read in way.reads])
             for case, way in self.ways.items()
         }
-        looked_at = [part for each in (block, *through) for part in _looked_at(each)]
-        return BoundPlan(self, through, looked_at, structure(looked_at), ways)
+        read = {r.of for way in self.ways.values() for r in way.reads if isinstance(r.of, str)}
+        looked_at = [block, *map(block.get_submodule, sorted({*self.through, *read}))]
+        looked_at = [part for each in looked_at for part in _with_lists(each)]
+        through = [block.get_submodule(path) for path in self.through]
+        involved = [block.get_submodule(path) for path in self.involved]
+        return BoundPlan(self, through, involved, looked_at, structure(looked_at), ways)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +81,10 @@ class BoundPlan:
 
     plan: Plan
     through: list[nn.Module]
+    involved: list[nn.Module]
     looked_at: list[nn.Module]
     structure: tuple[Any, ...]
-    ways: dict[Case, tuple[Forward, list[tuple[dict[str, Any], Read]]]]
+    ways: dict[Case, tuple[Forward, list[tuple[Mapping[str, Any], Read]]]]
 
     def fits(self) -> bool:
         """Whether the block still has the parts that it had."""
@@ -89,11 +93,13 @@ class BoundPlan:
     def way(self, block: nn.Module, args: Any, kwargs: Any) -> tuple[Forward, Any] | None:
         """The function for a call, and its tensors; None if the block is to run unfused."""
         bound = self.plan.parameters.bind(args, kwargs)
-        if bound is None:
+        if bound is None or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return None
         which, tensors = bound
         way = self.ways.get(Case(block.training, torch.is_grad_enabled(), which))
         if way is None or not self.fits() or any(map(_by_itself, self.through)):
+            return None
+        if any(map(_seen, self.involved)):
             return None
         function, reads = way
         return (function, tensors) if all(read.holds(scope) for scope, read in reads) else None
@@ -104,40 +110,50 @@ def _by_itself(part: nn.Module) -> bool:
     return watched(part) or _torch.compiled(part)
 
 
+def _seen(part: nn.Module) -> bool:
+    """Whether it shows, or matters, when a module is called."""
+    return watched(part) or (may_be_idle(part) and not idle(part)) or "_conv_forward" in vars(part)
+
+
 class Traced:
     """Mixin of blocks that run as a plan says."""
 
-    original: type
-    bitkern_plan: BoundPlan | None = None
+    _bitkern_original: type
+    _bitkern_plan: BoundPlan | None = None
 
-    @property
-    def planned(self) -> bool:
-        """Whether there is a plan for the parts that it has now."""
-        return self.bitkern_plan is not None and self.bitkern_plan.fits()
+    def __init_subclass__(cls, **_: Any) -> None:
+        """The author's, a registry perhaps, is for the author's classes."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin: Any = object.__new__(type(self))
         memo[id(self)] = twin
         vars(twin).update(copy.deepcopy(_without_plan(self), memo))
-        if self.bitkern_plan is not None and self.planned:
-            twin.bitkern_plan = self.bitkern_plan.plan.of(twin)
+        plan = plan_for(self)
+        if plan is not None:
+            twin._bitkern_plan = plan.of(twin)
         return twin
 
     # The class has no name to be pickled by, nor has a plan's code: the plan is made anew.
     def __reduce_ex__(self, protocol: Any) -> Any:
-        through = self.bitkern_plan.plan.through if self.bitkern_plan else ()
-        return _bare, (self.original,), (_without_plan(self), through)
+        through = self._bitkern_plan.plan.through if self._bitkern_plan else ()
+        return _bare, (self._bitkern_original,), (_without_plan(self), through)
 
     def __setstate__(self, state: Any) -> None:
         attributes, through = state
-        self.original.__setstate__(self, attributes)  # type: ignore[attr-defined]
+        self._bitkern_original.__setstate__(self, attributes)  # type: ignore[attr-defined]
         block: Any = self
         with contextlib.suppress(Unproven):
             adopt(block, [block.get_submodule(path) for path in through])
 
 
+def plan_for(module: Any) -> Plan | None:
+    """The plan of a module for the parts that it has now."""
+    bound = module._bitkern_plan if isinstance(module, Traced) else None
+    return bound.plan if bound is not None and bound.fits() else None
+
+
 def _without_plan(block: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(block).items() if name != "bitkern_plan"}
+    return {name: value for name, value in vars(block).items() if name != "_bitkern_plan"}
 
 
 def _bare(cls: type) -> Any:
@@ -149,7 +165,7 @@ def traced(cls: Any) -> Any:
     """The subclass of a class whose instances may have a plan."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = self.bitkern_plan
+        bound = self._bitkern_plan
         way = None if bound is None else bound.way(self, args, kwargs)
         if way is None:
             return cls.forward(self, *args, **kwargs)
@@ -160,7 +176,7 @@ def traced(cls: Any) -> Any:
     forward.__code__ = forward.__code__.replace()
     functools.update_wrapper(forward, cls.forward)  # whose parameters are looked at
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (Traced, cls), names | {"original": cls, "forward": forward})
+    return type(cls.__name__, (Traced, cls), names | {"_bitkern_original": cls, "forward": forward})
 
 
 def adopt_all(module: nn.Module) -> None:
@@ -202,17 +218,17 @@ def _adopt_across(block: nn.Module) -> None:
         _adopt_across(child)
 
 
-def _looked_at(block: nn.Module) -> Iterator[nn.Module]:
+def _with_lists(block: nn.Module) -> Iterator[nn.Module]:
     """A block and the lists in it, whose parts a forward may take one by one."""
     yield block
     for part in block.children():
         if isinstance(part, nn.ModuleList | nn.ModuleDict | nn.Sequential):
-            yield from _looked_at(part)
+            yield from _with_lists(part)
 
 
 def is_block(module: nn.Module) -> bool:
     """Whether a module is one that has parts, calls them, and has been left to itself."""
-    done = isinstance(module, Traced) and module.planned
+    done = plan_for(module) is not None
     return not (is_ours(module) or done) and any(True for _ in module.children())
 
 
@@ -238,7 +254,7 @@ def _give(block: nn.Module, plan: Plan) -> None:
     if not isinstance(block, Traced):
         cls: Any = type(block)
         block.__class__ = traced(cls)
-    block.bitkern_plan = plan.of(block)  # type: ignore[assignment]
+    block._bitkern_plan = plan.of(block)  # type: ignore[assignment]
 
 
 def _best_plan(block: nn.Module, through: Sequence[nn.Module]) -> Plan:
@@ -256,18 +272,8 @@ def _best_plan(block: nn.Module, through: Sequence[nn.Module]) -> Plan:
 _proved: set[tuple[type, str, str, bool]] = set()
 
 
-# How modules are copied and pickled that do not say it themselves.
-_COPIED = tuple(
-    (name, getattr(nn.Module, name, None))
-    for name in (
-        "__copy__",
-        "__deepcopy__",
-        "__getstate__",
-        "__setstate__",
-        "__reduce__",
-        "__reduce_ex__",
-    )
-)
+# How modules are copied and pickled.
+_COPIED = "__copy__", "__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__"
 
 
 def plan_of(block: nn.Module, through: Sequence[nn.Module] = (), wanted: str | None = None) -> Plan:
@@ -276,18 +282,22 @@ def plan_of(block: nn.Module, through: Sequence[nn.Module] = (), wanted: str | N
     ``wanted`` is what a norm must become for the plan to be worth it.
     """
     parameters = Parameters(original_forward(block))
-    if any(getattr(original(block), name, None) is not how for name, how in _COPIED):
+    if any(getattr(original(block), n, None) != getattr(nn.Module, n, None) for n in _COPIED):
         raise Unproven("its class is copied in a way of its own")
+    found_at = {module: path for path, module in block.named_modules()}
+    paths = tuple(found_at[module] for module in through)
     reason, twin = Unproven("its forward fails in all cases"), None
     ways: dict[Case, Way] = {}
     fused: dict[str, str] = {}
     left: dict[str, str] = {}
+    involved: set[str] = set()
     for training, grad in itertools.product((True, False), repeat=2):
         for which in parameters.cases():
             case = Case(training, grad, which)
             try:
-                graph, reads = trace(block, through, parameters, case)
-                found = fuse(graph, block)
+                twin = twin or twin_of(block)
+                graph, reads = trace(twin, paths, parameters, case)
+                found = fuse(graph, twin)
                 left |= found.left
                 if not found.fused:
                     kind = Escapes if found.escape else Unproven
@@ -298,20 +308,19 @@ def plan_of(block: nn.Module, through: Sequence[nn.Module] = (), wanted: str | N
                 function = function_of(source)
                 key = original(block), source.src, repr(block), training
                 if key not in _proved:
-                    twin = twin or twin_of(block)
                     prove(twin, graph, parameters, case, function)
                     _proved.add(key)
             except Deceived:
                 raise
             except Unproven as error:
-                reason = error
+                reason, twin = error, None  # whatever it did to the copy
                 continue
             ways[case] = Way(function, reads)
             fused |= found.fused
+            involved |= found.involved
     if not ways:
         raise reason
-    paths = {module: path for path, module in block.named_modules()}
-    return Plan(parameters, tuple(paths[module] for module in through), ways, fused, left)
+    return Plan(parameters, paths, frozenset(involved), ways, fused, left)
 
 
 def why_left(norm: nn.Module, model: nn.Module) -> str:
@@ -323,8 +332,7 @@ def why_left(norm: nn.Module, model: nn.Module) -> str:
             continue
         path = next(path for path, part in block.named_modules() if part is norm)
         try:
-            bound = block.bitkern_plan if isinstance(block, Traced) and block.planned else None
-            plan = bound.plan if bound else plan_of(block)
+            plan = plan_for(block) or plan_of(block)
             reasons.append(plan.left.get(path, "bitkern.convert has not seen its block"))
         except Unproven as error:
             reasons.append(f"{type(block).__name__}: {error}")

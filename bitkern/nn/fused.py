@@ -77,11 +77,18 @@ def _parameters(conv: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
         weight = conv.standardize(x)
         return weight, None if conv.bias is None else conv.bias.to(weight.dtype)
     weight, bias = conv.weight, conv.bias
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype == torch.get_autocast_dtype(device):
+    if _autocast_dtype(x) == x.dtype:
         weight = weight.to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
     return weight, bias
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would convert the input of a convolution to; None if it does not."""
+    device = x.device.type
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def apply_after(after: Sequence[After], y: Tensor) -> Tensor:
@@ -150,7 +157,8 @@ def norm_act_conv(
     if recompute and len(fused) == len(convs) and not plain:
         parameters = [_parameters(conv, x) for conv, _ in fused]
         given = [p for pair in parameters for p in pair if p is not None]
-        if all(p.dtype == x.dtype for p in given) and all(w.ndim == x.ndim for w, _ in parameters):
+        as_it_is = _autocast_dtype(x) in (None, x.dtype) and all(p.dtype == x.dtype for p in given)
+        if as_it_is and all(w.ndim == x.ndim for w, _ in parameters):
             weights, biases = zip(*parameters, strict=True)
             specs = [conv for _, conv in fused]
             return ops.group_norm_act_conv(x, residual, *affine, weights, biases, specs)

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from bitkern._torch import once_differentiable
 from bitkern.backends import choose, launchers
 from bitkern.layout import dense, dense_like
 from bitkern.ops.group_norm_act import check

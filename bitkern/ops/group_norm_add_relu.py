@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bitkern import reference
+from bitkern._torch import once_differentiable
 from bitkern.backends import choose, launchers, operator
 from bitkern.layout import dense, dense_like
 from bitkern.ops.group_norm_act import check, or_empty

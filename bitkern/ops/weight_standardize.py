@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bitkern import reference
+from bitkern._torch import once_differentiable
 from bitkern.backends import choose, launchers, operator
 from bitkern.layout import dense
 from bitkern.variant import Variant
