@@ -51,7 +51,7 @@ def prove(
 ) -> None:
     """Raise Unproven unless a function of a graph agrees in a case with a block, as its twin is."""
     for part in twin.modules():
-        part.training = case.training
+        vars(part)["training"] = case.training
     try:
         with one_thread():
             _prove(twin, graph, parameters, case, function)

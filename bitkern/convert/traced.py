@@ -118,8 +118,8 @@ def _seen(part: nn.Module) -> bool:
 class Traced:
     """Mixin of blocks that run as a plan says."""
 
-    _bitkern_original: type
-    _bitkern_plan: BoundPlan | None = None
+    bitkern_original: type
+    bitkern_plan: BoundPlan | None = None
 
     def __init_subclass__(cls, **_: Any) -> None:
         """The author's, a registry perhaps, is for the author's classes."""
@@ -130,17 +130,17 @@ class Traced:
         vars(twin).update(copy.deepcopy(_without_plan(self), memo))
         plan = plan_for(self)
         if plan is not None:
-            twin._bitkern_plan = plan.of(twin)
+            twin.bitkern_plan = plan.of(twin)
         return twin
 
     # The class has no name to be pickled by, nor has a plan's code: the plan is made anew.
     def __reduce_ex__(self, protocol: Any) -> Any:
-        through = self._bitkern_plan.plan.through if self._bitkern_plan else ()
-        return _bare, (self._bitkern_original,), (_without_plan(self), through)
+        through = self.bitkern_plan.plan.through if self.bitkern_plan else ()
+        return _bare, (self.bitkern_original,), (_without_plan(self), through)
 
     def __setstate__(self, state: Any) -> None:
         attributes, through = state
-        self._bitkern_original.__setstate__(self, attributes)  # type: ignore[attr-defined]
+        self.bitkern_original.__setstate__(self, attributes)  # type: ignore[attr-defined]
         block: Any = self
         with contextlib.suppress(Unproven):
             adopt(block, [block.get_submodule(path) for path in through])
@@ -148,12 +148,12 @@ class Traced:
 
 def plan_for(module: Any) -> Plan | None:
     """The plan of a module for the parts that it has now."""
-    bound = module._bitkern_plan if isinstance(module, Traced) else None
+    bound = module.bitkern_plan if isinstance(module, Traced) else None
     return bound.plan if bound is not None and bound.fits() else None
 
 
 def _without_plan(block: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(block).items() if name != "_bitkern_plan"}
+    return {name: value for name, value in vars(block).items() if name != "bitkern_plan"}
 
 
 def _bare(cls: type) -> Any:
@@ -165,7 +165,7 @@ def traced(cls: Any) -> Any:
     """The subclass of a class whose instances may have a plan."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = self._bitkern_plan
+        bound = self.bitkern_plan
         way = None if bound is None else bound.way(self, args, kwargs)
         if way is None:
             return cls.forward(self, *args, **kwargs)
@@ -176,7 +176,7 @@ def traced(cls: Any) -> Any:
     forward.__code__ = forward.__code__.replace()
     functools.update_wrapper(forward, cls.forward)  # whose parameters are looked at
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (Traced, cls), names | {"_bitkern_original": cls, "forward": forward})
+    return type(cls.__name__, (Traced, cls), names | {"bitkern_original": cls, "forward": forward})
 
 
 def adopt_all(module: nn.Module) -> None:
@@ -218,11 +218,14 @@ def _adopt_across(block: nn.Module) -> None:
         _adopt_across(child)
 
 
+_LISTS = nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict
+
+
 def _with_lists(block: nn.Module) -> Iterator[nn.Module]:
     """A block and the lists in it, whose parts a forward may take one by one."""
     yield block
     for part in block.children():
-        if isinstance(part, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+        if isinstance(part, _LISTS):
             yield from _with_lists(part)
 
 
@@ -254,7 +257,7 @@ def _give(block: nn.Module, plan: Plan) -> None:
     if not isinstance(block, Traced):
         cls: Any = type(block)
         block.__class__ = traced(cls)
-    block._bitkern_plan = plan.of(block)  # type: ignore[assignment]
+    vars(block)["bitkern_plan"] = plan.of(block)
 
 
 def _best_plan(block: nn.Module, through: Sequence[nn.Module]) -> Plan:

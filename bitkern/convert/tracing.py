@@ -129,7 +129,7 @@ class _Tracer(fx.Tracer):
 
 def original(module: nn.Module) -> Any:
     """The class of a module, as its author wrote it."""
-    return getattr(type(module), "_bitkern_original", type(module))
+    return getattr(type(module), "bitkern_original", type(module))
 
 
 def original_forward(module: nn.Module) -> Forward:
@@ -148,7 +148,7 @@ def trace(twin: nn.Module, through: Sequence[str], parameters: Parameters, case:
     paths = dict(twin.named_modules())
     parts = list(paths.values())
     for part in parts:
-        part.training = case.training
+        vars(part)["training"] = case.training
     tracer = _Tracer((twin, *(twin.get_submodule(path) for path in through)), arguments)
     states, before = _random_states(), [_attributes(part) for part in parts]
     try:
