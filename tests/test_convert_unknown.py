@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+import transformers
 from torch import nn
 
 import bitkern
@@ -204,3 +205,20 @@ def test_kept_for_backward(name):
     ratio = kept(bitkern.convert(model, **options(name)), x) / eager
     print(f"{name}: {ratio:.3f} of {eager / 1e6:.1f} MB")
     assert ratio <= most
+
+
+def test_heads_and_features():
+    """Norms behind a norm layer that a library asks for, and before an activation of its own."""
+    fcos = torchvision.models.detection.fcos.FCOSClassificationHead(32, 1, 3, num_convs=2)
+    heads = torchvision.models.detection.retinanet
+    retinanet = heads.RetinaNetClassificationHead(32, 1, 3, norm_layer=partial(nn.GroupNorm, 8))
+    wav2vec2 = transformers.models.wav2vec2.modeling_wav2vec2.Wav2Vec2FeatureEncoder(
+        transformers.Wav2Vec2Config(conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3))
+    )
+    maps = [torch.randn(1, 32, 6, 5), torch.randn(1, 32, 3, 3)]
+    for model, x in ((fcos, maps), (retinanet, maps), (wav2vec2, torch.randn(2, 400))):
+        peer = copy.deepcopy(randomize(model))
+        bitkern.convert(model)
+        torch.testing.assert_close(model(x), peer(x), rtol=1e-4, atol=1e-4)
+        norms = [row for row in bitkern.explain(model) if "GroupNorm" in row.layer]
+        assert norms and not any("alone" in row.reason for row in norms)
