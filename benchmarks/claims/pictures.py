@@ -1,8 +1,12 @@
 """A picture of a claim: means over seeds with standard errors, and every seed as a dot."""
 
+import textwrap
+
 from matplotlib.figure import Figure
 
 from bitkern import files
+
+WIDTH = 88  # letters in a line of a picture
 
 
 def draw(path, claim):
@@ -29,9 +33,11 @@ def draw(path, claim):
             at = columns.index(column) + shift, 0.03
             place = {"xycoords": ("data", "axes fraction"), "ha": "center", "color": f"C{i}"}
             axes.annotate("fails", at, **place)
-    axes.set_xticks(range(len(columns)), columns)
+    labels = [textwrap.fill(column, WIDTH // len(columns)) for column in columns]
+    axes.set_xticks(range(len(columns)), labels)
     axes.set(xlabel=claim["across"], ylabel=claim["metric"], xlim=(-0.5, len(columns) - 0.5))
     axes.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=min(3, len(rows)))
+    beside = max(min(WIDTH // (max(map(len, rows)) + 6), len(rows), 3), 1)
+    figure.legend(loc="outside upper center", ncols=beside)
     with files.replacing(path) as part:
         figure.savefig(part, format="png", dpi=110, metadata={"Software": None})
