@@ -208,7 +208,7 @@ def test_dry_run_and_its_resumption(tmp_path):
     torn = next(i for i, line in enumerate(lines) if line["condition"] == "BatchNorm, 64")
     kept = whole[:torn] + whole[torn + 1 :]
     path.write_text("\n".join(kept) + "\n" + whole[torn][:20])
-    assert "1/1 small_batch, BatchNorm, 64, seed 0" in claims()
+    assert f"1/1 small_batch, BatchNorm, 64, seed {runs.FIRST_SEED}" in claims()
     *before, last = path.read_text().splitlines()
     assert before == kept
     # A run is a function of its key, in whatever process.
