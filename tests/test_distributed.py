@@ -141,8 +141,9 @@ def test_torchrun_finetune_interrupted_and_resumed(tmp_path):
     data = write_folder(tmp_path / "data")
     arguments = ["finetune", "--data", data, "--model", "R26x0.5", "--resize", 40, "--crop", 32]
     arguments += ["--batch-size", 7, "--batch-split", 2, "--mixup-alpha", 0.2, "--steps", 15]
-    arguments += ["--base-lr", 1e-4, "--eval-every", 15, "--workers", 0, "--device", "cpu", "--out"]
+    arguments += ["--base-lr", 1e-6, "--eval-every", 15, "--workers", 0, "--device", "cpu", "--out"]
     arguments = [str(argument) for argument in arguments]
+    # At such a rate training does not make more of roundings, which differ by the processes.
     out = tmp_path / "two"
     process = torchrun(2, "bitkern", *arguments, out)
     while process.poll() is None and not (out / "last.pt").exists():
@@ -166,7 +167,7 @@ def test_torchrun_finetune_interrupted_and_resumed(tmp_path):
         one, two = json.loads(one), json.loads(two)
         assert one.keys() == two.keys() and one["step"] == two["step"]
         name = "loss" if "loss" in one else "eval_loss"
-        assert math.isclose(one[name], two[name], rel_tol=1e-4), (one, two)
+        assert math.isclose(one[name], two[name], rel_tol=1e-6), (one, two)
 
 
 @pytest.mark.sweep
