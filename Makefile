@@ -28,7 +28,7 @@ SANITIZERS := address,undefined
 UNDER_SANITIZERS = ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
   $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider
-RACES := $(CXX) -std=c++20 -O2 -g -fsanitize=thread -Icsrc/include
+RACES := $(CXX) -std=c++20 -O1 -g -fsanitize=thread -Icsrc/include
 sanitize: .venv/installed
 	BITKERN_CUDA=0 BITKERN_SANITIZE=$(SANITIZERS) $(BIN)/python setup.py --quiet build \
 	  --build-base build/sanitize --build-lib $(SANITIZED)
