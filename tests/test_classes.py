@@ -64,3 +64,13 @@ def test_classes_bad_input():
     ):
         with pytest.raises(error, match=f"^classes: .*{match}"):
             bitkern.convert(made, classes=classes)
+
+
+def test_classes_without_gradients_and_on_the_meta_device():
+    conv = functools.partial(bitkern.nn.WSConv2d, eps=1e-5, eps_outside=True, unbiased=True)
+    with torch.no_grad():
+        made = bitkern.convert(nn.Sequential(TheirConv(3, C, 3)), classes={TheirConv: conv})
+    assert type(made[0]) is bitkern.nn.WSConv2d
+    with torch.device("meta"):
+        made = bitkern.convert(nn.Sequential(TheirConv(3, C, 3)), classes={TheirConv: conv})
+    assert made[0].weight.is_meta

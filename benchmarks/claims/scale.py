@@ -12,7 +12,7 @@ from benchmarks.claims.training import (
 
 NETWORK = "WS + GroupNorm"
 STEPS, SHOTS, DRAWS = 1000, 10, 3
-SIZES = SMALL, MIDDLE, LARGE = 1000, 8000, BATCH * STEPS  # of the largest each is seen once
+SIZES = SMALL, _, LARGE = 1000, 8000, BATCH * STEPS  # of the largest each is seen once
 WIDTHS = 0.5, 1
 FEW, MNIST = f"{SHOTS} digits of each class", f"{SHOTS} images of MNIST of each class"
 MEASURED = {

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitkern import _torch
-from bitkern.convert.proof import one_thread
+from bitkern.convert.proof import IN_FLOAT64, in_float64, one_thread
 from bitkern.nn import GroupNormAct, WSConv2d
 from bitkern.reference import ACTIVATIONS
 from bitkern.variant import Variant
@@ -35,10 +34,11 @@ def convert_classes(module: nn.Module, classes: Mapping[type, Any]) -> None:
         alike: set[str] = set()
         for name, part in found.items():
             settings = {k: v for k, v in vars(part).items() if not k.startswith("_")}
-            if repr((part, settings)) not in alike:
-                with one_thread():
+            key = repr((part, settings))
+            if key not in alike:
+                with one_thread(), torch.enable_grad():
                     _check(name, part, target, options)
-                alike.add(repr((part, settings)))
+                alike.add(key)
             chosen.append((part, target, options))
     for part, target, options in chosen:
         _assign(part, target, options)
@@ -55,7 +55,7 @@ def _target(cls: type, value: Any) -> tuple[type, Options]:
     if target not in known or not options.keys() <= known[target][1]:
         raise TypeError(
             "classes: expected WSConv2d or GroupNormAct, or a functools.partial of one with "
-            f"keywords of its formula, for {cls.__name__}, got {value!r}"
+            f"keywords of its formula, for {cls!r}, got {value!r}"
         )
     base = known[target][0]
     if not (isinstance(cls, type) and issubclass(cls, base)):
@@ -75,7 +75,7 @@ def _assign(part: Any, target: type, options: Options) -> None:
 def _check(name: str, part: Any, target: type, options: Options) -> None:
     """Raise ValueError if a module does not compute what another class would."""
     theirs = _twin(part)
-    x = torch.randn(_shape(part), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(_shape(part), generator=torch.Generator().manual_seed(0), **IN_FLOAT64)
     expected = _run(theirs, x)
 
     def distance(options: Options) -> float:
@@ -98,12 +98,8 @@ def _check(name: str, part: Any, target: type, options: Options) -> None:
 
 
 def _twin(part: nn.Module) -> nn.Module:
-    """A copy in float64 on the CPU, with parameters at which eps and scale tell."""
-    twin = copy.deepcopy(part)
-    if any(t.is_meta for t in twin.parameters()):
-        twin.to_empty(device="cpu")
-    twin.to(device="cpu", dtype=torch.float64)
-    _torch.drop_hooks(twin)
+    """A copy with parameters at which eps and scale tell."""
+    twin = in_float64(part)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -115,7 +111,7 @@ def _twin(part: nn.Module) -> nn.Module:
 
 def _scales(weight: Tensor) -> Tensor:
     """Of filters whose standard deviations go from 0.1 down to 1e-5."""
-    powers = torch.arange(weight.shape[0], dtype=torch.float64) % 5 + 1
+    powers = torch.arange(weight.shape[0], **IN_FLOAT64) % 5 + 1
     return (10**-powers).reshape(-1, *[1] * (weight.ndim - 1))
 
 
@@ -136,7 +132,7 @@ def _run(module: nn.Module, x: Tensor) -> list[Tensor]:
         module.train(training)
         leaf = x.clone().requires_grad_()
         y = module(leaf)
-        weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        weights = torch.linspace(-1, 1, y.numel(), **IN_FLOAT64).view_as(y)
         parameters = [p for p in module.parameters() if p.requires_grad]
         grads = torch.autograd.grad((y * weights).sum(), [leaf, *parameters])
         # A filter's gradient is as large as the filter is small.

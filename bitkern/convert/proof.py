@@ -30,6 +30,17 @@ class Deceived(Unproven):
     """What torch.fx has seen of a module is not what it does."""
 
 
+def in_float64(module: nn.Module) -> nn.Module:
+    """A copy on the CPU, in float64, without hooks; of meta tensors with values yet to be given."""
+    twin = copy.deepcopy(module)
+    if any(t.is_meta for t in (*twin.parameters(), *twin.buffers())):
+        twin.to_empty(device="cpu")
+    twin.to(**IN_FLOAT64)
+    for part in twin.modules():
+        _torch.drop_hooks(part)
+    return twin
+
+
 def twin_of(block: nn.Module) -> nn.Module:
     """A copy to trace and to compare with: on the CPU, in float64, with random parameters, without
     hooks."""
@@ -37,7 +48,7 @@ def twin_of(block: nn.Module) -> nn.Module:
         elements = sum(parameter.numel() for parameter in block.parameters())
         if elements > LARGEST:
             raise Unproven(f"a copy to compare with would have {elements} parameters")
-        twin = copy.deepcopy(block)
+        twin = in_float64(block)
         _randomize(twin)
     except Unproven:
         raise
@@ -95,17 +106,12 @@ def _prove(
 
 def _randomize(twin: nn.Module) -> None:
     """Parameters that leave nothing out: none is 0 or 1, filters keep the scale of what passes."""
-    if any(t.is_meta for t in (*twin.parameters(), *twin.buffers())):
-        twin.to_empty(device="cpu")
-    twin.to(**IN_FLOAT64)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():
             fan = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 1
             scale = 1 / math.sqrt(max(fan, 1))
             parameter.uniform_(-2 * scale, 2 * scale, generator=generator)
-    for part in twin.modules():
-        _torch.drop_hooks(part)
 
 
 def _inputs(graph: fx.Graph, block: nn.Module, size: int) -> list[Tensor]:

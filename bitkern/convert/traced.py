@@ -298,8 +298,9 @@ def plan_of(block: nn.Module, through: Sequence[nn.Module] = (), wanted: str | N
         for which in parameters.cases():
             case = Case(training, grad, which)
             try:
-                twin = twin or twin_of(block)
-                graph, reads = trace(twin, paths, parameters, case)
+                copied, twin = twin or twin_of(block), None  # a trace that fails may spoil it
+                graph, reads = trace(copied, paths, parameters, case)
+                twin = copied
                 found = fuse(graph, twin)
                 left |= found.left
                 if not found.fused:
@@ -316,7 +317,7 @@ def plan_of(block: nn.Module, through: Sequence[nn.Module] = (), wanted: str | N
             except Deceived:
                 raise
             except Unproven as error:
-                reason, twin = error, None  # whatever it did to the copy
+                reason = error
                 continue
             ways[case] = Way(function, reads)
             fused |= found.fused

@@ -111,7 +111,7 @@ class _Tracer(fx.Tracer):
         try:
             return super().iter(obj)
         except Exception:
-            self.refusals.append("its forward iterates over its input")
+            self.refusals.append("its forward iterates over its input")  # as above
             raise
 
     def create_args_for_root(self, *_: Any, **__: Any) -> Any:

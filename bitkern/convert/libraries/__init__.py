@@ -25,5 +25,5 @@ def replacements(kind: str) -> dict[type, Any]:
     classes: dict[type, Any] = {}
     for name, marker in LIBRARIES.items():
         if marker in sys.modules:
-            classes |= getattr(importlib.import_module(f"{__name__}.{name}"), kind)
+            classes |= getattr(importlib.import_module(f"{__name__}.{name}"), kind, {})
     return classes
