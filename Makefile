@@ -61,5 +61,5 @@ build/triton-3.6.0: | .venv/installed
 
 .venv/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -e '.[train,dev,docs]'
+	$(BIN)/python -m pip install --quiet --no-compile -e '.[train,dev,docs]'
 	touch $@
