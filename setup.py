@@ -18,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
+MISSING = "_C.missing"
 
 
 def run(command, cwd):
@@ -51,7 +52,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        missing = target.parent / "_C.missing"
+        missing = target.with_name(MISSING)
         missing.unlink(missing_ok=True)
         try:
             import pybind11
@@ -61,6 +62,14 @@ class CMakeBuild(build_ext):
             missing.write_text(why(error))
             # With optional=True setuptools warns of this and goes on.
             raise CompileError(f"{ext.name} was not built: {why(error)}") from error
+
+    def copy_extensions_to_source(self):
+        super().copy_extensions_to_source()
+        built, source = (Path(folder, "bitkern", MISSING) for folder in (self.build_lib, ROOT))
+        if built.exists():
+            shutil.copy2(built, source)
+        else:
+            source.unlink(missing_ok=True)
 
     def cmake_build(self, target, pybind11_dir):
         build = Path(self.build_temp).resolve() / "cmake"
