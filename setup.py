@@ -19,6 +19,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 MISSING = "_C.missing"
+REPOSITORY = "https://github.com/bitkern/bitkern"
 
 
 def run(command, cwd):
@@ -100,10 +101,19 @@ def chosen(name, default, *others):
     return value
 
 
+def long_description():
+    """The README, whose links lead to the repository from wherever it is shown."""
+    text = (ROOT / "README.md").read_text()
+    text = re.sub(r"(!\[[^]]*\]\()(?=docs/)", rf"\1{REPOSITORY}/raw/main/", text)
+    return re.sub(r"\]\((?!https?:)", f"]({REPOSITORY}/blob/main/", text)
+
+
 cuda = chosen("BITKERN_CUDA", "auto", "0", "1")
 required = chosen("BITKERN_REQUIRE_EXTENSION", "0", "1")
 optional = "1" not in (cuda, required)  # asked for by name, a missing nvcc is an error
 setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     ext_modules=[Extension("bitkern._C", sources=[], optional=optional)],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import bitkern
+
 ROOT = Path(__file__).parents[1]
 SOURCES = "bitkern csrc python setup.py CMakeLists.txt pyproject.toml MANIFEST.in README.md LICENSE"
+SOURCES += " benchmarks examples tests Makefile CHANGELOG.md CITATION.cff"
 
 
 @pytest.fixture
@@ -103,10 +106,25 @@ def archive(checkout, tmp_path):
 def test_source_archive_is_complete(archive):
     with tarfile.open(archive) as tar:
         packed = {name.partition("/")[2] for name in tar.getnames()}
-    sources = [path for name in SOURCES.split() for path in (ROOT / name).rglob("*")]
+        (metadata,) = (
+            name for name in tar.getnames() if name.count("/") == 1 and "PKG-INFO" in name
+        )
+        described = tar.extractfile(metadata).read().decode()
+    sources = [
+        path for name in SOURCES.split() for path in (ROOT / name, *(ROOT / name).rglob("*"))
+    ]
     sources = {str(path.relative_to(ROOT)) for path in sources if path.is_file()}
-    sources = {name for name in sources if not name.endswith((".so", ".pyc"))}
+    sources = {name for name in sources if not name.endswith((".so", ".pyc", "_C.missing"))}
     assert {"bitkern/py.typed", "csrc/cuda/weight_standardize.cu"} < sources <= packed
+    links = re.findall(r"\]\(([^)]+)\)", described)
+    assert len(links) > 10 and all(link.startswith("https://") for link in links)
+
+
+def test_one_version_everywhere():
+    (version,) = re.findall(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert version == bitkern.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
 
 
 @pytest.mark.sweep
