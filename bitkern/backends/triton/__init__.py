@@ -33,4 +33,4 @@ class Triton(Backend):
         return load()[1] or None
 
     def launchers(self, kernel: str) -> types.ModuleType:
-        return importlib.import_module(f"bitkern.backends.triton.{kernel}")
+        return importlib.import_module(f"{__name__}.{kernel}")

@@ -1,0 +1,1 @@
+"""bitkern in the kernel format of Hugging Face: see README.md in this folder."""
