@@ -118,7 +118,7 @@ class Stage(preact.Stage, nn.Module):
         self.blocks = nn.Sequential(first, *rest)
 
     def pair(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`Bottleneck.pair`, through all blocks."""
+        """As ``Bottleneck.pair``, through all blocks."""
         if not self.grad_checkpointing:
             return super().pair(x, residual)
         x = summed(x, residual)
@@ -254,7 +254,7 @@ def _set_grad_checkpointing(stages: nn.Module, enable: bool) -> None:
 
 
 class FeatureNet(nn.Module):
-    """The feature maps of a :class:`ResNetV2`, as a backbone for detection or segmentation.
+    """The feature maps of a ``ResNetV2``, as a backbone for detection or segmentation.
 
     Takes over the stem and the stages that ``out_indices`` needs, with their parameter names.
     Index 0 is the stem's convolution (stride 2), 1 to 4 are the sums that the stages end in,
@@ -291,5 +291,5 @@ class FeatureNet(nn.Module):
         return [maps[i] for i in self.out_indices]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As :meth:`ResNetV2.set_grad_checkpointing`."""
+        """As ``ResNetV2.set_grad_checkpointing``."""
         _set_grad_checkpointing(self.stages, enable)
