@@ -37,6 +37,7 @@ ARCHITECTURES = {
     "R152x2": Architecture((3, 8, 36, 3), 2),
     "R152x4": Architecture((3, 8, 36, 3), 4),
 }
+"""The networks by their bare names."""
 
 
 Device = torch.device | str | int | None
