@@ -88,7 +88,8 @@ def documented():
     text = "\n".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
     for path in re.findall(r"^::: (\S+)", text, re.M):
         named = pkgutil.resolve_name(path)
-        yield from getattr(named, "__all__", []) if inspect.ismodule(named) else [named.__name__]
+        names = named.__all__ if hasattr(named, "__all__") else [path.rpartition(".")[2]]
+        yield from names
 
 
 @pytest.mark.parametrize("module", [bitkern, *map(importlib.import_module, MODULES)])

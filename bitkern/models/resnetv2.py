@@ -141,8 +141,8 @@ class ResNetV2(nn.Module):
             last stages trade their stride for dilation.
 
     Attributes:
-        channels, reductions: of the five feature maps, the stem's convolution and the four
-            stages: channel counts, and image pixels per pixel along a side.
+        channels: of the five feature maps, the stem's convolution and the four stages.
+        reductions: of the same, image pixels per pixel along a side.
         num_features: channels of the last feature map.
 
     Raises:
@@ -262,7 +262,8 @@ class FeatureNet(nn.Module):
     before any norm; all five by default, negative ones count from the end.
 
     Attributes:
-        channels, reductions: of the maps returned, in that order.
+        channels: of the maps returned, in that order.
+        reductions: of the same.
 
     Raises:
         ValueError: for an index beyond the five maps, or none at all.
