@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc python -type f)
 
-.PHONY: demo test test-all lint sanitize
+.PHONY: demo test test-all lint sanitize wheel docs
 
 demo: .venv/installed
 	$(BIN)/bitkern demo --out runs/demo
@@ -20,6 +20,8 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
 # The operator tests on an extension built with address and undefined-behaviour sanitizers, the CUDA
 # kernels with the same on the CPU, then the CPU kernels alone under the thread sanitizer.
@@ -41,6 +43,16 @@ sanitize: .venv/installed
 	$(RACES) tests/races.cpp build/group_norm_act.o build/weight_standardize.o -o build/races
 	build/races
 
+# The wheel for this machine and Python, as the others are built by cibuildwheel. libgomp is PyTorch's,
+# so that a process has one pool of threads.
+wheel: .venv/installed
+	rm -rf build/wheel
+	BITKERN_CUDA=0 BITKERN_REQUIRE_EXTENSION=1 $(BIN)/python -m build --wheel --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/*.whl
+
+docs: .venv/installed
+	$(BIN)/mkdocs build --strict
+
 # The Triton of PyTorch 2.11, beside the installed one: the kernels are compiled by both.
 build/triton-3.6.0: | .venv/installed
 	mkdir -p build
@@ -49,5 +61,5 @@ build/triton-3.6.0: | .venv/installed
 
 .venv/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -e '.[train,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile -e '.[train,dev,docs]'
 	touch $@

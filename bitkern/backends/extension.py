@@ -8,6 +8,7 @@ TypeError.
 import functools
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ def load() -> tuple[Any, str]:
     """The extension, and why it is missing: None and a reason, or the module and an empty one."""
     try:
         return importlib.import_module("bitkern._C"), ""
+    except ModuleNotFoundError:
+        reason = Path(__file__).parents[1] / "_C.missing"  # left by setup.py
+        why = reason.read_text() if reason.exists() else "no build was tried here"
+        return None, f"the compiled extension bitkern._C was not built ({why})"
     except ImportError as error:
         return None, f"the compiled extension bitkern._C did not load ({error})"
 

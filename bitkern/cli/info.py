@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import warnings
 from typing import Any
 
 import torch
@@ -80,6 +81,8 @@ def collect() -> dict[str, Any]:
         cuda = "with" if module.with_cuda else "without"
         built = f"cpu ({module.cpu.isa()}), {cuda} cuda, compiler {module.compiler}"
     triton_module, reason = triton.load()
+    with warnings.catch_warnings(action="ignore"):  # what they warn of stands in the table
+        operators = _operators()
     packages = ("torch", "numpy", "safetensors", "torchvision", "timm", "transformers")
     return {
         "bitkern": bitkern.__version__,
@@ -92,7 +95,7 @@ def collect() -> dict[str, Any]:
         "backend": backends.requested(),
         "precision": _precisions(),
         "environment": {k: v for k, v in os.environ.items() if k.startswith("BITKERN_")},
-        "operators": _operators(),
+        "operators": operators,
     }
 
 

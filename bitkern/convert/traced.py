@@ -24,6 +24,7 @@ from bitkern.convert.tracing import (
     Case,
     Forward,
     Parameters,
+    Untraced,
     function_of,
     original,
     original_forward,
@@ -322,6 +323,8 @@ def plan_of(block: nn.Module, through: Sequence[nn.Module] = (), wanted: str | N
             ways[case] = Way(function, reads)
             fused |= found.fused
             involved |= found.involved
+        if not ways and isinstance(reason, Untraced):
+            break  # each case costs a copy, and other modes rarely have another answer
     if not ways:
         raise reason
     return Plan(parameters, paths, frozenset(involved), ways, fused, left)

@@ -127,6 +127,10 @@ class _Tracer(fx.Tracer):
         return call, []
 
 
+class Untraced(Unproven):
+    """What a module does cannot be told, not merely not be fused."""
+
+
 def original(module: nn.Module) -> Any:
     """The class of a module, as its author wrote it."""
     return getattr(type(module), "bitkern_original", type(module))
@@ -157,7 +161,7 @@ def trace(twin: nn.Module, through: Sequence[str], parameters: Parameters, case:
     # Whatever Python code raises when it meets a symbol.
     except Exception as error:
         (line, *_) = (*tracer.refusals, *str(error).splitlines(), type(error).__name__)
-        raise Unproven(f"torch.fx cannot follow its forward ({line.rstrip('.')})") from error
+        raise Untraced(f"torch.fx cannot follow its forward ({line.rstrip('.')})") from error
     finally:
         changed = [_changed(*each) for each in zip(parts, before, strict=True)]
         rolled = _random_states()
@@ -167,7 +171,7 @@ def trace(twin: nn.Module, through: Sequence[str], parameters: Parameters, case:
     for name in filter(None, changed):
         raise Unproven(f"its forward changes {name}")
     for refusal in (*tracer.refusals, *watch.refusals):
-        raise Unproven(refusal)
+        raise Untraced(refusal)
     if _told(states) != _told(rolled):
         raise Unproven("its forward draws random numbers")
     own = (Read(vars(base), "forward", vars(base)["forward"]) for base in _authors(paths, through))

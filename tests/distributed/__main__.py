@@ -29,6 +29,8 @@ def run(folder, *modules):
 
 
 if __name__ == "__main__":
+    # As in bitkern.transfer.ranks: loaded later, it keeps the group's threads until they abort.
+    importlib.import_module("torch.distributed.nn.functional")
     # A check that leaves its peers waiting fails in a minute, not in half an hour.
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     run(Path(sys.argv[1]), *sys.argv[2:])

@@ -121,7 +121,7 @@ def prepare(text):
             released(name)
     if "hf-hub:ORG/NAME" in text:
         on_hub("ORG/NAME", ResNetV2(*ARCHITECTURES["R50x1"], 5))
-    if "timm.create_model(" in text:
+    if '"resnetv2_50x1_bit", pretrained=True' in text:
         timm_bit()
     if "runs/mine" in text and "--out runs/mine" not in text:
         run(Path("runs/mine"))
