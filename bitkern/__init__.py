@@ -1,7 +1,7 @@
 """Fused weight standardization + convolution and GroupNorm + activation for PyTorch.
 
-Layers (:mod:`bitkern.nn`), operators (:mod:`bitkern.ops`), the Big Transfer models
-(:mod:`bitkern.models`) and recipe (:mod:`bitkern.transfer`).
+Layers (``bitkern.nn``), operators (``bitkern.ops``), the Big Transfer models
+(``bitkern.models``) and recipe (``bitkern.transfer``).
 """
 
 import importlib

@@ -63,7 +63,7 @@ def made(path: Path) -> Iterator[Path]:
 
 
 def remove_parts(folder: Path) -> None:
-    """Delete what a killed process left of :func:`replacing` in a folder."""
+    """Delete what a killed process left of ``replacing`` in a folder."""
     for part in folder.glob(".part-*"):
         shutil.rmtree(part) if part.is_dir() else part.unlink()
 

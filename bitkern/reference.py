@@ -1,6 +1,6 @@
 """The mathematics of every operator in plain PyTorch.
 
-These functions have the names and signatures of :mod:`bitkern.ops`, run on any device and any
+These functions have the names and signatures of ``bitkern.ops``, run on any device and any
 floating dtype (float64 included), and can be differentiated any number of times. Everything else
 in the package is tested against them. 16-bit inputs are computed in float32 and rounded once.
 """
@@ -46,7 +46,7 @@ def weight_standardize(
     """Weight standardization (Qiao et al., arXiv 1903.10520), per output filter.
 
     With mean m and variance v of a filter: ``gain * scale * (w - m) / sqrt(v + eps)``, or
-    ``/ (sqrt(v) + eps)`` with ``eps_outside``. See :func:`bitkern.ops.weight_standardize`.
+    ``/ (sqrt(v) + eps)`` with ``eps_outside``. See ``bitkern.ops.weight_standardize``.
     """
     w = weight.to(compute_dtype(weight.dtype)).flatten(1)
     centered = w - w.mean(1, keepdim=True)
@@ -73,7 +73,7 @@ def group_norm_act(
 ) -> Tensor:
     """Group normalization (Wu & He, arXiv 1803.08494) followed by an activation.
 
-    See :func:`bitkern.ops.group_norm_act`.
+    See ``bitkern.ops.group_norm_act``.
     """
     y = ACTIVATIONS[act](_group_norm(x, num_groups, weight, bias, eps))
     return y.to(x.dtype, memory_format=memory_format(x))
@@ -100,7 +100,7 @@ def add_group_norm_act(
 ) -> tuple[Tensor, Tensor]:
     """``s = x + residual`` and ``group_norm_act(s)``; returns both, s first.
 
-    See :func:`bitkern.ops.add_group_norm_act`.
+    See ``bitkern.ops.add_group_norm_act``.
     """
     total = x + residual
     return total, group_norm_act(total, num_groups, weight, bias, eps, act)
@@ -114,7 +114,7 @@ def group_norm_add_relu(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``relu(group_norm(x) + residual)``. See :func:`bitkern.ops.group_norm_add_relu`."""
+    """``relu(group_norm(x) + residual)``. See ``bitkern.ops.group_norm_add_relu``."""
     y = F.relu(_group_norm(x, num_groups, weight, bias, eps) + residual)
     return y.to(x.dtype, memory_format=memory_format(x))
 
@@ -134,7 +134,7 @@ def ws_conv2d(
     eps_outside: bool = False,
     unbiased: bool = False,
 ) -> Tensor:
-    """2-d convolution with a standardized weight. See :func:`bitkern.ops.ws_conv2d`."""
+    """2-d convolution with a standardized weight. See ``bitkern.ops.ws_conv2d``."""
     weight = weight_standardize(
         weight,
         eps,

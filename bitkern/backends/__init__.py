@@ -1,6 +1,6 @@
 """Which implementation of an operator runs, and the reason why.
 
-A :class:`Backend` has launchers for some kernels, ``<kernel>_forward``, ``<kernel>_backward``, and
+A ``Backend`` has launchers for some kernels, ``<kernel>_forward``, ``<kernel>_backward``, and
 ``<kernel>_recompute`` where a node of autograd computes an output again; those of all backends have
 the same signatures. What none serves, the reference does.
 """
@@ -66,7 +66,7 @@ def _checked(name: str, source: str) -> str:
 
 
 def requested() -> str:
-    """The backend asked for by :func:`use_backend` or ``BITKERN_BACKEND``; else ``"auto"``."""
+    """The backend asked for by ``use_backend`` or ``BITKERN_BACKEND``; else ``"auto"``."""
     return _checked(_requested.name, "BITKERN_BACKEND")
 
 
@@ -154,7 +154,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def operator(kernel: str, tensors: slice = slice(None)) -> Callable[[_Function], _Function]:
-    """Make a public operator known to :func:`explain` by its name."""
+    """Make a public operator known to ``explain`` by its name."""
 
     def register(function: _Function) -> _Function:
         OPERATORS[function.__name__] = Operator(kernel, tensors)
@@ -164,7 +164,7 @@ def operator(kernel: str, tensors: slice = slice(None)) -> Callable[[_Function],
 
 
 def explain(op_name: str, *tensors: torch.Tensor | None) -> Choice:
-    """The :class:`Choice` of a public operator for these tensors; see :func:`bitkern.explain`."""
+    """The ``Choice`` of a public operator for these tensors; see ``bitkern.explain``."""
     if op_name not in OPERATORS:
         raise ValueError(f"op_name: expected one of {', '.join(OPERATORS)}, got {op_name!r}")
     if not tensors:

@@ -11,10 +11,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class Backend:
     """Where kernels run, what they take, why they cannot, and their launchers.
 
-    A backend is a subclass with one instance, handed to :func:`bitkern.backends.register`.
+    A backend is a subclass with one instance, handed to ``bitkern.backends.register``.
 
     Attributes:
-        name: what :func:`bitkern.use_backend` and ``explain`` call it.
+        name: what ``bitkern.use_backend`` and ``explain`` call it.
         devices: the types of device its kernels run on.
         auto: those of them on which ``"auto"`` takes it.
         dtypes: the kernels it has, and the dtypes that the tensors of each may have.
@@ -36,6 +36,6 @@ class Backend:
     def launchers(self, kernel: str) -> Any:
         """What holds ``<kernel>_forward``, ``<kernel>_backward`` and maybe ``<kernel>_recompute``.
 
-        Their signatures are those of :mod:`bitkern.reference`.
+        Their signatures are those of ``bitkern.reference``.
         """
         raise NotImplementedError

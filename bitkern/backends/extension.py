@@ -65,7 +65,7 @@ def standardize_backward(
     stats: torch.Tensor,
     variant: Variant,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-    """The launcher, as :func:`standardize_forward`."""
+    """The launcher, as ``standardize_forward``."""
     dweights = [torch.empty_like(w) for w in weights]
     dgains = None if gains is None else [torch.empty_like(gain) for gain in gains]
     problem, layers = _standardization(weights, gains, scales, stats, variant, douts)

@@ -7,7 +7,7 @@ from bitkern.backends.backend import Backend
 
 
 class Reference(Backend):
-    """Serves what no kernel does; :func:`bitkern.backends.choose` asks it nothing."""
+    """Serves what no kernel does; ``bitkern.backends.choose`` asks it nothing."""
 
     name = "reference"
 

@@ -42,7 +42,7 @@ def convert(
     convolutions, a residual sum, is computed with it where torch.fx proves what that is and a
     comparison in float64 agrees. Parameters and ``state_dict`` keys, optimizer state, hooks,
     modes, dtypes and devices are left alone. Subclasses are not converted: what they compute is
-    their own. :func:`bitkern.explain` of the module tells what was converted, what not, and why.
+    their own. ``bitkern.explain`` of the module tells what was converted, what not, and why.
 
     Results differ from the peer's by rounding alone, except that under autocast a norm keeps its
     input's dtype, where PyTorch returns float32.
@@ -50,11 +50,11 @@ def convert(
     Args:
         module: any ``nn.Module``, on any device, trained or not, in either mode.
         ws: first turn ``nn.BatchNorm2d`` into GroupNorm (of gcd(32, channels) groups, with the
-            same weight and bias) and ``nn.Conv2d`` into :class:`bitkern.nn.WSConv2d`, where
+            same weight and bias) and ``nn.Conv2d`` into ``bitkern.nn.WSConv2d``, where
             torch.fx or an ``nn.Sequential`` shows that batch normalization alone follows it. That
             is another network, for training; it has no running statistics.
         classes: convolutions and norms of classes that bitkern does not know: ``{TheirConv:
-            WSConv2d, TheirNorm: GroupNormAct}``, or :func:`functools.partial` of these with the
+            WSConv2d, TheirNorm: GroupNormAct}``, or ``functools.partial`` of these with the
             variant of the formula. Each is first compared on random input.
 
     Returns:

@@ -27,7 +27,7 @@ class Row(NamedTuple):
 
 
 class Table(tuple[Row, ...]):
-    """:class:`Row` by :class:`Row`; printed, rows that tell the same are one."""
+    """``Row`` by ``Row``; printed, rows that tell the same are one."""
 
     def __str__(self) -> str:
         tell = attrgetter("layer", "converted", "reason")
@@ -51,8 +51,8 @@ def explain(subject: str | nn.Module, /, *tensors: Tensor | None) -> Choice | Ta
     ``explain("group_norm_act", x, weight, bias)``. Of ``ws_conv2d`` it tells how the weight is
     standardized; the convolution itself is PyTorch's (cuDNN, oneDNN).
 
-    ``explain(module)`` of an ``nn.Module`` returns a :class:`Table`, to be printed, of what in it
-    runs on the kernels, what does not, and why: see :func:`bitkern.convert`.
+    ``explain(module)`` of an ``nn.Module`` returns a ``Table``, to be printed, of what in it
+    runs on the kernels, what does not, and why: see ``bitkern.convert``.
 
     Raises ValueError for an unknown operator, or without tensors.
     """

@@ -13,7 +13,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def fold(module: _Module) -> _Module:
-    """Make every :class:`bitkern.nn.WSConv2d` in ``module`` a plain ``nn.Conv2d``, in place.
+    """Make every ``bitkern.nn.WSConv2d`` in ``module`` a plain ``nn.Conv2d``, in place.
 
     Its weight becomes the standardized one, with gain and scale, in the same dtype and layout; it
     is a new parameter, and a gain is no parameter any more. Nothing is standardized afterwards:

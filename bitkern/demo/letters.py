@@ -73,7 +73,7 @@ def _render(font: str, letter: str, random: np.random.Generator) -> Pixels:
 
 
 def letters(count: int, seed: int, *, held_out: bool = False) -> ImageSet:
-    """``count`` letters of :data:`CLASSES`, 8x8 grey uint8, classes in turn, fonts at random.
+    """``count`` letters of ``CLASSES``, 8x8 grey uint8, classes in turn, fonts at random.
 
     With ``held_out`` they are in fonts that are never in a set without it. Letter i is a function
     of (seed, held_out, i) alone.

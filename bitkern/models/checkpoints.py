@@ -1,6 +1,6 @@
 """Checkpoints: the official BiT ``.npz``, state dicts of other code bases, safetensors.
 
-Whatever the file, its tensors are first renamed and laid out as :class:`ResNetV2` has them, then
+Whatever the file, its tensors are first renamed and laid out as ``ResNetV2`` has them, then
 checked against the model, key by key, and only then copied into it. Nothing is ever unpickled.
 """
 
@@ -206,7 +206,7 @@ def load_state_dict(
 
 
 def load_npz(model: nn.Module, path: str | PathLike[str], *, head: bool = True) -> None:
-    """Load a ``.npz`` in the format of BiT into a ``ResNetV2``; see :func:`load_state_dict`.
+    """Load a ``.npz`` in the format of BiT into a ``ResNetV2``; see ``load_state_dict``.
 
     Raises FileNotFoundError, or ValueError for a damaged file or one that does not fit the model,
     which is then untouched.
@@ -237,7 +237,7 @@ def save_safetensors(model: nn.Module, path: str | PathLike[str], **metadata: An
     """Write a ``ResNetV2``, or any module, to a ``.safetensors`` file, bit for bit.
 
     ``metadata`` may hold anything JSON can, such as ``classes=[...]``; the name of the
-    architecture is written with it, as ``"model"``. :func:`read_metadata` returns it. The same
+    architecture is written with it, as ``"model"``. ``read_metadata`` returns it. The same
     tensors and metadata give the same bytes.
     """
     state, storages = {}, set()
@@ -275,7 +275,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:
-    """The metadata of a file that :func:`save_safetensors` wrote; {} for any other safetensors."""
+    """The metadata of a file that ``save_safetensors`` wrote; {} for any other safetensors."""
     path = Path(path)
     with files.reading(path, "a .safetensors checkpoint"):
         with safetensors.safe_open(path, "pt") as file:

@@ -72,7 +72,7 @@ def find_release(name: str) -> Release | None:
 
 
 def released(name: str) -> Release:
-    """As :func:`find_release`; ValueError, saying what there is, for a name without weights."""
+    """As ``find_release``; ValueError, saying what there is, for a name without weights."""
     release = find_release(name)
     if release is not None:
         return release

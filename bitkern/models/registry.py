@@ -1,4 +1,4 @@
-"""Names of models, as BiT and as timm have them, and :func:`create_model`."""
+"""Names of models, as BiT and as timm have them, and ``create_model``."""
 
 import difflib
 from collections.abc import Sequence
@@ -134,18 +134,18 @@ def create_model(
             many classes and dropped if not. None takes the number of the checkpoint, or without
             one that of ``name``.
         in_chans: channels of the images; RGB checkpoints are adapted, see
-            :func:`~bitkern.models.load_state_dict`.
-        weights: path of a checkpoint, see :func:`~bitkern.models.read_checkpoint`; the folder of a
+            ``load_state_dict``.
+        weights: path of a checkpoint, see ``read_checkpoint``; the folder of a
             run; the name of released weights; or ``"hf-hub:ORG/NAME"``, a repository of the Hugging
             Face hub.
         zero_head: start a head that is not loaded at zero, as BiT does, and not at random.
         output_stride: 8, 16 or 32.
-        features_only: return a :class:`~bitkern.models.FeatureNet` with the maps ``out_indices``.
+        features_only: return a ``FeatureNet`` with the maps ``out_indices``.
         pretrained: take the weights released as ``name``, from the cache or the network.
         cache_dir: the folder of downloaded weights, see docs/weights.md for the default.
 
     Returns:
-        :class:`~bitkern.models.ResNetV2`, or ``FeatureNet``.
+        ``ResNetV2``, or ``FeatureNet``.
 
     Raises:
         ValueError: for an unknown name, a bad argument, or a checkpoint that does not fit.

@@ -37,6 +37,7 @@ ARCHITECTURES = {
     "R152x2": Architecture((3, 8, 36, 3), 2),
     "R152x4": Architecture((3, 8, 36, 3), 4),
 }
+"""The networks by their bare names."""
 
 
 Device = torch.device | str | int | None
@@ -118,7 +119,7 @@ class Stage(preact.Stage, nn.Module):
         self.blocks = nn.Sequential(first, *rest)
 
     def pair(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`Bottleneck.pair`, through all blocks."""
+        """As ``Bottleneck.pair``, through all blocks."""
         if not self.grad_checkpointing:
             return super().pair(x, residual)
         x = summed(x, residual)
@@ -140,8 +141,8 @@ class ResNetV2(nn.Module):
             last stages trade their stride for dilation.
 
     Attributes:
-        channels, reductions: of the five feature maps, the stem's convolution and the four
-            stages: channel counts, and image pixels per pixel along a side.
+        channels: of the five feature maps, the stem's convolution and the four stages.
+        reductions: of the same, image pixels per pixel along a side.
         num_features: channels of the last feature map.
 
     Raises:
@@ -254,14 +255,15 @@ def _set_grad_checkpointing(stages: nn.Module, enable: bool) -> None:
 
 
 class FeatureNet(nn.Module):
-    """The feature maps of a :class:`ResNetV2`, as a backbone for detection or segmentation.
+    """The feature maps of a ``ResNetV2``, as a backbone for detection or segmentation.
 
     Takes over the stem and the stages that ``out_indices`` needs, with their parameter names.
     Index 0 is the stem's convolution (stride 2), 1 to 4 are the sums that the stages end in,
     before any norm; all five by default, negative ones count from the end.
 
     Attributes:
-        channels, reductions: of the maps returned, in that order.
+        channels: of the maps returned, in that order.
+        reductions: of the same.
 
     Raises:
         ValueError: for an index beyond the five maps, or none at all.
@@ -291,5 +293,5 @@ class FeatureNet(nn.Module):
         return [maps[i] for i in self.out_indices]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As :meth:`ResNetV2.set_grad_checkpointing`."""
+        """As ``ResNetV2.set_grad_checkpointing``."""
         _set_grad_checkpointing(self.stages, enable)

@@ -32,7 +32,7 @@ def source(release: Release) -> str:
 
 
 def cached(name: str, cache_dir: CacheDir = None) -> Path | None:
-    """The file of :func:`fetch` if it is there, without a request; None if not."""
+    """The file of ``fetch`` if it is there, without a request; None if not."""
     if repository := _repository(name):
         return _in_hub_cache(repository, cache_dir)
     path = _path(released(name), cache_dir)

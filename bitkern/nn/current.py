@@ -22,7 +22,7 @@ _variable = contextvars.ContextVar("bitkern_standardized_weights", default=None)
 
 
 def current() -> StandardizedWeights | None:
-    """The weights of the innermost :func:`using`, or None.
+    """The weights of the innermost ``using``, or None.
 
     None as well in what checkpointing will run again in backward, when they are gone: there they
     were never, unless set inside. Told by the hooks on saved tensors, which it works by.

@@ -135,12 +135,12 @@ def norm_act_conv(
     """``s = x (+ residual)`` and ``[conv(norm(s)) for conv in convs]``, fused; returns (s, list).
 
     What a pre-activation block is made of. For backward it keeps s and computes ``norm(s)`` once
-    more (:func:`bitkern.ops.group_norm_act_conv`); with ``recompute=False`` it keeps both.
+    more (``bitkern.ops.group_norm_act_conv``); with ``recompute=False`` it keeps both.
     Modules with hooks are called as modules, so that the hooks see what they always see.
 
     Args:
-        norm: a :class:`GroupNormAct`; any other module is called.
-        convs: modules applied to ``norm(s)``; fused where they are bare :class:`WSConv2d` or
+        norm: a ``GroupNormAct``; any other module is called.
+        convs: modules applied to ``norm(s)``; fused where they are bare ``WSConv2d`` or
             convolutions of PyTorch.
         x, residual: (N, C, *); residual may be None.
         after: what stands between norm and convolutions: an activation, idle modules.
@@ -177,7 +177,7 @@ def add_norm_act_convs(
     residual: Tensor,
     in_place: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """:func:`norm_act_conv` of a sum that is wanted; ``in_place`` or not where it is no such."""
+    """``norm_act_conv`` of a sum that is wanted; ``in_place`` or not where it is no such."""
     if residual.shape == x.shape and residual.dtype == x.dtype:
         return norm_act_conv(norm, convs, x, residual, after=after)
     return norm_act_conv(norm, convs, x.add_(residual) if in_place else x + residual, after=after)
@@ -186,5 +186,5 @@ def add_norm_act_convs(
 def norm_act_convs(
     norm: Any, after: Sequence[After], convs: Sequence[nn.Module], x: Tensor
 ) -> list[Tensor]:
-    """:func:`norm_act_conv`, of which nobody wants the sum."""
+    """``norm_act_conv``, of which nobody wants the sum."""
     return norm_act_conv(norm, convs, x, after=after)[1]

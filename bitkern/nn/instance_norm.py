@@ -28,7 +28,7 @@ class InstanceNorm(nn.Module):
         return self.num_features
 
     def fusion(self) -> tuple[Activation, tuple[nn.Module, ...]]:
-        """As :meth:`GroupNormAct.fusion`."""
+        """As ``GroupNormAct.fusion``."""
         return "none", ()
 
     def takes(self, input: Tensor) -> bool:

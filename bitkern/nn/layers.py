@@ -45,7 +45,7 @@ class WSConv2d(nn.Conv2d):
     """``nn.Conv2d`` whose weight is standardized per output filter before every convolution.
 
     Takes the arguments and has the ``state_dict`` of ``nn.Conv2d``. The keyword-only arguments
-    are those of :func:`bitkern.ops.weight_standardize`; with ``gain=True`` the layer owns a
+    are those of ``bitkern.ops.weight_standardize``; with ``gain=True`` the layer owns a
     learnable ``gain`` of shape (out_channels, 1, 1, 1), as in NFNets (arXiv 2101.08692).
     """
 
@@ -136,7 +136,7 @@ class GroupNormAct(nn.GroupNorm):
     """``nn.GroupNorm`` followed by an activation, fused.
 
     Takes the arguments and has the ``state_dict`` of ``nn.GroupNorm``; ``act`` is that of
-    :func:`bitkern.ops.group_norm_act`.
+    ``bitkern.ops.group_norm_act``.
     """
 
     __prepare_scriptable__ = _refuse_to_script

@@ -34,7 +34,7 @@ class Paired:
 def advance(module: Any, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """``module`` on the sum of x and residual, as a pair.
 
-    Called, where hooks watch it or it is no :class:`Paired` but a wrapper, say.
+    Called, where hooks watch it or it is no ``Paired`` but a wrapper, say.
     """
     if isinstance(module, Paired) and not watched(cast(nn.Module, module)):
         return module.pair(x, residual)
@@ -44,7 +44,7 @@ def advance(module: Any, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Te
 def through(
     modules: Iterable[nn.Module], x: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """:func:`advance` through modules: a list, or an ``nn.Sequential`` that would be called."""
+    """``advance`` through modules: a list, or an ``nn.Sequential`` that would be called."""
     called = not isinstance(modules, list)
     if called and (not isinstance(modules, nn.Sequential) or watched(modules)):
         return advance(modules, x, residual)
@@ -102,5 +102,5 @@ class Stage(Paired):
         return self.blocks
 
     def pair(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`Bottleneck.pair`, through all blocks."""
+        """As ``Bottleneck.pair``, through all blocks."""
         return through(self.parts(), x, residual)

@@ -81,7 +81,7 @@ class _Kind:
 
 
 class _StepKind(_Kind):
-    """A kind whose gradients are collected until :meth:`finish` carries them to the weights."""
+    """A kind whose gradients are collected until ``finish`` carries them to the weights."""
 
     def __init__(self, convs: Sequence[WSConv2d], sums: Sums) -> None:
         super().__init__(convs)
@@ -160,7 +160,7 @@ class Pool:
 def per_forward(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Standardize all weights of ``module`` in one launch during the block, a forward pass.
 
-    Does nothing inside :func:`standardized`, whose weights are there already, and under the
+    Does nothing inside ``standardized``, whose weights are there already, and under the
     compiler, which cannot trace it: there each layer standardizes its own.
     """
     if torch.compiler.is_compiling():

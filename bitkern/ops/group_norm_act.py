@@ -310,11 +310,11 @@ def add_group_norm_act(
     eps: float = 1e-5,
     act: Activation = "relu",
 ) -> tuple[Tensor, Tensor]:
-    """``s = x + residual`` and :func:`group_norm_act` of s, in one pass; returns (s, y).
+    """``s = x + residual`` and ``group_norm_act`` of s, in one pass; returns (s, y).
 
     ``residual`` has the shape, dtype and device of ``x``; s has those and the memory format of
     ``x``, and the statistics are those of s as rounded to its dtype. Both outputs can be
-    differentiated. Arguments and errors are those of :func:`group_norm_act`.
+    differentiated. Arguments and errors are those of ``group_norm_act``.
     """
     if residual is None:
         raise TypeError("residual: expected a tensor, got None")

@@ -122,21 +122,21 @@ def group_norm_act_conv(
     biases: Sequence[Tensor | None],
     convs: Sequence[Conv],
 ) -> tuple[Tensor, list[Tensor]]:
-    """:func:`group_norm_act`, or :func:`add_group_norm_act`, and convolutions of its result.
+    """``group_norm_act``, or ``add_group_norm_act``, and convolutions of its result.
 
     Args:
-        x, residual, num_groups, weight, bias, eps, act: as in :func:`add_group_norm_act`;
+        x, residual, num_groups, weight, bias, eps, act: as in ``add_group_norm_act``;
             ``residual`` may be None. x is (N, C, *) with one to three spatial dimensions.
         weights: of the convolutions, (O, C / groups, *kernel), or (C, O / groups, *kernel) of a
             transposed one, of x's dtype and device.
         biases: (O,) of x's dtype and device, or None, for each weight.
-        convs: a :class:`Conv` for each weight.
+        convs: a ``Conv`` for each weight.
 
     Returns:
         (s, outs): the sum, x itself without a residual, and the list of convolved maps.
 
     Raises:
-        ValueError, TypeError: as :func:`add_group_norm_act`, and for weights that do not fit x.
+        ValueError, TypeError: as ``add_group_norm_act``, and for weights that do not fit x.
         RuntimeError: on a second differentiation.
     """
     check(x, residual, num_groups, weight, bias, act)

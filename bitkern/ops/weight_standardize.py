@@ -214,7 +214,7 @@ def weight_standardize_all(
     dtype: torch.dtype | None = None,
     channels_last: bool = False,
 ) -> list[Tensor]:
-    """:func:`weight_standardize` of many layers in one launch; returns a list.
+    """``weight_standardize`` of many layers in one launch; returns a list.
 
     ``variant`` is that of all layers, ``gains`` a list as long as ``weights`` or None, ``scales`` a
     list of floats or None for 1. All weights have one dtype and device. With ``channels_last`` the
@@ -297,7 +297,7 @@ def weight_standardize_detached(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> DetachedWeights:
-    """:func:`weight_standardize_all` outside of autograd; its backward is called by hand."""
+    """``weight_standardize_all`` outside of autograd; its backward is called by hand."""
     _check(weights, gains, dtype, channels_last, variant.unbiased)
     implementation = _implementation(weights[0])
     parameters = (

@@ -64,7 +64,7 @@ def ws_conv2d(
     eps_outside: bool = False,
     unbiased: bool = False,
 ) -> Tensor:
-    """:func:`torch.nn.functional.conv2d` with ``weight`` standardized per output filter.
+    """``torch.nn.functional.conv2d`` with ``weight`` standardized per output filter.
 
     Under autocast the weight is standardized in float32 and emitted once in the region's dtype.
     Outside autocast a float32 weight also serves 16-bit maps.
@@ -74,13 +74,13 @@ def ws_conv2d(
         weight: (O, C / groups, kh, kw).
         bias: (O,) or None.
         stride, padding, dilation, groups: as in ``conv2d``.
-        eps, gain, scale, eps_outside, unbiased: as in :func:`weight_standardize`.
+        eps, gain, scale, eps_outside, unbiased: as in ``weight_standardize``.
 
     Returns:
         (N, O, H', W'), or without N as x.
 
     Raises:
-        ValueError: the channels do not fit, and as :func:`weight_standardize`.
+        ValueError: the channels do not fit, and as ``weight_standardize``.
         TypeError: dtypes do not fit.
     """
     if weight.ndim != 4:

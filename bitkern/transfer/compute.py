@@ -46,7 +46,7 @@ def require(*modules: str) -> None:
 
 
 def use_graph(cuda_graph: str, device: torch.device) -> bool:
-    """Whether one of :data:`CUDA_GRAPH` means to use them: "auto" not yet, see :func:`train`.
+    """Whether one of ``CUDA_GRAPH`` means to use them: "auto" not yet, see ``train``.
 
     Raises ValueError for "on" where they cannot be used, and for what is none of the three.
     """
@@ -60,7 +60,7 @@ def use_graph(cuda_graph: str, device: torch.device) -> bool:
 
 
 class Compute(NamedTuple):
-    """How to run: where, in which of :data:`PRECISIONS`, with how many threads that load images.
+    """How to run: where, in which of ``PRECISIONS``, with how many threads that load images.
 
     And whether as CUDA graphs.
     """
@@ -78,9 +78,9 @@ class Compute(NamedTuple):
         workers: int,
         cuda_graph: str = "off",
     ) -> "Compute":
-        """Of a user's arguments; precision ``"auto"`` is that of :func:`default_precision`.
+        """Of a user's arguments; precision ``"auto"`` is that of ``default_precision``.
 
-        Raises ValueError for another precision, and as :func:`use_graph` does.
+        Raises ValueError for another precision, and as ``use_graph`` does.
         """
         device = torch.device(device)
         if precision == "auto":

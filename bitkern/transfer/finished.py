@@ -13,7 +13,7 @@ from bitkern.transfer.run import CHECKPOINT, METRICS, SUMMARY, WEIGHTS, Record
 
 
 class FinishedRun(NamedTuple):
-    """What :func:`load_run` returns.
+    """What ``load_run`` returns.
 
     ``model`` maps images (N, 3, crop, crop) in [-1, 1] to logits (N, classes), of a softmax, or
     with ``multi_label`` of a sigmoid for each class. ``architecture`` is its bare name, such as

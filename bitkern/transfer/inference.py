@@ -43,12 +43,12 @@ def evaluate(
     that occur, if any.
 
     The model is moved to ``device``, in channels_last, and computes in ``precision``, batches as
-    CUDA graphs with ``cuda_graph``; ``workers``, ``cache`` and ``decoder`` are as in :func:`train`,
+    CUDA graphs with ``cuda_graph``; ``workers``, ``cache`` and ``decoder`` are as in ``train``,
     but that the cache "auto" is one that is on disk already, or none. Images that cannot be read
     are left out with ``skip_corrupt``. The processes of a group all make the call, share the set,
     and get the same result.
 
-    Raises ValueError for an empty set or a bad argument, :class:`DataError` for an image that
+    Raises ValueError for an empty set or a bad argument, ``DataError`` for an image that
     cannot be read.
     """
     compute = Compute.of(device, precision, workers, cuda_graph)
@@ -78,7 +78,7 @@ def predict_share(
     batch_size: int,
     skip_corrupt: bool,
 ) -> Share:
-    """This process's share of a set, for :func:`metrics_of` and :func:`gathered`."""
+    """This process's share of a set, for ``metrics_of`` and ``gathered``."""
     if not len(data.images):
         raise ValueError("images: expected at least one, got none")
     with ranks.together():
@@ -100,7 +100,7 @@ def predict_share(
 
 
 def metrics_of(share: Share, data: ImageSet) -> dict[str, float]:
-    """The metrics of :func:`evaluate`, from all shares of a set's logits."""
+    """The metrics of ``evaluate``, from all shares of a set's logits."""
     with ranks.together():
         logits, labels = share.logits, torch.from_numpy(data.labels_of(share.rows))
         best = logits.topk(min(5, logits.shape[1])).indices
@@ -158,7 +158,7 @@ def predict(
 ) -> Tensor:
     """The logits (N, classes) of ``images`` resized to (crop, crop): fp32, on the CPU.
 
-    How to run it as in :func:`evaluate`. Raises ValueError without images, DataError for one that
+    How to run it as in ``evaluate``. Raises ValueError without images, DataError for one that
     cannot be read.
     """
     if not len(images.images):
@@ -183,7 +183,7 @@ def predict_batches(
 ) -> Iterator[tuple[Tensor, dict[int, DataError]]]:
     """Of each batch the logits fp32 (N, classes), on the CPU, and what is wrong with the rest.
 
-    The batches are those of :func:`eval_batches`; images that cannot be read have no logits.
+    The batches are those of ``eval_batches``; images that cannot be read have no logits.
     """
     compute.place(model)
     model.eval()

@@ -47,9 +47,9 @@ from bitkern.transfer.step import Later
 
 
 class TrainResult(NamedTuple):
-    """What :func:`train` returns.
+    """What ``train`` returns.
 
-    ``metrics`` is the last evaluation (see :func:`evaluate`; None without ``eval_set``);
+    ``metrics`` is the last evaluation (see ``evaluate``; None without ``eval_set``);
     ``history`` the lines of metrics.jsonl: ``{"step", "loss", "lr"}`` for each optimizer step and
     ``{"step", "top1", "top5", "eval_loss", …}`` for each evaluation, where step counts finished
     steps; ``seconds`` the wall time, evaluations and earlier parts of a resumed run included;
@@ -93,12 +93,12 @@ def train(
 
     ``model`` maps (N, 3, crop, crop) in [-1, 1] to logits (N, classes); it is moved to ``device``,
     in channels_last, and computes in ``precision``: "fp32", "bf16" or "fp16" by autocast, the last
-    with its loss scaled, or "auto", which is :func:`default_precision`, or what the run began with
+    with its loss scaled, or "auto", which is ``default_precision``, or what the run began with
     on resuming. Each batch is taken in ``batch_split`` micro-batches, whose gradients add up to
     those of the mean over the batch; "auto" is the smallest number for which the memory of the
     device suffices, found by trying, or the one that the run began with. ``balance`` is "sample" to
     draw all classes equally often, "loss" to weigh each by its rarity: see
-    :mod:`bitkern.transfer.balance`. Images of several labels (:class:`ImageSet`) are learnt by
+    ``bitkern.transfer.balance``. Images of several labels (``ImageSet``) are learnt by
     sigmoids. ``flip`` mirrors half the images: turn it off for digits and letters. ``cuda_graph``
     is "on" to replay steps and evaluations as CUDA graphs, on one GPU, for a model that does the
     same in every step; "auto" is "off" until it has been measured on a GPU.
@@ -109,13 +109,13 @@ def train(
     "auto" for what there is room for, which it says. ``decoder`` is "pillow" or "torchvision",
     whose pixels differ. ``check`` has all images read before the training, None those of sets of up
     to 100 000; other sets are kept only on "ram" or "disk", and where crops are cut out of whole
-    images (:class:`Pretraining`) those to evaluate alone. With ``skip_corrupt`` the next image of
+    images (``Pretraining``) those to evaluate alone. With ``skip_corrupt`` the next image of
     the set takes the place of one that cannot be read, and evaluations leave it out. None of these
     but the decoder changes a bit of the result.
 
     ``eval_every`` and ``checkpoint_every`` are steps, by default a tenth of the run; the last step
     is always included. ``out`` is the folder of metrics.jsonl and last.pt, and in the end of
-    model.safetensors, curves.png, with ``eval_set`` the files of :func:`write_report`, and
+    model.safetensors, curves.png, with ``eval_set`` the files of ``write_report``, and
     summary.json, which begins with ``about``; without it nothing is written. ``resume`` continues
     from last.pt with the bits of an uninterrupted run. Ctrl-C finishes the step, writes last.pt and
     raises ``KeyboardInterrupt``. A run that fails before its first checkpoint leaves no file
@@ -127,9 +127,9 @@ def train(
     get the same results, equal to those of a single process but for the rounding of sums; the first
     writes the files.
 
-    Raises ``ValueError`` for bad arguments, :class:`~bitkern.transfer.DataError` for an image that
-    cannot be read, :class:`TrainingError` when the loss is not finite
-    (``model`` is spoilt then, last.pt is not), :class:`~bitkern.transfer.ranks.RankError` when
+    Raises ``ValueError`` for bad arguments, ``DataError`` for an image that
+    cannot be read, ``TrainingError`` when the loss is not finite
+    (``model`` is spoilt then, last.pt is not), ``RankError`` when
     another process fails.
     """
     rank, world_size, said = ranks.rank(), ranks.world_size(), dict(about or {})

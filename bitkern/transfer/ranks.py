@@ -134,8 +134,8 @@ def copy_from_first(tensors: Iterable[Tensor]) -> None:
 def together() -> Iterator[None]:
     """Run the block, in which processes do not meet; one that fails in it stops them all.
 
-    They may meet in what all take part in, whoever fails (:mod:`bitkern.transfer.reduction`). One
-    that fails raises its own error, the others :class:`RankError` with the message of the first.
+    They may meet in what all take part in, whoever fails (``bitkern.transfer.reduction``). One
+    that fails raises its own error, the others ``RankError`` with the message of the first.
     """
     try:
         yield

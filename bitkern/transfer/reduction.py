@@ -13,11 +13,11 @@ from bitkern.transfer import ranks
 
 
 class Reduction(Sums):
-    """What sums a step's gradients over micro-batches and processes, for :func:`standardized`.
+    """What sums a step's gradients over micro-batches and processes, for ``standardized``.
 
     In the last micro-batch each gradient is copied to its place in a bucket as it comes, and the
     sum of a full bucket begins. Where a parameter lies depends on the model alone, as does then
-    the rounding of its sum: last layers first, in buckets of about :data:`ranks.BUCKET_BYTES`,
+    the rounding of its sum: last layers first, in buckets of about ``ranks.BUCKET_BYTES``,
     which begin in this order. Standardization is linear, so of a layer's weight the gradient
     summed is that of the standardized one; with it the gain has its own. What finds no place, as
     when a weight is used both ways, is added up after the backward pass.

@@ -47,7 +47,7 @@ class Progress(NamedTuple):
 
 
 def check_out(out: Path, resume: bool) -> None:
-    """Raise :class:`RunError` unless ``out`` is free (or, to resume, holds an unfinished run)."""
+    """Raise ``RunError`` unless ``out`` is free (or, to resume, holds an unfinished run)."""
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: expected a folder, found a file")
     unfinished = (out / CHECKPOINT).exists()
@@ -148,7 +148,7 @@ class Run:
                     self.out.rmdir()
 
     def save(self, done: Progress) -> None:
-        """Write last.pt: what :func:`load_checkpoint` needs to go on from there."""
+        """Write last.pt: what ``load_checkpoint`` needs to go on from there."""
         if self.out is None:
             return
         done = done._replace(journal=self.journal.synced_size())
@@ -172,7 +172,7 @@ class Run:
 
 
 def read_checkpoint(out: Path) -> dict[str, Any]:
-    """The content of last.pt. Raises :class:`RunError` if it is broken."""
+    """The content of last.pt. Raises ``RunError`` if it is broken."""
     path = out / CHECKPOINT
     try:
         with files.reading(path, "a checkpoint of a run"):
@@ -194,7 +194,7 @@ def load_checkpoint(
 ) -> Progress:
     """Restore the parts of ``state`` from last.pt; returns its progress.
 
-    Raises :class:`RunError` if the run had other settings, precision apart.
+    Raises ``RunError`` if the run had other settings, precision apart.
     """
     path, before = out / CHECKPOINT, checkpoint["settings"]
     before, now = _flat(before), _flat(settings)
@@ -238,7 +238,7 @@ def draw_curves(path: Path, records: Sequence[Record]) -> None:
 
 
 def plot_curves(figure: "Figure", records: Sequence[Record]) -> None:
-    """The two plots of :func:`draw_curves` in a figure of matplotlib."""
+    """The two plots of ``draw_curves`` in a figure of matplotlib."""
     losses = [r for r in records if "loss" in r]
     evaluations = [r for r in records if "top1" in r]
     loss_axes, top1_axes = figure.subplots(1, 2)

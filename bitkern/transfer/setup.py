@@ -26,7 +26,7 @@ class TrainingError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """The arguments of :func:`train` that decide on the model it makes, and what follows from them.
+    """The arguments of ``train`` that decide on the model it makes, and what follows from them.
 
     Raises ValueError for arguments that do not fit each other.
     """
@@ -143,7 +143,7 @@ class Setup:
     ) -> "Setup":
         """The same with the smallest ``batch_split`` for which the memory suffices.
 
-        Raises :class:`TrainingError` if none does.
+        Raises ``TrainingError`` if none does.
         """
 
         def suffices(batch_split: int) -> bool:

@@ -36,7 +36,7 @@ class Stepper:
     """What an optimizer step is made of, and the step.
 
     ``batches`` are the process's micro-batches, (images, labels), in the order of the schedule;
-    ``scaler`` is :meth:`Compute.scaler`; ``reduction`` sums the gradients of the processes;
+    ``scaler`` is ``Compute.scaler``; ``reduction`` sums the gradients of the processes;
     ``class_weight`` goes to the recipe's loss. What changes from step to step is in tensors on the
     device, for a graph to read.
     """

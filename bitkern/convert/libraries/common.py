@@ -27,7 +27,7 @@ class Norm:
 
 
 def fusion(*modules: nn.Module) -> tuple[Activation, tuple[nn.Module, ...]]:
-    """:meth:`GroupNormAct.fusion` of a norm that calls ``modules``, the last an activation."""
+    """``GroupNormAct.fusion`` of a norm that calls ``modules``, the last an activation."""
     act = "none" if type(modules[-1]) is nn.Identity else act_of(modules[-1])
     idle = all(type(module) is nn.Identity for module in modules[:-1])
     if act is None or not idle or any(watched(module) for module in modules):

@@ -37,8 +37,8 @@ def load_split(
     """The images of a named source, Hugging Face dataset, tar shards, CSV file or folder.
 
     All but named sources and folders need not have images of all ``classes``, those of the set
-    that was trained on. Raises :class:`DataError`: see :func:`image_folder`, :func:`image_table`,
-    :func:`image_shards` and :func:`image_dataset`.
+    that was trained on. Raises ``DataError``: see ``image_folder``, ``image_table``,
+    ``image_shards`` and ``image_dataset``.
     """
     name = os.fspath(source)
     if name in SOURCES:

@@ -118,7 +118,7 @@ def fill(
 ) -> tuple[Index, BinaryIO]:
     """Complete an entry, from where it is; waits while another process does.
 
-    Raises :class:`DataError` for a corrupt image unless ``skip_corrupt``, and for a full disk.
+    Raises ``DataError`` for a corrupt image unless ``skip_corrupt``, and for a full disk.
     """
     try:
         entry.folder.parent.mkdir(parents=True, exist_ok=True)

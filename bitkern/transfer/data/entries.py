@@ -152,7 +152,7 @@ def room() -> int:
 def make_room(needed: int, own: Entry) -> None:
     """Remove the entries used longest ago, but none in use, until ``needed`` bytes have room.
 
-    Raises :class:`DataError` if they are beyond the limit.
+    Raises ``DataError`` if they are beyond the limit.
     """
     others = [entry for entry in entries() if entry.folder != own.folder]
 

@@ -26,7 +26,7 @@ def find_images(folder: Path) -> list[str]:
 def image_folder(root: str | os.PathLike[str], split: str) -> ImageSet:
     """The images ``root/split/CLASS/*.jpg`` (png, webp, …).
 
-    Classes are the names of the folders, sorted. Raises :class:`DataError` for a missing or empty
+    Classes are the names of the folders, sorted. Raises ``DataError`` for a missing or empty
     folder and for a class without images. Whether images can be read shows when they are.
     """
     folder = Path(root) / split

@@ -84,7 +84,7 @@ def image_dataset(
     them, which make a multi-label set, or else integers or strings and is called ``label`` or
     ``labels``. Classes are ``classes``, else the names of the labels.
 
-    Nothing is fetched. Raises :class:`DataError`, and ValueError where ``datasets`` is missing.
+    Nothing is fetched. Raises ``DataError``, and ValueError where ``datasets`` is missing.
     """
     require("datasets")
     source = os.fspath(source)

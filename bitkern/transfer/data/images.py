@@ -84,7 +84,7 @@ def read_image(
     """The image of a path, member or uint8 array (H, W) or (H, W, 3) as an RGB ``PIL.Image``.
 
     A file's is turned upright, as its EXIF orientation says. ``before`` is called with the image
-    that is opened, but not decoded. Raises :class:`DataError`, naming the file, if it cannot be
+    that is opened, but not decoded. Raises ``DataError``, naming the file, if it cannot be
     decoded.
     """
     from PIL import Image
@@ -113,7 +113,7 @@ def read_region(source: Source, size: int, region: Region) -> "tuple[Image.Image
     """An RGB image and the box in it of a region, which has ``size`` pixels a side or more.
 
     Of a JPEG Pillow decodes an eighth, a quarter or half of the pixels along a side, where that
-    leaves as many; not of an image with fewer. Raises as :func:`read_image`.
+    leaves as many; not of an image with fewer. Raises as ``read_image``.
     """
     box: Box = (0, 0, 0, 0)
 
@@ -162,7 +162,7 @@ def _turn_upright(image: "Image.Image") -> None:
 def image_size(data: ImageSet) -> tuple[int, int]:
     """(height, width) of the median image by area, among at most 101 spread over the set.
 
-    Those that cannot be read are left out; raises :class:`DataError` if none can.
+    Those that cannot be read are left out; raises ``DataError`` if none can.
     """
     sizes, errors = [], []
     for i in np.unique(np.linspace(0, len(data.images) - 1, 101).astype(int)):
@@ -179,7 +179,7 @@ def image_size(data: ImageSet) -> tuple[int, int]:
 def check_same_classes(
     classes: Sequence[str], expected: Sequence[str], name: str, expected_name: str
 ) -> None:
-    """Raise :class:`DataError` unless both have the same classes in the same order."""
+    """Raise ``DataError`` unless both have the same classes in the same order."""
     if tuple(classes) == tuple(expected):
         return
     extra = [c for c in classes if c not in expected]
@@ -193,7 +193,7 @@ def check_same_classes(
 
 
 def check_apart(train_set: ImageSet, test_set: ImageSet, source: str) -> None:
-    """Raise :class:`DataError` if an image file of the test set is also one of the training set."""
+    """Raise ``DataError`` if an image file of the test set is also one of the training set."""
     tested = {image for image in test_set.images if not isinstance(image, np.ndarray)}
     for image in train_set.images if tested else ():
         if not isinstance(image, np.ndarray) and image in tested:

@@ -204,7 +204,7 @@ def mirrored(image: Tensor, flip: bool) -> Tensor:
 def cut_out(images: Tensor, crops: Tensor, size: int) -> Tensor:
     """Crops uint8 (M, 3, size, size) of images uint8 (N, H, W, 3), on their device.
 
-    ``crops`` int64 (M, 4) are the rows of :class:`Crop`. The result is in channels_last.
+    ``crops`` int64 (M, 4) are the rows of ``Crop``. The result is in channels_last.
     """
     image, top, left, flip = crops.to(images.device).unbind(1)
     along = torch.arange(size, device=images.device)
@@ -245,14 +245,14 @@ def train_batches(
 ) -> TrainBatches:
     """Micro-batches (images uint8 (N, 3, crop, crop), labels), ``batch_split`` to a step.
 
-    Those of :func:`train` with the same data, recipe and seed, ``balance`` apart, for steps from
+    Those of ``train`` with the same data, recipe and seed, ``balance`` apart, for steps from
     ``start`` on. Images are a view of (N, crop, crop, 3), so in channels_last; for a GPU in pinned
     memory, or there if the set is kept there; labels are in memory. Of ``world_size`` processes,
     number ``rank`` loads its part of each. ``workers`` threads make them, 0 for none but the
-    caller's; these and ``cache`` change no pixel, ``decoder`` does: see :func:`train`. What "auto"
+    caller's; these and ``cache`` change no pixel, ``decoder`` does: see ``train``. What "auto"
     chose is in ``.resized.cache``.
 
-    Raises :class:`DataError` for an image that cannot be read, ValueError for a bad argument.
+    Raises ``DataError`` for an image that cannot be read, ValueError for a bad argument.
     """
     reading = Reading.of(cache, decoder, skip_corrupt, check)
     resized = open_for(rule, data.images, reading)
@@ -284,7 +284,7 @@ def eval_batches(
     *,
     batch_size: int = 64,
 ) -> Iterator[EvalBatch]:
-    """Each :class:`EvalBatch` of the images of these rows, in order."""
+    """Each ``EvalBatch`` of the images of these rows, in order."""
 
     def write(image: Tensor, row: int) -> DataError | None:
         try:

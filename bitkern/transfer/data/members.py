@@ -55,7 +55,7 @@ def image_set(
     """The images of ``source`` with their labels.
 
     Without ``classes`` they are the names of the labels, or "0", "1", … up to the greatest number.
-    Raises :class:`DataError` for a label that is not among the classes, and for less than two.
+    Raises ``DataError`` for a label that is not among the classes, and for less than two.
     """
     values, counts, names = labels
     if names is None:

@@ -22,7 +22,7 @@ class Reading(NamedTuple):
 
     ``cache`` is "ram" to keep the resized pixels of a set in memory that the processes of a machine
     share, "disk" in a file that later runs use too, "off" to decode images at every use, "auto" for
-    what there is room for. ``decoder`` is one of :data:`DECODERS`. With ``skip_corrupt`` the next
+    what there is room for. ``decoder`` is one of ``DECODERS``. With ``skip_corrupt`` the next
     image that can be read takes the place of one that cannot. ``check`` has all images read before
     they are used; None means those of sets of up to 100 000. "auto" keeps what is checked.
     """
@@ -63,7 +63,7 @@ def open_resized(
     Unless they are used ``again``, "auto" means a file that is there, or none, and nothing is
     checked before. Unless they are used ``whole``, nothing is kept. The processes of a group all
     make the call; the first of each machine reads.
-    Raises :class:`DataError` for a corrupt image, and where there is no room.
+    Raises ``DataError`` for a corrupt image, and where there is no room.
     """
     resized = Resized(images, size, find_decoder(reading.decoder))
     found = ranks.from_first_of_host(_find, resized, reading, again, whole)

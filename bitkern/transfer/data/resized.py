@@ -35,7 +35,7 @@ class Resized:
     def pixels(self, index: int, region: Region | None = None) -> Pixels:
         """uint8 (size, size, 3), of a region where there is no cache.
 
-        Raises :class:`DataError` if the image cannot be read.
+        Raises ``DataError`` if the image cannot be read.
         """
         if index in self.corrupt:
             raise DataError(self.corrupt[index])
@@ -53,7 +53,7 @@ class Resized:
     ) -> tuple[int, Pixels]:
         """The image with its index; in place of a corrupt one the next of the set that is not.
 
-        Raises :class:`DataError` unless ``skip_corrupt``, and if all are corrupt.
+        Raises ``DataError`` unless ``skip_corrupt``, and if all are corrupt.
         """
         for place in range(index, index + len(self)):
             place %= len(self)
@@ -74,7 +74,7 @@ class Resized:
         """Decode the images from ``start`` on, on all cores, and have ``take`` take their pixels.
 
         ``progress`` is told how many have been taken, counted from the set's first. What cannot be
-        read is added to ``corrupt``; unless ``skip_corrupt``, :class:`DataError` is raised for the
+        read is added to ``corrupt``; unless ``skip_corrupt``, ``DataError`` is raised for the
         first.
         """
         from tqdm import tqdm
@@ -103,7 +103,7 @@ class Resized:
 
 
 def check_classes(data: ImageSet, resized: Resized) -> None:
-    """Raise :class:`DataError` for a class all of whose images are known to be corrupt."""
+    """Raise ``DataError`` for a class all of whose images are known to be corrupt."""
     if data.multi_label or not resized.corrupt:
         return
     readable = np.delete(data.labels, list(resized.corrupt))

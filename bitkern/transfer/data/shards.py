@@ -131,7 +131,7 @@ def image_shards(
     a ``classes.txt`` beside the shards, else the names found, sorted, or numbers. The split "test"
     is in the shards with "test" in their names in place of "train".
 
-    Images are found once and then in an index in the cache. Raises :class:`DataError`, naming shard
+    Images are found once and then in an index in the cache. Raises ``DataError``, naming shard
     and key, for what is no such sample, and a shard that is missing, damaged or not a plain tar.
     """
     shards = _shards(os.fspath(source), split)
@@ -262,7 +262,7 @@ class _Scan:
         self.forms: dict[str, str] = {}  # in which labels are given, all of them alike
 
     def add(self, shard: Shard) -> None:
-        """Read the headers and labels of one more shard. Raises :class:`DataError`."""
+        """Read the headers and labels of one more shard. Raises ``DataError``."""
         samples: dict[bytes, _Sample] = {}
         suffixes: set[bytes] = set()
         try:

@@ -24,7 +24,7 @@ def _choose(
 
 
 def few_shot(data: ImageSet, shots: int, seed: int) -> ImageSet:
-    """``shots`` examples of each class, drawn by ``seed``. Raises :class:`DataError`."""
+    """``shots`` examples of each class, drawn by ``seed``. Raises ``DataError``."""
     if shots < 1:
         raise DataError(f"shots: expected a positive number, got {shots}")
     if data.multi_label:
@@ -43,7 +43,7 @@ def hold_out(data: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, Imag
 
     Of a multi-label set it is ``fraction`` of the images, whatever their labels. At least one
     example of a class is held out and at least one kept; a class with a single example keeps it.
-    Raises :class:`DataError`.
+    Raises ``DataError``.
     """
     if not 0 < fraction < 1:
         raise DataError(f"holdout: expected a fraction between 0 and 1, got {fraction}")

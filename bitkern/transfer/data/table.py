@@ -37,7 +37,7 @@ def image_table(
     "train" or "test": without it every row belongs to both. Other columns are ignored. Classes are
     the labels of all rows, sorted, unless they are given as ``classes``.
 
-    Raises :class:`DataError`, naming the line, for a missing column, an empty label, one that is
+    Raises ``DataError``, naming the line, for a missing column, an empty label, one that is
     not among ``classes``, an image named twice and a missing image.
     """
     path = Path(path)

@@ -44,7 +44,7 @@ class Reader:
 def members(file: Reader, path: str) -> Iterator[tuple[bytes, int, int]]:
     """(name, offset, length) of each plain file in a tar file.
 
-    Raises :class:`DataError`, naming ``path``, for what is no tar file or damaged, for one that
+    Raises ``DataError``, naming ``path``, for what is no tar file or damaged, for one that
     does not reach to the end that every tar file has, and for members that are links.
     """
     position, extended = 0, dict[bytes, bytes]()

@@ -37,7 +37,7 @@ def mixup(x: Tensor, y: Tensor, lam: float, permutation: Tensor) -> tuple[Tensor
     """Mix each image with another of the batch: ``lam * x + (1 - lam) * x[permutation]``.
 
     ``x`` floating point (N, ...); ``y`` labels (N, ...); ``lam`` in [0, 1]; ``permutation`` int64
-    (N,), a permutation of 0 … N-1. Returns ``(x_mixed, y, y_perm)`` for :func:`mixup_loss`, where
+    (N,), a permutation of 0 … N-1. Returns ``(x_mixed, y, y_perm)`` for ``mixup_loss``, where
     ``y_perm = y[permutation]``; the inputs are left alone. Raises ``ValueError`` or ``TypeError``.
     """
     _check_lam(lam)
@@ -59,7 +59,7 @@ def mixup(x: Tensor, y: Tensor, lam: float, permutation: Tensor) -> tuple[Tensor
 def mix(
     x: Tensor, y: Tensor, lam: float | Tensor, permutation: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`mixup` without its checks, which read the device; ``lam`` may be there as well."""
+    """``mixup`` without its checks, which read the device; ``lam`` may be there as well."""
     return torch.lerp(x[permutation], x, lam), y, y[permutation]
 
 
@@ -98,5 +98,5 @@ def mixed_loss(
     lam: float | Tensor,
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """:func:`mixup_loss` without its checks; ``lam`` may be on the device."""
+    """``mixup_loss`` without its checks; ``lam`` may be on the device."""
     return lam * loss(logits, y) + (1 - lam) * loss(logits, y_perm)

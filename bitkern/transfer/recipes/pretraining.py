@@ -129,10 +129,10 @@ def pretraining(
     steps: int | None = None,
     **values: Any,
 ) -> Pretraining:
-    """The pre-training of a preset, one of :data:`PRESETS`, on ``num_examples`` images.
+    """The pre-training of a preset, one of ``PRESETS``, on ``num_examples`` images.
 
     ``image_size`` is pixels (square). The rest stands in for what the preset or
-    :class:`Pretraining` says: other ``epochs`` or ``steps`` stretch the decays with them, unless
+    ``Pretraining`` says: other ``epochs`` or ``steps`` stretch the decays with them, unless
     ``decay_epochs`` are given. Epochs are rounded to the nearest step. Raises ``ValueError`` for
     another preset, for numbers that are not positive, and for a set so small that the training
     would end within its warm-up.

@@ -40,7 +40,7 @@ def write_report(
     run's metrics.jsonl; ``about``: settings and versions to show, what JSON can hold, mappings in
     it too. An earlier report of that name is replaced. docs/report.md describes the files.
 
-    Raises ValueError naming the argument or file, as :func:`check_report` and :func:`scores` do.
+    Raises ValueError naming the argument or file, as ``check_report`` and ``scores`` do.
     """
     check_report(page)
     try:
@@ -71,7 +71,7 @@ def write_report(
 
 
 def check_report(page: Path) -> None:
-    """Raise ValueError unless :func:`write_report` can write ``page`` and the files beside it."""
+    """Raise ValueError unless ``write_report`` can write ``page`` and the files beside it."""
     require("sklearn", "matplotlib", "PIL")
     if page.suffix != ".html":
         raise ValueError(f"{page}: expected the name of an .html file to write")
@@ -112,7 +112,7 @@ def _rows(outcome: Outcome, data: ImageSet) -> Iterable[tuple[Any, ...]]:
 
 
 def _names(classes: Sequence[str], chosen: Any) -> str:
-    """The names of the classes chosen, in a line of CSV with :data:`SEPARATOR` between them."""
+    """The names of the classes chosen, in a line of CSV with ``SEPARATOR`` between them."""
     written = io.StringIO()
     names = [classes[c] for c in chosen.nonzero()[0]]
     csv.writer(written, delimiter=SEPARATOR).writerow(names)

@@ -30,7 +30,7 @@ def scores(outputs: Tensor, data: ImageSet) -> dict[str, Any]:
 
 
 def numbers_of(outcome: Outcome, data: ImageSet) -> dict[str, Any]:
-    """:func:`scores` of an outcome."""
+    """``scores`` of an outcome."""
     truth, predicted, rank = outcome.truth, outcome.predicted, outcome.rank
     found, support, named = (truth & predicted).sum(0), truth.sum(0), predicted.sum(0)
     per_class = _per_class(outcome, data.classes)

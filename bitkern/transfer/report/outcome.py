@@ -16,7 +16,7 @@ THRESHOLD = 0.5  # a class of a multi-label set is predicted from this probabili
 
 
 class Outcome(NamedTuple):
-    """What :func:`judge` returns, of N images and C classes.
+    """What ``judge`` returns, of N images and C classes.
 
     ``truth`` and ``predicted`` bool (N, C): the labels, and the classes predicted, which are the
     most probable one or, for a multi-label set, those of probability 0.5 or more;
