@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-notes = runpy.run_path(str(Path(__file__).parents[1] / ".github" / "release_notes.py"))["notes"]
+SCRIPT = Path(__file__).parents[1] / ".github" / "release_notes.py"
+if not SCRIPT.exists():
+    pytest.skip("needs the sources: run it in a checkout", allow_module_level=True)
+notes = runpy.run_path(str(SCRIPT))["notes"]
 CHANGELOG = """# Changelog
 
 ## 0.2.0 (unreleased)
