@@ -4,6 +4,9 @@ BIN := .venv/bin
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc python -type f)
 
+# Modules are compiled when they are first imported, and kept: most of what is installed never is.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-all lint sanitize wheel docs
 
 demo: .venv/installed

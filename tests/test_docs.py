@@ -27,7 +27,7 @@ MODULES = [f"bitkern.{name}" for name in ("backends", "models", "nn", "ops", "tr
 # Pages whose commands take more than some seconds, for each starts an interpreter and loads torch.
 SWEEP = [
     f"docs/{name}.md"
-    for name in ("applications", "data", "export", "finetune", "pretraining", "weights")
+    for name in ("applications", "data", "export", "finetune", "pretraining", "start", "weights")
 ]
 
 

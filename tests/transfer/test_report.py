@@ -121,7 +121,7 @@ def hostile(request, tmp_path_factory):
     outputs = torch.tensor([[4.0, -1, -2, -3], [-1, 3, -2, -3], [5, -1, -2, -3], [-1, -2, -3, 2]])
     about = {"model": "<i>R50x1</i>", "rule": {"steps": 3, "names": list(HOSTILE)}, 'w"': None}
     options = {"history": HISTORY, "about": about}
-    found = write_report(folder / "out" / "report.html", outputs, data, **options)
+    found = write_report(str(folder / "out" / "report.html"), outputs, data, **options)
     return folder / "out", found, data, outputs, options
 
 

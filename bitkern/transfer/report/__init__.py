@@ -27,7 +27,7 @@ SEPARATOR = "|"  # between the names in a cell, each quoted as in a CSV file
 
 
 def write_report(
-    page: Path,
+    page: str | os.PathLike[str],
     outputs: Tensor,
     data: ImageSet,
     *,
@@ -42,6 +42,7 @@ def write_report(
 
     Raises ValueError naming the argument or file, as ``check_report`` and ``scores`` do.
     """
+    page = Path(page)
     check_report(page)
     try:
         about = json.loads(json.dumps(about, allow_nan=False))
@@ -70,9 +71,10 @@ def write_report(
     return report
 
 
-def check_report(page: Path) -> None:
+def check_report(page: str | os.PathLike[str]) -> None:
     """Raise ValueError unless ``write_report`` can write ``page`` and the files beside it."""
     require("sklearn", "matplotlib", "PIL")
+    page = Path(page)
     if page.suffix != ".html":
         raise ValueError(f"{page}: expected the name of an .html file to write")
     folder = next(folder for folder in page.parents if folder.exists())
