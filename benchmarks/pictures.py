@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 760
+SHOWN = 0.7  # of it, where there is room: the letters are large for those who have a phone
 MARGIN = 24
 SIZE = 21  # of letters
 INK, MUTED, LINE = "#1b2530", "#56616d", "#cfd6dd"
@@ -89,6 +90,7 @@ class Drawing:
     def save(self, path: Path, height: float) -> None:
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" '
+            f'width="{SHOWN * WIDTH:g}" height="{SHOWN * height:g}" '
             f'font-family="Helvetica, Arial, sans-serif" font-size="{SIZE}" fill="{INK}">',
             f"<title>{escape(self.title)}</title>",
             f'<rect x="1" y="1" width="{WIDTH - 2}" height="{height - 2:g}" rx="12" '
