@@ -37,7 +37,9 @@ class Cpu(Backend):
     def unavailable(self) -> str | None:
         _, reason = extension.load()
         if reason:
-            warnings.warn(f"bitkern has no kernels for the CPU: {reason}", stacklevel=2)
+            # Of no file: a line of this package below it would say nothing.
+            text = f"no kernels for the CPU: {reason}"
+            warnings.warn_explicit(text, UserWarning, "bitkern", 1)
         return reason or None
 
     def launchers(self, kernel: str) -> types.ModuleType:
