@@ -11,6 +11,7 @@ import argparse
 import ast
 import base64
 import hashlib
+import importlib.util
 import json
 import os
 import tomllib
@@ -171,13 +172,14 @@ def variant(files: dict[str, bytes], general: dict[str, Any], backend: str) -> d
     return files | {"metadata.json": json.dumps(metadata, indent=2).encode() + b"\n"}
 
 
-def assemble(out: Path, package: Path = HERE.parent / NAME) -> Path:
+def assemble(out: Path, package: Path | None = None) -> Path:
     """Write the kernel to ``out``, a new folder, and return it.
 
     Raises FileExistsError if there is one.
     """
     general = tomllib.loads((HERE / "build.toml").read_text())["general"]
-    files = sources(package)
+    found = importlib.util.find_spec(NAME)  # in the clone, or installed
+    files = sources(package or Path(found.origin).parent)
     written = {path.name: path.read_bytes() for path in (HERE / "build.toml", HERE / "flake.nix")}
     for name in ("README.md", "CARD.md"):  # for the Hub; for kernel-builder
         written[name] = (HERE / "README.md").read_bytes()

@@ -230,7 +230,9 @@ def two_builds(folder, other):
 
 
 def test_two_builds_in_a_process(folder, tmp_path):
-    package = shutil.copytree(ROOT / "bitkern", tmp_path / "bitkern")
+    package = shutil.copytree(
+        Path(importlib.util.find_spec("bitkern").origin).parent, tmp_path / "bitkern"
+    )
     launcher = package / "backends/triton/group_norm_act.py"
     text, marker = launcher.read_text(), "        return out, y, mean, rstd\n    partial"
     assert marker in text
