@@ -44,9 +44,10 @@ def run(command, cwd):
 def why(error):
     """One line on what kept the extension from being built."""
     output = getattr(error, "output", None) or ""
-    said = re.search(r"CMake Error[^\n]*\n(.+?)(?=It fails|Call Stack|\Z)", output, re.S)
+    error_of_cmake = r"CMake Error(?: at [^\n]*)?:\s*(.+?)(?=It fails|Call Stack|\n-- |\Z)"
+    said = re.search(error_of_cmake, output, re.S)
     said = said or re.search(r"^.*?((?:fatal )?error: .+)", output, re.M)
-    return " ".join((said[1] if said else str(error)).split())
+    return " ".join((said[1] if said else str(error)).split())[:300]
 
 
 class CMakeBuild(build_ext):
@@ -60,7 +61,7 @@ class CMakeBuild(build_ext):
 
             self.cmake_build(target, pybind11.get_cmake_dir())
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
-            missing.write_text(why(error))
+            missing.write_text(why(error), encoding="utf-8")
             # With optional=True setuptools warns of this and goes on.
             raise CompileError(f"{ext.name} was not built: {why(error)}") from error
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,21 @@ def test_each_failed_build_leaves_its_own_reason(checkout, tmp_path):
         env = os.environ | {"CXX": "/bin/false", "BITKERN_CUDA": "0"}
         subprocess.run(command, cwd=checkout, env=env, check=True, capture_output=True)
         assert reason in missing.read_text() and "\n" not in missing.read_text()
+
+
+@pytest.mark.parametrize(
+    "output, reason",
+    [
+        ("CMake Error at a b.cmake:4 (message):\n  No\n\n  x.\n\nCall Stack (m):\n", "No x."),
+        ("-- x\nCMake Error: No Ninja.  None.\n-- Configuring incomplete!\n", "No Ninja. None."),
+        ("[1/2] x\n/a/b.cpp:3:1: fatal error: no y.h\n  error: z\n", "fatal error: no y.h"),
+        ("", "Command 'cmake' returned non-zero exit status 1."),
+    ],
+)
+def test_why_in_one_line(output, reason, monkeypatch):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    why = runpy.run_path(str(ROOT / "setup.py"))["why"]
+    assert why(subprocess.CalledProcessError(1, "cmake", output)) == reason
 
 
 def test_extension_demanded_without_a_compiler_is_an_error(checkout, tmp_path):

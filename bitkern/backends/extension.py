@@ -27,7 +27,7 @@ def load() -> tuple[Any, str]:
         return importlib.import_module("bitkern._C"), ""
     except ModuleNotFoundError:
         reason = Path(__file__).parents[1] / "_C.missing"  # left by setup.py
-        why = reason.read_text() if reason.exists() else "no build was tried here"
+        why = reason.read_text("utf-8") if reason.exists() else "no build was tried here"
         return None, f"the compiled extension bitkern._C was not built ({why})"
     except ImportError as error:
         return None, f"the compiled extension bitkern._C did not load ({error})"
