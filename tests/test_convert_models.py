@@ -31,6 +31,7 @@ TIMM = {  # side of the images, standardized convolutions, norms
     "nf_resnet50": (48, 53, 0),
     "regnety_040_sgn": (48, 0, 71),
 }
+LARGE = ["dm_nfnet_f0", "vit_small_r26_s32_224", "regnety_040_sgn"]
 TRANSFORMERS = {
     "BiT": (small_bit, 47, 12, 10),
     "BiT with SAME padding": (lambda: small_bit(global_padding="same"), 47, 12, 10),
@@ -75,7 +76,9 @@ def check(model, x, convs, norms, smooth):
     assert distance(again_grads, exact_grads) < 1e-10
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.sweep] * (name in LARGE)) for name in TIMM]
+)
 def test_timm(name):
     size, convs, norms = TIMM[name]
     options = {"img_size": size} if name.startswith("vit") else {}

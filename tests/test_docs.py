@@ -25,7 +25,7 @@ NOT_RUN = [
 ]
 MODULES = [f"bitkern.{name}" for name in ("backends", "models", "nn", "ops", "transfer")]
 # Pages whose commands take more than some seconds, for each starts an interpreter and loads torch.
-SWEEP = [
+SWEEP = ["README.md"] + [
     f"docs/{name}.md"
     for name in ("applications", "data", "export", "finetune", "pretraining", "start", "weights")
 ]
