@@ -55,7 +55,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         missing = target.with_name(MISSING)
-        missing.unlink(missing_ok=True)
+        for old in (target, missing):
+            old.unlink(missing_ok=True)
         try:
             import pybind11
 
@@ -86,7 +87,7 @@ class CMakeBuild(build_ext):
         }
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         definitions = [f"-D{key}={value}" for key, value in options.items()]
-        run(["cmake", *generator, *definitions, ROOT], cwd=build)
+        run(["cmake", "--fresh", *generator, *definitions, ROOT], cwd=build)
         run(["cmake", "--build", ".", "--parallel"], cwd=build)
         (built,) = (build / "out").glob("_C*.so")
         # A new file, then a rename: a process that has the old one mapped keeps it.
