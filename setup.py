@@ -28,8 +28,10 @@ def run(command, cwd):
     with subprocess.Popen(
         command,
         cwd=cwd,
-        text=True,
-        errors="replace",
+        # Whatever the terminal can show: in other locales compilers quote as they like.
+        env=os.environ | {"LC_ALL": "C"},
+        encoding="ascii",
+        errors="backslashreplace",
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     ) as process:
@@ -68,8 +70,11 @@ class CMakeBuild(build_ext):
 
     def copy_extensions_to_source(self):
         super().copy_extensions_to_source()
-        built, source = (Path(folder, "bitkern", MISSING) for folder in (self.build_lib, ROOT))
+        (ext,) = self.extensions
+        target = Path(self.get_ext_fullpath(ext.name))
+        built, source = Path(self.build_lib, "bitkern", MISSING), target.with_name(MISSING)
         if built.exists():
+            target.unlink(missing_ok=True)  # of an earlier build, for other sources
             shutil.copy2(built, source)
         else:
             source.unlink(missing_ok=True)

@@ -169,7 +169,7 @@ def fusion(path: Path) -> None:
         "Dark: one operator. Frame: an autograd node, conv by PyTorch.",
         "What the last convolution returns, the next block adds.",
         "5 steps in BiT's code: var_mean, subtract, add, sqrt, divide.",
-        "Both keep float32 statistics, and a standardized weight a layer.",
+        "Both keep float32 statistics; weights are not drawn.",
     )
     bottom = drawing.notes(y + 118, notes)
     drawing.save(path, bottom)

@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,13 +85,17 @@ def test_without_a_compiler(checkout, tmp_path):
 
 
 def test_each_failed_build_leaves_its_own_reason(checkout, tmp_path):
+    """And nothing of an earlier build, made from other sources."""
     missing = checkout / "bitkern" / "_C.missing"
+    earlier = checkout / "bitkern" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    earlier.touch()
     for pybind, reason in (("raise ImportError('no pybind11')", "no pybind11"), ("", "/bin/false")):
         (checkout / "pybind11.py").write_text(pybind + "\nget_cmake_dir = lambda: '.'\n")
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         env = os.environ | {"CXX": "/bin/false", "BITKERN_CUDA": "0"}
         subprocess.run(command, cwd=checkout, env=env, check=True, capture_output=True)
         assert reason in missing.read_text() and "\n" not in missing.read_text()
+        assert not earlier.exists()
 
 
 @pytest.mark.parametrize(
