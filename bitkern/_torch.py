@@ -1,13 +1,13 @@
 """Every call of a private name of PyTorch, in one place. Tried on PyTorch 2.11.0 and 2.14.1."""
 
-import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -15,6 +15,8 @@ def transformed() -> str | None:
     """What transforms or records PyTorch's operators right now, and sees no kernel; else None."""
     if torch._C._are_functorch_transforms_active():
         return "torch.func"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return "torch.jit.trace"
     for name in ("FAKE", "PROXY"):
@@ -55,28 +57,24 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """As PyTorch's, but gradients of gradients are refused whatever the incoming ones are.
+def batched(x: torch.Tensor) -> bool:
+    """Whether vmap batches a tensor: that of torch.func, or of ``is_grads_batched=True``."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x)
 
-    PyTorch's lets them be silently wrong where no incoming gradient has a history, behind a sum for
-    example: it takes the result for a constant.
+
+def backward_is_differentiated(*grads: torch.Tensor | None) -> bool:
+    """Whether the backward pass that runs now is itself differentiated, or batched.
+
+    The engine runs it with gradients enabled for ``create_graph=True``, whoever asks for that;
+    ``is_grads_batched=True`` shows in the incoming gradients alone.
     """
-
-    @functools.wraps(backward)
-    def wrapper(ctx: Any, *grads: Any) -> Any:
-        with torch.no_grad():
-            outputs = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return outputs
-        refuse = torch._C._functions.DelayedError(
-            b"trying to differentiate twice what bitkern differentiates once "
-            b"(once_differentiable): use bitkern.use_backend('reference')",
-            len(outputs),
-        )
-        histories: list[Any] = [None if o is None else o.detach().requires_grad_() for o in outputs]
-        return refuse(*histories)
-
-    return wrapper
+    return (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or any(g is not None and batched(g) for g in grads)
+    )
 
 
 def plain_tensor(value: Any) -> bool:
@@ -97,6 +95,11 @@ def compiled(module: nn.Module) -> bool:
     dynamo = sys.modules.get("torch._dynamo")  # which is slow to import
     wrapped = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
     return wrapped or module._compiled_call_impl is not None
+
+
+def state_of(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
+    """What tells whether tensors have changed: in place, or by another's memory in ``data``."""
+    return tuple((0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors)
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:

@@ -4,6 +4,8 @@ from typing import overload
 
 import torch
 
+from bitkern import _torch
+
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -26,3 +28,10 @@ def dense_like(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | Non
 def dense_like(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
     """``x`` dense in the format of ``like``, copied only if it is not so already."""
     return None if x is None else x.contiguous(memory_format=memory_format(like))
+
+
+def cast_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``x`` in the dtype and memory format of ``like``; one that vmap batches keeps its strides."""
+    if _torch.batched(x):
+        return x.to(like.dtype)
+    return x.to(like.dtype, memory_format=memory_format(like))

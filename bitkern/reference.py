@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitkern.layout import memory_format
+from bitkern.layout import cast_like, memory_format
 from bitkern.variant import Variant
 
 Activation = Literal["relu", "silu", "leaky_relu", "gelu", "mish", "hardswish", "none"]
@@ -51,16 +51,17 @@ def weight_standardize(
     w = weight.to(compute_dtype(weight.dtype)).flatten(1)
     centered = w - w.mean(1, keepdim=True)
     var = centered.square().sum(1, keepdim=True) / (w.shape[1] - int(unbiased))
-    if eps_outside:
-        # sqrt has an infinite slope at 0: a constant filter has the value and the gradient zero.
-        constant = var == 0
-        std = torch.where(constant, 1.0, var).sqrt().masked_fill(constant, 0.0) + eps
-    else:
-        std = (var + eps).sqrt()
+    std = _root(var) + eps if eps_outside else (var + eps).sqrt()
     out = (centered / std).view_as(weight) * scale
     if gain is not None:
         out = out * gain.to(out.dtype).reshape(-1, *[1] * (weight.ndim - 1))
     return out.to(weight.dtype if dtype is None else dtype)
+
+
+def _root(var: Tensor) -> Tensor:
+    """sqrt(var), with the gradient 0 at 0, where its slope is infinite: a constant filter."""
+    constant = var == 0
+    return torch.where(constant, 1.0, var).sqrt().masked_fill(constant, 0.0)
 
 
 def group_norm_act(
@@ -149,7 +150,8 @@ def ws_conv2d(
 
 
 # The same operators as launchers, with the signatures of the kernels: what the registered
-# operators run on tensors that no kernel serves, and the formulas that the kernels implement.
+# operators run on tensors that no kernel serves, and the formulas that the kernels implement. The
+# backward formulas can be differentiated, in statistics that were computed from the inputs too.
 
 
 def group_norm_act_forward(
@@ -165,10 +167,11 @@ def group_norm_act_forward(
     total = None if residual is None else x + residual
     s = x if total is None else total
     y = group_norm_act(s, num_groups, weight, bias, eps, act)
-    return total, y, *_statistics(s, num_groups, eps)
+    return total, y, *group_statistics(s, num_groups, eps)
 
 
-def _statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+def group_statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """-> (mean, rstd), each (N, num_groups)."""
     dtype = compute_dtype(x.dtype)
     groups = x.to(dtype).reshape(x.shape[0], num_groups, x.shape[1:].numel() // num_groups)
     var, mean = torch.var_mean(groups, dim=2, correction=0)
@@ -256,11 +259,11 @@ def group_norm_act_backward(
         dx = (per_group(rstd) * dx).reshape(total.shape)
         if dtotal is not None:
             dx = dx + dtotal
-        dx = dx.to(total.dtype, memory_format=memory_format(total))
+        dx = cast_like(dx, total)
     if need_dparams and weight is not None:
-        dweight = (g * xh).sum((0, 3)).flatten().to(weight.dtype)
+        dweight = (g * xh).sum((0, 3)).reshape(-1).to(weight.dtype)
     if need_dparams and bias is not None:
-        dbias = g.sum((0, 3)).flatten().to(bias.dtype)
+        dbias = g.sum((0, 3)).reshape(-1).to(bias.dtype)
     return dx, dweight, dbias
 
 
@@ -274,7 +277,7 @@ def group_norm_add_relu_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> (y, mean, rstd); mean and rstd are (N, num_groups)."""
     y = group_norm_add_relu(x, residual, num_groups, weight, bias, eps)
-    return y, *_statistics(x, num_groups, eps)
+    return y, *group_statistics(x, num_groups, eps)
 
 
 def group_norm_add_relu_backward(
@@ -312,7 +315,7 @@ def weight_standardize_forward(
 ) -> tuple[list[Tensor], Tensor]:
     """-> (outs, stats); stats is (2, filters of all layers): mean, and std without an outer eps."""
     eps, eps_outside, unbiased = variant
-    outs, stats = [], []
+    outs = []
     for i, w in enumerate(weights):
         gain = None if gains is None else gains[i]
         out = weight_standardize(
@@ -326,11 +329,18 @@ def weight_standardize_forward(
         )
         format = torch.channels_last if channels_last else torch.contiguous_format
         outs.append(out.contiguous(memory_format=format))
-        var, mean = torch.var_mean(
-            w.to(compute_dtype(w.dtype)).flatten(1), 1, correction=int(unbiased)
-        )
-        stats.append(torch.stack([mean, (var if eps_outside else var + eps).sqrt()]))
-    return outs, torch.cat(stats, 1)
+    return outs, filter_statistics(weights, variant)
+
+
+def filter_statistics(weights: Sequence[Tensor], variant: Variant) -> Tensor:
+    """-> (2, filters of all layers): mean, and std without an outer eps."""
+    eps, eps_outside, unbiased = variant
+    stats = []
+    for w in weights:
+        w = w.to(compute_dtype(w.dtype)).flatten(1)
+        var, mean = torch.var_mean(w, 1, correction=int(unbiased))
+        stats.append(torch.stack([mean, _root(var) if eps_outside else (var + eps).sqrt()]))
+    return torch.cat(stats, 1)
 
 
 def weight_standardize_backward(
@@ -355,12 +365,12 @@ def weight_standardize_backward(
         denominator = std + eps if eps_outside else std
         c = w.to(mean.dtype).flatten(1) - mean
         wh = c / denominator
-        g = dout.to(mean.dtype).flatten(1) * scales[i]
+        g = dout.to(mean.dtype).reshape(c.shape) * scales[i]
         if gains is not None:
             dgains.append((g * wh).sum(1).to(gains[i].dtype).view_as(gains[i]))
             g = g * gains[i].to(mean.dtype).reshape(-1, 1)
-        direction = torch.where(std == 0, 0.0, c / std)
+        direction = torch.where(std == 0, 0.0, c / std.masked_fill(std == 0, 1.0))
         projection = direction * (g * wh).sum(1, keepdim=True) / (c.shape[1] - int(unbiased))
         dw = (g - g.mean(1, keepdim=True) - projection) / denominator
-        dweights.append(dw.view(w.shape).to(w.dtype, memory_format=memory_format(w)))
+        dweights.append(cast_like(dw.view(w.shape), w))
     return dweights, dgains if gains is not None else None

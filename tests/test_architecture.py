@@ -14,7 +14,8 @@ PRIVATE = "_torch"  # the one module with private names of other packages
 
 # From the bottom to the top: a part imports those before it, and itself.
 PARTS = (
-    ("_C", "_torch", "files", "layout", "variant"),
+    ("_C", "_torch", "files", "variant"),
+    ("layout",),
     ("reference",),
     ("backends",),
     ("ops",),
@@ -46,7 +47,7 @@ INSIDE = {
     "nn": (
         ("activations", "current"),
         ("layers",),
-        ("instance_norm",),
+        ("norms",),
         ("fused", "standardized"),
         ("preact",),
     ),

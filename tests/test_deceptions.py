@@ -278,15 +278,6 @@ def test_float32_under_autocast_is_converted_by_the_convolution():
     torch.testing.assert_close(y, expected, rtol=0.1, atol=0.2)
 
 
-def test_gradients_of_gradients_are_refused_and_not_wrong():
-    module, peer = converted(block())
-    x = images().requires_grad_()
-    (first,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
-    torch.testing.assert_close(first, torch.autograd.grad(peer(x).sum(), x)[0])
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.square().sum().backward()
-
-
 def test_other_threads_do_not_notice():
     module, errors, done = nn.Sequential(*[block() for _ in range(4)]), [], threading.Event()
 

@@ -97,3 +97,11 @@ def test_public_names_are_documented(module):
     for name in module.__all__:
         assert getattr(module, name).__doc__
         assert inspect.ismodule(getattr(module, name)) or name in set(documented()), name
+
+
+def test_named_tests_are_there():
+    page = (ROOT / "docs/autograd.md").read_text()
+    named = re.findall(r"`(tests/\S+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 15
+    for path, name in named:
+        assert not name or f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"

@@ -213,6 +213,25 @@ def layers_of_a_network(folder):
                     assert_accurate(ours, others[i], exact[i], f"{backend}, {i}")
 
 
+class Activated(nn.GroupNorm):
+    def forward(self, input):
+        return super().forward(input).tanh()
+
+
+def subclass_with_its_own_forward(folder):
+    kernels.replace_kernel_forward_from_hub(nn.GroupNorm, "GroupNorm")
+    layer = kernels.LocalLayerRepository(Path(folder), layer_name="GroupNorm")
+    net = nn.Sequential(Activated(2, 8))
+    with kernels.use_kernel_mapping({"GroupNorm": {"cpu": layer}}, inherit_mapping=False):
+        kernels.kernelize(net, mode=kernels.Mode.TRAINING, device="cpu", use_fallback=False)
+    with pytest.raises(TypeError, match="kernelize: Activated has a forward of its own"):
+        net(torch.ones(2, 8, 3, 3))
+
+
+def test_a_subclass_is_refused(folder):
+    alone(subclass_with_its_own_forward, str(folder), TRITON_INTERPRET="1")
+
+
 def test_kernelize(folder):
     alone(layers_of_a_network, str(folder), TRITON_INTERPRET="1")
 

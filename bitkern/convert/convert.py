@@ -17,8 +17,7 @@ from bitkern.convert.batchnorm import standardize
 from bitkern.convert.classes import convert_classes
 from bitkern.convert.libraries import replacements
 from bitkern.convert.traced import adopt_all
-from bitkern.nn import GroupNormAct
-from bitkern.nn.instance_norm import INSTANCE_NORMS
+from bitkern.nn.norms import INSTANCE_NORMS, GroupNorm
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -77,15 +76,13 @@ def convert(
     if ws:
         standardize(module)
     layers, blocks = replacements("LAYERS"), replacements("BLOCKS")
-    layers[nn.GroupNorm] = GroupNormAct
+    layers[nn.GroupNorm] = GroupNorm
     # Inner modules first: a block is converted for what is inside.
     for part in reversed(list(module.modules())):
         if "forward" in vars(part):  # put over that of the class, which nobody calls
             continue
         cls = layers.get(type(part))
-        if type(part) is nn.GroupNorm:
-            part.act = "none"  # type: ignore[assignment]
-        elif type(part) in INSTANCE_NORMS and not part.track_running_stats:
+        if type(part) in INSTANCE_NORMS and not part.track_running_stats:
             cls = INSTANCE_NORMS[type(part)]
         elif type(part) in blocks and blocks[type(part)].fits(part):
             cls = blocks[type(part)]

@@ -14,7 +14,7 @@ from bitkern.convert.libraries import __name__ as LIBRARIES
 from bitkern.convert.libraries import replacements
 from bitkern.convert.traced import Traced, plan_for, why_left
 from bitkern.nn import WSConv2d
-from bitkern.nn.instance_norm import INSTANCE_NORMS, InstanceNorm
+from bitkern.nn.norms import INSTANCE_NORMS, InstanceNorm
 
 
 class Row(NamedTuple):

@@ -13,8 +13,8 @@ from bitkern import _torch
 class StandardizedWeights(Protocol):
     """Standardized weights of some layers."""
 
-    def get(self, conv: nn.Module, x: Tensor) -> Tensor | None:
-        """The standardized weight of a layer for a convolution of x; None if it has none of it."""
+    def get(self, conv: nn.Module, weight: Tensor, x: Tensor) -> Tensor | None:
+        """A layer's weight, standardized for a convolution of x; None if it has not this one."""
 
 
 _variable: contextvars.ContextVar[tuple[StandardizedWeights | None, Any] | None]

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from bitkern import _torch, ops
-from bitkern.backends import requested
 from bitkern.nn.activations import act_of, idle
-from bitkern.nn.instance_norm import InstanceNorm
 from bitkern.nn.layers import GroupNormAct, WSConv2d, conv_fusion
+from bitkern.nn.norms import InstanceNorm
 from bitkern.ops import Conv, group_norm_act, group_norm_add_relu
 from bitkern.reference import ACTIVATIONS, Activation
 
@@ -152,9 +151,7 @@ def norm_act_conv(
         return s, [conv(activation) for conv in convs]
     affine = norm.num_groups, norm.weight, norm.bias, norm.eps, act
     fused = [found for found in map(fusible_conv, convs) if found]
-    # The node is eager and differentiated once. Whoever asks for plain PyTorch gets it.
-    plain = torch.compiler.is_compiling() or requested() == "reference" or _torch.transformed()
-    if recompute and len(fused) == len(convs) and not plain:
+    if recompute and len(fused) == len(convs):
         parameters = [_parameters(conv, x) for conv, _ in fused]
         given = [p for pair in parameters for p in pair if p is not None]
         as_it_is = _autocast_dtype(x) in (None, x.dtype) and all(p.dtype == x.dtype for p in given)

@@ -9,7 +9,7 @@ from bitkern import _torch
 from bitkern.nn.current import current
 from bitkern.ops import Conv, group_norm_act
 from bitkern.ops.group_norm_act import check_act
-from bitkern.ops.ws_conv2d import conv_dtype, standardize_for
+from bitkern.ops.ws_conv2d import standardize_for
 from bitkern.reference import Activation
 from bitkern.variant import Variant
 
@@ -104,20 +104,17 @@ class WSConv2d(nn.Conv2d):
         """What of the formula it has in common with the layers standardized along with it."""
         return Variant(self.eps, self.eps_outside, self.unbiased)
 
-    def standardize(self, x: Tensor) -> Tensor:
-        """The standardized weight for a convolution of ``x``: its dtype, its layout."""
-        weights = None if torch.compiler.is_compiling() else current()
-        if weights is not None and not _torch.forward_pre_hooked(self):  # may change the weight
-            weight = weights.get(self, x)
-            if weight is not None and self._serves(weight, x):
-                return weight
-        return standardize_for(x, self.weight, self.variant, gain=self.gain, scale=self.scale)
+    def standardize(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Standardize ``weight``, by default the layer's own, for a convolution of ``x``.
 
-    def _serves(self, weight: Tensor, x: Tensor) -> bool:
-        """Whether the current weight, made for another map, serves x as well."""
-        trained = self.weight.requires_grad or self.gain is not None and self.gain.requires_grad
-        same_dtype = weight.dtype == conv_dtype(x, self.weight)
-        return same_dtype and (weight.requires_grad or not (trained and torch.is_grad_enabled()))
+        The result has the dtype and the layout that the convolution works in.
+        """
+        weight = self.weight if weight is None else weight
+        weights = None if torch.compiler.is_compiling() else current()
+        shared = None if weights is None else weights.get(self, weight, x)
+        if shared is not None:
+            return shared
+        return standardize_for(x, weight, self.variant, gain=self.gain, scale=self.scale)
 
     def fusion(self) -> Conv | None:
         """The convolution that it is and nothing but; None in a subclass that computes more."""
@@ -126,7 +123,7 @@ class WSConv2d(nn.Conv2d):
         return conv_fusion(self) if own else None
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        weight = self.standardize(input)  # of self.weight, which nn.Conv2d hands in
+        weight = self.standardize(input, weight)
         bias = None if bias is None else bias.to(weight.dtype)
         y: Tensor = _torch.conv_forward(self, input, weight, bias)
         return y

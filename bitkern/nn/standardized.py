@@ -1,16 +1,19 @@
 """All standardized weights of a model at once: for one forward pass, or for an optimizer step.
 
 The weights are standardized when the first layer asks for its own, because only then dtype and
-layout are known, and in one launch for all layers of a kind.
+layout are known, and in one launch for all layers of a kind. A layer whose weight is computed or
+brought when it is called standardizes that itself.
 """
 
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bitkern import _torch, ops
 from bitkern.nn.current import current, using
@@ -33,18 +36,6 @@ class Sums:
     def complete(self) -> Iterator[Mapping[Hashable, Tensor]]:
         """The sums by layer, for the block that carries them to the weights."""
         yield self.sums
-
-
-def _collector(sums: Sums, conv: WSConv2d, dtype: torch.dtype) -> Callable[[Tensor], None]:
-    # Must not hold the weight that it is a hook of: that is a cycle which Python does not see.
-    def collect(out: Tensor) -> None:
-        # In float32 where the compute dtype has 16 bits: rounded sums would not be exact.
-        assert out.grad is not None
-        grad = out.grad.to(dtype)
-        out.grad = None
-        sums.add(conv, grad)
-
-    return collect
 
 
 class _Kind:
@@ -76,9 +67,6 @@ class _Kind:
             channels_last=channels_last,
         )
 
-    def finish(self, sums: Mapping[Hashable, Tensor]) -> None:
-        """What is left to do when the weights are no longer used."""
-
 
 class _StepKind(_Kind):
     """A kind whose gradients are collected until ``finish`` carries them to the weights."""
@@ -86,6 +74,7 @@ class _StepKind(_Kind):
     def __init__(self, convs: Sequence[WSConv2d], sums: Sums) -> None:
         super().__init__(convs)
         self.sums = sums
+        self.arrived = self.closed = False
 
     def standardize(self, dtype: torch.dtype, channels_last: bool) -> list[Tensor]:
         ddp = _torch.active_ddp()
@@ -94,7 +83,7 @@ class _StepKind(_Kind):
                 "standardized: expected DistributedDataParallel without find_unused_parameters and "
                 "static_graph, which take weights for unused whose gradients come after the block"
             )
-        self.detached = weight_standardize_detached(
+        detached = weight_standardize_detached(
             self.weights,
             self.variant,
             gains=self.gains,
@@ -102,15 +91,35 @@ class _StepKind(_Kind):
             dtype=dtype,
             channels_last=channels_last,
         )
-        for i, out in enumerate(self.detached.outs):
+        # A result must not be held by its own hook: that is a cycle which Python does not see.
+        self.detached = detached._replace(outs=[])
+        for i, out in enumerate(detached.outs):
             if self.weights[i].requires_grad or self.gains and self.gains[i].requires_grad:
-                collect = _collector(self.sums, self.convs[i], self.detached.stats.dtype)
+                collect = partial(self._collect, i)
                 out.requires_grad_().register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
-        return self.detached.outs
+        return detached.outs
+
+    def _collect(self, i: int, out: Tensor) -> None:
+        assert out.grad is not None
+        if out.grad.requires_grad:
+            raise RuntimeError(
+                "standardized: expected backward without create_graph=True: gradients of the "
+                "weights come after the block, without a graph"
+            )
+        # In float32 where the compute dtype has 16 bits: rounded sums would not be exact.
+        grad, out.grad = out.grad.to(self.detached.stats.dtype), None
+        self.arrived = True
+        if self.closed:
+            self._carry({i: grad})
+        else:
+            self.sums.add(self.convs[i], grad)
 
     def finish(self, sums: Mapping[Hashable, Tensor]) -> None:
+        """Carry collected gradients to the weights."""
+        self._carry({i: sums[conv] for i, conv in enumerate(self.convs) if conv in sums})
+
+    def _carry(self, grads: Mapping[int, Tensor]) -> None:
         """Standardization's backward: linear in the gradients, hence once for their sum."""
-        grads = {i: sums[conv] for i, conv in enumerate(self.convs) if conv in sums}
         if not grads:
             return
         dweights, dgains = self.detached.backward(grads)
@@ -127,6 +136,28 @@ def _is_fsdp(module: nn.Module) -> bool:
     return hasattr(type(module), "unshard")
 
 
+def _is_here(conv: WSConv2d) -> bool:
+    """Whether a layer's weight is there before its call: not computed, nor brought by hooks."""
+    if "forward" in vars(conv) or _torch.forward_pre_hooked(conv):
+        return False
+    parameters: list[Any] = [_torch.own_parameter(conv, "weight")]
+    if conv.gain is not None:
+        parameters.append(_torch.own_parameter(conv, "gain"))
+    return all(type(p) in (Tensor, nn.Parameter) and not p.is_meta for p in parameters)
+
+
+class _Shared(NamedTuple):
+    """A standardized weight, and what it was made of."""
+
+    out: Tensor
+    sources: Sequence[Tensor]
+    state: Hashable
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether it is that of a weight, as that is now."""
+        return weight is self.sources[0] and _torch.state_of(self.sources) == self.state
+
+
 class Pool:
     """The standardized weights of a module's WSConv2d layers, made when first asked for."""
 
@@ -136,34 +167,98 @@ class Pool:
         others = {conv for m in wrapped for conv in m.modules()}
         kinds = defaultdict(list)
         for conv in module.modules():
-            if isinstance(conv, WSConv2d) and conv not in others:
+            if isinstance(conv, WSConv2d) and conv not in others and _is_here(conv):
                 kinds[_Kind.key(conv)].append(conv)
-        self.kinds = [kind(convs) for convs in kinds.values()]
-        self.outs: dict[nn.Module, Tensor] | None = None
+        self.kinds: Sequence[_Kind] = [kind(convs) for convs in kinds.values()]
+        self.shared: dict[nn.Module, _Shared] | None = None
 
-    def get(self, conv: nn.Module, x: Tensor) -> Tensor | None:
-        """The standardized weight of ``conv`` for a convolution of ``x``; None if not its own."""
-        if self.outs is None:
-            self.outs = {}
-            for kind in self.kinds:
-                weight = kind.weights[0]
-                outs = kind.standardize(conv_dtype(x, weight), conv_channels_last(x, weight))
-                self.outs.update(zip(kind.convs, outs, strict=True))
-        return self.outs.get(conv)
+    def get(self, conv: nn.Module, weight: Tensor, x: Tensor) -> Tensor | None:
+        """As ``current.StandardizedWeights.get``."""
+        if self.shared is None:
+            self.shared = dict(self._standardize(x))
+        shared = self.shared.get(conv)
+        if shared is None or _torch.forward_pre_hooked(conv):  # may change the weight
+            return None
+        if not shared.holds(weight):
+            return self.changed(conv, weight)
+        trained = any(source.requires_grad for source in shared.sources)
+        without = trained and torch.is_grad_enabled() and not shared.out.requires_grad
+        return None if without or shared.out.dtype != conv_dtype(x, weight) else shared.out
+
+    def _standardize(self, x: Tensor) -> Iterator[tuple[nn.Module, _Shared]]:
+        for kind in self.kinds:
+            weight = kind.weights[0]
+            outs = kind.standardize(conv_dtype(x, weight), conv_channels_last(x, weight))
+            for i, (conv, out) in enumerate(zip(kind.convs, outs, strict=True)):
+                sources = kind.weights[i : i + 1] + (kind.gains or [])[i : i + 1]
+                yield conv, _Shared(out, sources, _torch.state_of(sources))
+
+    def changed(self, conv: nn.Module, weight: Tensor) -> Tensor | None:
+        """What a layer gets whose weight is another than the one standardized."""
+        return None
+
+
+_FORM = """write
+    with bitkern.standardized(model):
+        for x, y in micro_batches:
+            loss(model(x), y).backward()
+    optimizer.step()"""
+
+
+class _StepPool(Pool):
+    """The weights of an optimizer step, which must not change before its gradients are there."""
+
+    kinds: Sequence[_StepKind]
+
+    def __init__(self, module: nn.Module, sums: Sums) -> None:
+        super().__init__(module, partial(_StepKind, sums=sums))
+        self.parameters = [p for p in module.parameters() if type(p) is nn.Parameter]
+        self.state = _torch.state_of(self.parameters)
+        self.asked = False
+
+    def get(self, conv: nn.Module, weight: Tensor, x: Tensor) -> Tensor | None:
+        out = super().get(conv, weight, x)
+        self.asked |= out is not None and out.requires_grad and torch.is_grad_enabled()
+        return out
+
+    def changed(self, conv: nn.Module, weight: Tensor) -> Tensor | None:
+        if weight is not _torch.own_parameter(conv, "weight"):  # but one that was handed in
+            return None
+        raise RuntimeError(f"standardized: a weight has changed inside the block: {_FORM}")
+
+    def refuse_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Raise RuntimeError if an optimizer is about to change the weights."""
+        ours = set(map(id, self.parameters))
+        if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(f"standardized: an optimizer step inside the block: {_FORM}")
 
     def finish(self, sums: Mapping[Hashable, Tensor]) -> None:
         """Carry collected gradients to the weights."""
-        for kind in self.kinds if self.outs is not None else ():
+        for kind in self.kinds if self.shared is not None else ():
             kind.finish(sums)
+
+    def close(self) -> None:
+        """Collect no more: what comes from now on goes to the weights."""
+        for kind in self.kinds:
+            kind.closed = True
+
+    def check(self) -> None:
+        """Raise RuntimeError if the block was not a step's forward and backward passes."""
+        if _torch.state_of(self.parameters) != self.state:
+            raise RuntimeError(f"standardized: a parameter has changed inside the block: {_FORM}")
+        if self.asked and not any(kind.arrived for kind in self.kinds):
+            raise RuntimeError(
+                f"standardized: no backward pass of the convolutions inside the block: {_FORM}"
+            )
 
 
 def per_forward(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Standardize all weights of ``module`` in one launch during the block, a forward pass.
 
-    Does nothing inside ``standardized``, whose weights are there already, and under the
-    compiler, which cannot trace it: there each layer standardizes its own.
+    Does nothing inside ``standardized``, whose weights are there already, and under the compiler
+    and transforms, which cannot see into it: there each layer standardizes its own.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _torch.transformed():
         return contextlib.nullcontext()
     return using(current() or Pool(module, _Kind))
 
@@ -182,22 +277,32 @@ def standardized(module: nn.Module, *, sums: Sums | None = None) -> Iterator[Non
     The gradients of the standardized weights are summed (in float32) and carried to the weights
     when the block ends, by a single backward of the standardization. It is linear in them, so the
     result is that of a backward per micro-batch. The gradients of the layers' weights and gains
-    are complete only after the block, and the weights must not change inside it.
+    are complete only after the block; one that arrives later is carried to its weight at once.
 
     ``sums`` collects the gradients, for who does more with them than to sum them.
 
     With DistributedDataParallel all micro-batches but the last run under its ``no_sync``. Does
     nothing to a module that FSDP2 wraps, whose weights are whole only during a forward pass.
 
-    Raises ValueError in the forward pass of a DistributedDataParallel that is told to
-    ``find_unused_parameters`` or has a ``static_graph``.
+    Raises:
+        RuntimeError: for an optimizer step or a changed parameter inside the block, for a block
+            that ends without a backward pass through the standardized weights that were used with
+            gradients enabled, and for ``backward(create_graph=True)`` inside it.
+        ValueError: in the forward pass of a DistributedDataParallel that is told to
+            ``find_unused_parameters`` or has a ``static_graph``.
     """
     if _is_fsdp(module):
         yield
         return
     sums = sums or Sums()
-    pool = Pool(module, partial(_StepKind, sums=sums))
-    with using(pool):
-        yield
+    pool = _StepPool(module, sums)
+    refusal = register_optimizer_step_pre_hook(pool.refuse_step)
+    try:
+        with using(pool):
+            yield
+    finally:
+        refusal.remove()
+        pool.close()
+    pool.check()
     with sums.complete() as totals:
         pool.finish(totals)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitkern import reference
-from bitkern._torch import once_differentiable
+from bitkern import _torch, reference
 from bitkern.backends import choose, launchers, operator
 from bitkern.layout import dense, dense_like
 from bitkern.reference import Activation
@@ -173,7 +172,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, residual, ctx.num_groups, weight, bias, _, ctx.act = inputs
+    x, residual, ctx.num_groups, weight, bias, ctx.eps, ctx.act = inputs
     total, _, mean, rstd = output
     ctx.has_residual = residual is not None
     ctx.save_for_backward(total if ctx.has_residual else x, weight, bias, mean, rstd)
@@ -188,7 +187,11 @@ def _gradients(
     dx, dweight, dbias = dtotal, None, None
     if dy is not None:  # else only the sum was used
         total, weight, bias, mean, rstd = ctx.saved_tensors
-        dtotal, dy = dense_like(dtotal, total), dense_like(dy, total)
+        if _torch.backward_is_differentiated(dtotal, dy):
+            mean, rstd = reference.group_statistics(total, ctx.num_groups, ctx.eps)
+            backward = reference.group_norm_act_backward
+        else:
+            dtotal, dy = dense_like(dtotal, total), dense_like(dy, total)
         need_dx, need_dparams = need_x or need_residual, need_weight or need_bias
         stats = mean, rstd, ctx.act
         dx, dweight, dbias = backward(
@@ -235,7 +238,6 @@ class GroupNormActFunction(torch.autograd.Function):
         return outputs[1] if residual is None else outputs[:2]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         dtotal, dy = (None, *grads) if len(grads) == 1 else grads
         backward = ctx.implementation.group_norm_act_backward

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bitkern._torch import once_differentiable
+from bitkern import _torch, reference
 from bitkern.backends import choose, launchers
 from bitkern.layout import dense, dense_like
-from bitkern.ops.group_norm_act import check
-from bitkern.reference import Activation, group_norm_act_recompute
+from bitkern.ops.group_norm_act import add_group_norm_act, check, group_norm_act
+from bitkern.reference import Activation
 
 
 class Conv(NamedTuple):
@@ -29,6 +29,9 @@ class Conv(NamedTuple):
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
+
+
+_RECOMPUTE = "group_norm_act_recompute"
 
 
 class GroupNormActConvFunction(torch.autograd.Function):
@@ -54,16 +57,19 @@ class GroupNormActConvFunction(torch.autograd.Function):
         )
         each = zip(weights, biases, convs, strict=True)
         outs = [torch.convolution(a, w, b, *conv) for w, b, conv in each]
-        ctx.constants = convs, num_groups, act, implementation
+        ctx.constants = convs, num_groups, eps, act, implementation
         ctx.save_for_backward(x if total is None else total, weight, bias, mean, rstd, *weights)
         ctx.set_materialize_grads(False)
         return (*outs,) if total is None else (total, *outs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        convs, num_groups, act, implementation = ctx.constants
+        convs, num_groups, eps, act, implementation = ctx.constants
         total, weight, bias, mean, rstd, *weights = ctx.saved_tensors
+        differentiated = _torch.backward_is_differentiated(*grads)
+        if differentiated:
+            mean, rstd = reference.group_statistics(total, num_groups, eps)
+            implementation = reference
         need_x, need_residual, need_weight, need_bias, *need = ctx.needs_input_grad[5:]
         need_weights, need_biases = need[: len(convs)], need[len(convs) :]
         need_dx, need_dparams = need_x or need_residual, need_weight or need_bias
@@ -72,8 +78,8 @@ class GroupNormActConvFunction(torch.autograd.Function):
         a = total  # only its shape matters to a convolution whose weight needs no gradient
         if any(need_weights):
             # A backend need not have it.
-            of = getattr(implementation, "group_norm_act_recompute", group_norm_act_recompute)
-            a = of(total, num_groups, weight, bias, mean, rstd, act)
+            recompute = getattr(implementation, _RECOMPUTE, reference.group_norm_act_recompute)
+            a = recompute(total, num_groups, weight, bias, mean, rstd, act)
         da, dweights, dbiases = None, [None] * len(convs), [None] * len(convs)
         for i, (conv, dout) in enumerate(zip(convs, douts, strict=True)):
             if dout is None:
@@ -82,22 +88,15 @@ class GroupNormActConvFunction(torch.autograd.Function):
             part, dweights[i], dbiases[i] = torch.ops.aten.convolution_backward(
                 dout, a, weights[i], [dout.shape[1]], *conv, mask
             )
-            da = part if da is None else da.add_(part)
+            da = part if da is None else da + part if differentiated else da.add_(part)
         del a
-        dx, dweight, dbias = dense_like(dtotal, total), None, None
+        dx, dweight, dbias = dtotal, None, None
         if da is not None:
+            if not differentiated:
+                da, dtotal = dense_like(da, total), dense_like(dtotal, total)
+            stats = mean, rstd, act
             dx, dweight, dbias = implementation.group_norm_act_backward(
-                dense_like(da, total),
-                dx,
-                total,
-                num_groups,
-                weight,
-                bias,
-                mean,
-                rstd,
-                act,
-                need_dx,
-                need_dparams,
+                da, dtotal, total, num_groups, weight, bias, *stats, need_dx, need_dparams
             )
         return (
             *[None] * 5,
@@ -137,7 +136,6 @@ def group_norm_act_conv(
 
     Raises:
         ValueError, TypeError: as ``add_group_norm_act``, and for weights that do not fit x.
-        RuntimeError: on a second differentiation.
     """
     check(x, residual, num_groups, weight, bias, act)
     for w, b, conv in zip(weights, biases, convs, strict=True):
@@ -154,6 +152,14 @@ def group_norm_act_conv(
                 f"weights: expected {expected} for x of shape {tuple(x.shape)} and "
                 f"{conv.groups} groups, got {tuple(w.shape)}"
             )
+    if torch.compiler.is_compiling() or _torch.transformed():  # which see no autograd.Function
+        affine = num_groups, weight, bias, eps, act
+        if residual is None:
+            s, a = x, group_norm_act(x, *affine)
+        else:
+            s, a = add_group_norm_act(x, residual, *affine)
+        each = zip(weights, biases, convs, strict=True)
+        return s, [torch.convolution(a, w, b, *conv) for w, b, conv in each]
     implementation = launchers(choose("group_norm_act", x, weight, bias).name, "group_norm_act")
     x = dense(x)
     residual = dense_like(residual, x)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitkern import reference
-from bitkern._torch import once_differentiable
+from bitkern import _torch, reference
 from bitkern.backends import choose, launchers, operator
 from bitkern.layout import dense, dense_like
 from bitkern.ops.group_norm_act import check, or_empty
@@ -113,7 +112,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, _, ctx.num_groups, weight, bias, _ = inputs
+    x, _, ctx.num_groups, weight, bias, ctx.eps = inputs
     y, mean, rstd = output
     ctx.save_for_backward(x, y, weight, bias, mean, rstd)
 
@@ -122,9 +121,14 @@ def _gradients(ctx: Any, backward: Callable[..., Any], dy: Tensor) -> tuple[Tens
     """Gradients of the inputs x, residual, num_groups, weight, bias, eps."""
     need_x, need_residual, _, need_weight, need_bias, _ = ctx.needs_input_grad[:6]
     x, y, weight, bias, mean, rstd = ctx.saved_tensors
+    if _torch.backward_is_differentiated(dy):
+        mean, rstd = reference.group_statistics(x, ctx.num_groups, ctx.eps)
+        backward = reference.group_norm_add_relu_backward
+    else:
+        dy = dense_like(dy, x)
     of = ctx.num_groups, weight, bias, mean, rstd
     needs = need_x, need_residual, need_weight or need_bias
-    dx, dresidual, dweight, dbias = backward(dense_like(dy, x), x, y, *of, *needs)
+    dx, dresidual, dweight, dbias = backward(dy, x, y, *of, *needs)
     return (
         dx if need_x else None,
         dresidual if need_residual else None,
@@ -163,7 +167,6 @@ class GroupNormAddReluFunction(torch.autograd.Function):
         return outputs[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         backward = ctx.implementation.group_norm_add_relu_backward
         return *_gradients(ctx, backward, dy), None

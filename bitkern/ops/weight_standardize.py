@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bitkern import reference
-from bitkern._torch import once_differentiable
+from bitkern import _torch, reference
 from bitkern.backends import choose, launchers, operator
 from bitkern.layout import dense
 from bitkern.variant import Variant
@@ -167,12 +166,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 def _gradients(ctx: Any, backward: Callable[..., Any], douts: Sequence[Tensor]) -> Any:
     *parameters, stats = ctx.saved_tensors
     weights, gains = parameters[: ctx.count], parameters[ctx.count :]
+    if _torch.backward_is_differentiated(*douts):
+        variant = Variant(*ctx.variant)
+        stats = reference.filter_statistics(weights, variant)
+        return reference.weight_standardize_backward(
+            douts, weights, gains or None, ctx.scales, stats, variant
+        )
+    douts = [dense(dout) for dout in douts]
     return backward(douts, weights, gains, ctx.scales, stats, *ctx.variant)
 
 
 def _op_backward(ctx: Any, douts: Sequence[Tensor], _: Tensor) -> Any:
     dweights, dgains = _gradients(ctx, torch.ops.bitkern.weight_standardize_backward, douts)
-    return dweights, dgains, *[None] * 6
+    return dweights, dgains or [], *[None] * 6
 
 
 _weight_standardize.register_autograd(_op_backward, setup_context=_setup_context)
@@ -193,7 +199,6 @@ class WeightStandardizeFunction(torch.autograd.Function):
         return tuple(outs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *douts: Tensor) -> Any:
         def backward(
             douts: Any, weights: Any, gains: Any, scales: Any, stats: Any, *variant: Any
@@ -201,7 +206,7 @@ class WeightStandardizeFunction(torch.autograd.Function):
             launch = ctx.implementation.weight_standardize_backward
             return launch(douts, weights, gains or None, scales, stats, Variant(*variant))
 
-        dweights, dgains = _gradients(ctx, backward, [dense(d) for d in douts])
+        dweights, dgains = _gradients(ctx, backward, douts)
         return None, None, None, *dweights, *(dgains or ())
 
 

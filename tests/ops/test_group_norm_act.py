@@ -275,20 +275,6 @@ def test_autocast_keeps_the_dtype(name, device):
 
 
 @every_implementation
-def test_second_order(name, device):
-    x = torch.randn(2, 8, 3, 3, device=device, requires_grad=True)
-    with bitkern.use_backend(name):
-        y = ops.group_norm_act(x, 4, act="silu")
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    if name == "reference":
-        dx.square().sum().backward()
-        assert x.grad.isfinite().all()
-    else:
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            dx.square().sum().backward()
-
-
-@every_implementation
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_opcheck(name, device, format):
     x, residual = (

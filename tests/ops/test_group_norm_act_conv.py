@@ -114,15 +114,6 @@ def test_keeps_its_input_alone(name, device):
     assert sum(t.numel() for t in kept if t is not None) < x.numel() + 600
 
 
-def test_second_order_is_refused():
-    x, residual, *parameters = inputs(torch.float32)
-    x.requires_grad_()
-    outs = node(x, residual, *parameters)
-    (dx,) = torch.autograd.grad(outs[1].square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 def test_errors():
     x, residual, *parameters = inputs(torch.float32)
     with pytest.raises(TypeError, match="weights: expected the dtype and device of x"):

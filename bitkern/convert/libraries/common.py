@@ -8,14 +8,39 @@ from torch import Tensor, nn
 from bitkern.nn import GroupNormAct, WSConv2d, preact
 from bitkern.nn.activations import act_of
 from bitkern.nn.fused import watched
+from bitkern.nn.layers import conv_fusion
+from bitkern.ops import Conv
 from bitkern.reference import Activation
 
 
 class StandardizedConv(WSConv2d):
-    """Biased variance, eps under the root, as in all libraries; they have ``eps`` themselves."""
+    """Biased variance, eps under the root, as in all libraries; they have ``eps`` themselves.
+
+    Subclasses take the library's ``__init__``: adapters build layers by ``type(layer)(...)``.
+    """
 
     eps_outside = unbiased = False
     forward = nn.Conv2d.forward
+
+
+class PaddedConv(StandardizedConv):
+    """A convolution that may pad its input by as much as that needs."""
+
+    def pads(self) -> bool:
+        """Whether this one does."""
+        raise NotImplementedError
+
+    def padded(self, x: Tensor) -> Tensor:
+        """``x``, padded."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = nn.Conv2d.forward(self, self.padded(x) if self.pads() else x)
+        return y
+
+    def fusion(self) -> Conv | None:
+        own = type(self).forward is PaddedConv.forward
+        return conv_fusion(self) if own and not self.pads() else None
 
 
 class Norm:

@@ -9,7 +9,7 @@ from timm.models import resnetv2
 from torch import nn
 
 from bitkern.convert.libraries import common
-from bitkern.convert.libraries.common import Norm, StandardizedConv, fusion
+from bitkern.convert.libraries.common import Norm, PaddedConv, StandardizedConv, fusion
 from bitkern.nn.activations import ACTS
 from bitkern.nn.preact import summed, through
 from bitkern.nn.standardized import per_forward
@@ -25,34 +25,35 @@ ACTS.update(
 
 
 class StdConv2d(StandardizedConv, layers.StdConv2d):
+    __init__ = layers.StdConv2d.__init__
     gain = None
     scale = 1.0
 
 
 class ScaledStdConv2d(StandardizedConv, layers.ScaledStdConv2d):
-    pass
+    __init__ = layers.ScaledStdConv2d.__init__
 
 
-class SamePadding:
-    """Mixin of convolutions that pad as much as their input needs, if ``same_pad``."""
-
+class Same(PaddedConv):
     @property
     def folded(self):
         return layers.Conv2dSame if self.same_pad else nn.Conv2d
 
-    def forward(self, x):
-        if self.same_pad:
-            x = layers.pad_same(x, self.kernel_size, self.stride, self.dilation)
-        return nn.Conv2d.forward(self, x)
+    def pads(self):
+        return self.same_pad
+
+    def padded(self, x):
+        return layers.pad_same(x, self.kernel_size, self.stride, self.dilation)
 
 
-class StdConv2dSame(SamePadding, StandardizedConv, layers.StdConv2dSame):
+class StdConv2dSame(Same, layers.StdConv2dSame):
+    __init__ = layers.StdConv2dSame.__init__
     gain = None
     scale = 1.0
 
 
-class ScaledStdConv2dSame(SamePadding, StandardizedConv, layers.ScaledStdConv2dSame):
-    pass
+class ScaledStdConv2dSame(Same, layers.ScaledStdConv2dSame):
+    __init__ = layers.ScaledStdConv2dSame.__init__
 
 
 class PlainNorm(Norm):

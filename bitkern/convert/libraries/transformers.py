@@ -6,13 +6,8 @@ from torch import nn
 from transformers.models.bit import modeling_bit as bit
 
 from bitkern.convert.libraries import common
-from bitkern.convert.libraries.common import Norm, StandardizedConv, fusion
+from bitkern.convert.libraries.common import Norm, PaddedConv, fusion
 from bitkern.nn.standardized import per_forward
-
-
-class WeightStandardizedConv2d(StandardizedConv, bit.WeightStandardizedConv2d):
-    gain = None
-    scale = 1.0
 
 
 class PaddedConv2d(nn.Conv2d):
@@ -22,11 +17,20 @@ class PaddedConv2d(nn.Conv2d):
         return super().forward(self.pad(x))
 
 
-class PaddedWeightStandardizedConv2d(WeightStandardizedConv2d):
-    folded = PaddedConv2d
+class WeightStandardizedConv2d(PaddedConv, bit.WeightStandardizedConv2d):
+    __init__ = bit.WeightStandardizedConv2d.__init__
+    gain = None
+    scale = 1.0
 
-    def forward(self, x):
-        return super().forward(self.pad(x))
+    @property
+    def folded(self):
+        return nn.Conv2d if self.pad is None else PaddedConv2d
+
+    def pads(self):
+        return self.pad is not None
+
+    def padded(self, x):
+        return self.pad(x)
 
 
 class BitGroupNormActivation(Norm, bit.BitGroupNormActivation):
@@ -54,12 +58,8 @@ class BitModel(bit.BitModel):
             return super().forward(*args, **kwargs)
 
 
-def _convolution(module):
-    return WeightStandardizedConv2d if module.pad is None else PaddedWeightStandardizedConv2d
-
-
 LAYERS = {
-    bit.WeightStandardizedConv2d: _convolution,
+    bit.WeightStandardizedConv2d: WeightStandardizedConv2d,
     bit.BitGroupNormActivation: BitGroupNormActivation,
 }
 BLOCKS = {

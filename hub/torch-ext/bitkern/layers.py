@@ -16,6 +16,18 @@ class _Layer(nn.Module):
     can_torch_compile: bool = True
 
 
+def _refuse_subclass(module: nn.Module) -> None:
+    """Raise TypeError for a forward below the class that a layer stands for: it would be lost."""
+    for cls in type(module).__mro__:
+        if "kernel_layer_name" in vars(cls):
+            return
+        if "forward" in vars(cls):
+            raise TypeError(
+                f"kernelize: {cls.__name__} has a forward of its own, which the kernel would "
+                "replace: map its base with condition=lambda module: type(module) is Base"
+            )
+
+
 class _Norm(_Layer):
     num_groups: int
     weight: Tensor | None
@@ -34,6 +46,7 @@ class _Conv(_Layer):
 
 def _group_norm_act(norm: _Norm, x: Tensor, *after: nn.Module) -> Tensor:
     """The norm and what comes after it, an activation that is last in the same kernel."""
+    _refuse_subclass(norm)
     affine = norm.num_groups, norm.weight, norm.bias, norm.eps
     *between, last = after
     act = act_of(last)
@@ -46,6 +59,7 @@ def _group_norm_act(norm: _Norm, x: Tensor, *after: nn.Module) -> Tensor:
 
 
 def _ws_conv2d(conv: _Conv, x: Tensor, eps: float, gain: Tensor | None = None, scale: float = 1.0):
+    _refuse_subclass(conv)
     of = conv.stride, conv.padding, conv.dilation, conv.groups, eps
     return ws_conv2d(x, conv.weight, conv.bias, *of, gain=gain, scale=scale)
 
@@ -54,6 +68,7 @@ class GroupNorm(_Norm):
     """PyTorch's, and timm's."""
 
     def forward(self, input: Tensor) -> Tensor:
+        _refuse_subclass(self)
         return group_norm_act(input, self.num_groups, self.weight, self.bias, self.eps, "none")
 
 

@@ -1,4 +1,4 @@
-"""Instance normalization (Ulyanov et al., arXiv 1607.08022): GroupNorm with a group per channel."""
+"""PyTorch's own norms on the kernels, as ``bitkern.convert`` puts them in."""
 
 from typing import Any, ClassVar
 
@@ -12,8 +12,20 @@ from bitkern.reference import Activation
 torch.fx.wrap("group_norm_act")  # recorded as it is
 
 
+class GroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm``, with nothing after it."""
+
+    __prepare_scriptable__ = GroupNormAct.__prepare_scriptable__
+    takes = GroupNormAct.takes
+    forward = GroupNormAct.forward
+
+    def fusion(self) -> tuple[Activation, tuple[nn.Module, ...]]:
+        """As ``GroupNormAct.fusion``."""
+        return "none", ()
+
+
 class InstanceNorm(nn.Module):
-    """Mixin of instance norms without running statistics."""
+    """Mixin of instance norms (Ulyanov et al., arXiv 1607.08022): a group for each channel."""
 
     __prepare_scriptable__ = GroupNormAct.__prepare_scriptable__
 
@@ -22,6 +34,7 @@ class InstanceNorm(nn.Module):
     weight: Any
     bias: Any
     eps: float
+    track_running_stats: bool
 
     @property
     def num_groups(self) -> int:
@@ -34,7 +47,7 @@ class InstanceNorm(nn.Module):
     def takes(self, input: Tensor) -> bool:
         """Whether an input is a batch that PyTorch takes, for which a kernel is there."""
         features = input.ndim == self.dimensions and input.shape[1] == self.num_features
-        return features and input.shape[2:].numel() > 1
+        return features and input.shape[2:].numel() > 1 and not self.track_running_stats
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, num_features, *) -> the same shape, dtype and memory format.
@@ -42,7 +55,8 @@ class InstanceNorm(nn.Module):
         What else PyTorch takes, a sample without a batch say, or refuses, is left to it.
         """
         # torch.fx, which cannot follow the conditions, records what a batch takes.
-        if isinstance(input, torch.fx.Proxy) or self.takes(input):
+        symbol = isinstance(input, torch.fx.Proxy) and not self.track_running_stats
+        if symbol or self.takes(input):
             affine = self.num_features, self.weight, self.bias, self.eps
             return group_norm_act(input, *affine, "none")
         y: Tensor = super().forward(input)
