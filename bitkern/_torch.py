@@ -1,7 +1,7 @@
 """Every call of a private name of PyTorch, in one place. Tried on PyTorch 2.11.0 and 2.14.1."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,35 @@ def compiled(module: nn.Module) -> bool:
 def state_of(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
     """What tells whether tensors have changed: in place, or by another's memory in ``data``."""
     return tuple((0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors)
+
+
+def compilation(gm: torch.fx.GraphModule) -> tuple[str, str | None]:
+    """The number of the frame and of its graph that Dynamo compiles; why a graph broke, or None."""
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return str(compile_id), None
+    return str(compile_id), str(reason.reason).splitlines()[0]
+
+
+def at_recompile_limit(compile_id: str) -> bool:
+    """Whether a frame was compiled as often as Dynamo allows; its graph is the last."""
+    frame_compile_id = compile_id.rpartition("/")[2].partition("_")[0]
+    limit: int = torch._dynamo.config.recompile_limit
+    return frame_compile_id.isdigit() and int(frame_compile_id) + 1 >= limit
+
+
+def inductor(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Inductor's function for a graph, which sees the registered operators as such."""
+    from torch._inductor.compile_fx import compile_fx
+
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        compiled: Any = compile_fx(gm, list(example_inputs))
+    finally:
+        torch.compiler._is_compiling_flag = before
+    return compiled  # type: ignore[no-any-return]
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:

@@ -11,6 +11,7 @@ from bitkern.nn.activations import act_of, idle
 from bitkern.nn.layers import GroupNormAct, WSConv2d, conv_fusion
 from bitkern.nn.norms import InstanceNorm
 from bitkern.ops import Conv, group_norm_act, group_norm_add_relu
+from bitkern.ops.ws_conv2d import autocast_dtype
 from bitkern.reference import ACTIVATIONS, Activation
 
 torch.fx.wrap("group_norm_act")  # recorded as it is
@@ -76,18 +77,10 @@ def _parameters(conv: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
         weight = conv.standardize(x)
         return weight, None if conv.bias is None else conv.bias.to(weight.dtype)
     weight, bias = conv.weight, conv.bias
-    if _autocast_dtype(x) == x.dtype:
+    if autocast_dtype(x) == x.dtype:
         weight = weight.to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
     return weight, bias
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast would convert the input of a convolution to; None if it does not."""
-    device = x.device.type
-    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def apply_after(after: Sequence[After], y: Tensor) -> Tensor:
@@ -154,7 +147,7 @@ def norm_act_conv(
     if recompute and len(fused) == len(convs):
         parameters = [_parameters(conv, x) for conv, _ in fused]
         given = [p for pair in parameters for p in pair if p is not None]
-        as_it_is = _autocast_dtype(x) in (None, x.dtype) and all(p.dtype == x.dtype for p in given)
+        as_it_is = autocast_dtype(x) in (None, x.dtype) and all(p.dtype == x.dtype for p in given)
         if as_it_is and all(w.ndim == x.ndim for w, _ in parameters):
             weights, biases = zip(*parameters, strict=True)
             specs = [conv for _, conv in fused]

@@ -14,12 +14,20 @@ from bitkern.ops.weight_standardize import weight_standardize_all
 from bitkern.variant import Variant
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would convert the input of a convolution to; None if it does not."""
+    device = x.device.type
+    # meta has no autocast.
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def conv_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype a convolution of x runs in: autocast's where that is on, else that of x."""
-    device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)  # which meta has not
-    if autocast and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    autocast = autocast_dtype(x)
+    if autocast is not None:
+        return autocast
     if x.dtype == weight.dtype or weight.dtype == torch.float32 and x.dtype.itemsize == 2:
         return x.dtype
     raise TypeError(

@@ -1,0 +1,269 @@
+"""What the nodes of a Dynamo graph compute, and what they change in place."""
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from bitkern import ops
+from bitkern.ops import Conv
+from bitkern.reference import Activation
+
+# Names and defaults of the arguments, in their order.
+_GROUP_NORM = {"input": None, "num_groups": None, "weight": None, "bias": None, "eps": 1e-5}
+_NORMS: dict[Any, dict[str, Any]] = {
+    F.group_norm: _GROUP_NORM,
+    torch.group_norm: _GROUP_NORM | {"cudnn_enabled": True},
+    F.instance_norm: {
+        "input": None,
+        "running_mean": None,
+        "running_var": None,
+        "weight": None,
+        "bias": None,
+        "use_input_stats": True,
+        "momentum": 0.1,
+        "eps": 1e-5,
+    },
+    ops.group_norm_act: _GROUP_NORM | {"act": "relu"},
+}
+_CONV = {"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0}
+_CONVS: dict[Any, dict[str, Any]] = {
+    **dict.fromkeys(
+        (torch.conv1d, torch.conv2d, torch.conv3d), _CONV | {"dilation": 1, "groups": 1}
+    ),
+    **dict.fromkeys(
+        (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+        _CONV | {"output_padding": 0, "groups": 1, "dilation": 1},
+    ),
+    torch.convolution: _CONV
+    | {"dilation": 1, "transposed": False, "output_padding": 0, "groups": 1},
+}
+# Activations, and the arguments with which a kernel computes them.
+_ACTIVATIONS: dict[Any, tuple[Activation, dict[str, Any]]] = {
+    F.relu: ("relu", {}),
+    torch.relu: ("relu", {}),
+    torch.relu_: ("relu", {}),
+    "relu": ("relu", {}),
+    "relu_": ("relu", {}),
+    F.silu: ("silu", {}),
+    F.leaky_relu: ("leaky_relu", {"negative_slope": 0.01}),
+    F.gelu: ("gelu", {"approximate": "none"}),
+    F.mish: ("mish", {}),
+    F.hardswish: ("hardswish", {}),
+}
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
+_DROPOUT = {"input": None, "p": 0.5, "training": True, "inplace": False}
+_ADDITIONS = {operator.add: False, torch.add: False, "add": False}
+_ADDITIONS |= {operator.iadd: True, "add_": True, "__iadd__": True}
+_MULTIPLICATIONS = operator.mul, torch.mul, "mul"
+_SIGMOIDS = torch.sigmoid, F.sigmoid, "sigmoid"
+_MODES = "_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode"
+
+
+class Norm(NamedTuple):
+    """A normalization; ``num_groups`` is None for one group per channel."""
+
+    node: fx.Node
+    x: fx.Node
+    num_groups: int | None
+    weight: Any
+    bias: Any
+    eps: float
+    act: Activation
+
+
+class Convolution(NamedTuple):
+    """A convolution: its input, parameters, and the rest of its arguments, in two forms."""
+
+    node: fx.Node
+    x: Any
+    weight: Any
+    bias: Any
+    name: str  # of the function, in torch
+    rest: tuple[Any, ...]  # by position
+    conv: Conv | None  # None where the node that recomputes cannot be used
+
+
+class Sum(NamedTuple):
+    """A sum of two tensors, and whether it changes the first of them."""
+
+    node: fx.Node
+    first: fx.Node
+    second: fx.Node
+    in_place: bool
+
+
+def value(node: Any) -> Any:
+    """The fake tensor that a node stands for."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def _bound(node: fx.Node, names: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments of a node by name; None if it has others."""
+    if len(node.args) > len(names) or node.kwargs.keys() - names.keys():
+        return None
+    return names | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def norm_of(node: fx.Node) -> Norm | None:
+    """The normalization that a node is."""
+    names = _NORMS.get(node.target) if node.op == "call_function" else None
+    given = None if names is None else _bound(node, names)
+    if given is None or not isinstance(given["input"], fx.Node):
+        return None
+    if node.target is F.instance_norm:
+        running = given["running_mean"] is not None or given["running_var"] is not None
+        if running or given["use_input_stats"] is not True:
+            return None
+    groups, eps = given.get("num_groups"), given["eps"]
+    if not isinstance(groups, int | None) or not isinstance(eps, int | float):
+        return None
+    act = given.get("act", "none")
+    return Norm(node, given["input"], groups, given["weight"], given["bias"], eps, act)
+
+
+def convolution_of(node: fx.Node) -> Convolution | None:
+    """The convolution that a node is."""
+    names = _CONVS.get(node.target) if node.op == "call_function" else None
+    given = None if names is None else _bound(node, names)
+    if given is None:
+        return None
+    x, weight, bias, *rest = (given[name] for name in names or ())
+    name = str(getattr(node.target, "__name__", ""))
+    return Convolution(node, x, weight, bias, name, tuple(rest), _conv(given))
+
+
+def _conv(given: dict[str, Any]) -> Conv | None:
+    x, weight = value(given["input"]), value(given["weight"])
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and x.ndim == weight.ndim):
+        return None
+    dimensions = weight.ndim - 2
+
+    def each(name: str) -> tuple[Any, ...]:
+        found = given.get(name, 0)
+        return (found,) * dimensions if isinstance(found, int) else tuple(found)
+
+    padding = given["padding"]
+    if isinstance(padding, str):
+        sizes = zip(each("dilation"), weight.shape[2:], strict=True)
+        total = [d * (k - 1) for d, k in sizes]
+        if padding == "same" and any(t % 2 for t in total):  # one side is padded more
+            return None
+        given = given | {"padding": [t // 2 if padding == "same" else 0 for t in total]}
+    transposed = given.get("transposed", "output_padding" in given)
+    conv = Conv(
+        each("stride"),
+        each("padding"),
+        each("dilation"),
+        transposed,
+        each("output_padding"),
+        given["groups"],
+    )
+    numbers = (*conv.stride, *conv.padding, *conv.dilation, *conv.output_padding, conv.groups)
+    one = all(len(part) in (1, dimensions) for part in (conv.stride, conv.padding, conv.dilation))
+    return conv if one and all(type(n) is int for n in numbers) else None
+
+
+def activation_of(node: fx.Node, of: fx.Node) -> Activation | None:
+    """The activation that a node computes of another."""
+    name, wanted = _ACTIVATIONS.get(node.target, (None, {}))
+    if name is None or node.args[:1] != (of,):
+        return None
+    given = dict(zip([*wanted, "inplace"], node.args[1:], strict=False)) | node.kwargs
+    given.pop("inplace", None)
+    return name if all(wanted.get(key) == found for key, found in given.items()) else None
+
+
+def silu_of(node: fx.Node) -> fx.Node | None:
+    """The product by which ``x * sigmoid(x)`` of a node is written out."""
+    users = list(node.users)
+    sigmoid = next((u for u in users if u.target in _SIGMOIDS and u.args == (node,)), None)
+    if len(users) != 2 or sigmoid is None or len(sigmoid.users) != 1:
+        return None
+    (product,) = sigmoid.users
+    factors = product.target in _MULTIPLICATIONS and set(product.args) == {node, sigmoid}
+    return product if factors and product in users and not product.kwargs else None
+
+
+def does_nothing(node: fx.Node, of: fx.Node) -> bool:
+    """Whether a node returns another as it is: dropout that drops nothing, a cast to its dtype."""
+    if node.args[:1] != (of,):
+        return False
+    if node.target in _DROPOUTS:
+        given = _bound(node, _DROPOUT)
+        return given is not None and (given["p"] == 0 or given["training"] is False)
+    if node.op == "call_method" and node.target in ("to", "type", "float"):
+        only = node.target == "float" or isinstance(node.args[-1], torch.dtype)
+        same = isinstance(value(of), Tensor) and value(node).dtype == value(of).dtype
+        return only and same and len(node.args) <= 2 and not node.kwargs
+    return False
+
+
+def sum_of(node: Any) -> Sum | None:
+    """The sum of two tensors that a node is."""
+    if not isinstance(node, fx.Node) or node.target not in _ADDITIONS or node.kwargs:
+        return None
+    if len(node.args) != 2 or node.args[0] is node.args[1]:
+        return None
+    first, second = node.args
+    alike = isinstance(value(first), Tensor) and isinstance(value(second), Tensor)
+    if not alike or value(first).dtype != value(second).dtype:
+        return None
+    return Sum(node, first, second, _ADDITIONS[node.target])  # type: ignore[arg-type]
+
+
+def changes(node: fx.Node) -> bool:
+    """Whether a node changes memory that was there before, as far as its name tells."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__") or name in ("setitem", "__setitem__")
+    augmented = getattr(node.target, "__module__", "") == "_operator" and name in _AUGMENTED
+    argument = node.kwargs.get("inplace") or (name in _INPLACE_LAST and node.args[-1] is True)
+    running = name in ("batch_norm", "instance_norm") and any(a is not None for a in node.args[1:3])
+    return bool(in_place or augmented or argument or "out" in node.kwargs or running)
+
+
+_AUGMENTED = {
+    *("iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior"),
+    *("ipow", "irshift", "isub", "itruediv", "ixor"),
+}
+_INPLACE_LAST = {"relu", "silu", "dropout", "leaky_relu", "hardswish", "mish", "elu", "celu"}
+_INPLACE_LAST |= {"selu", "relu6", "hardtanh", "hardsigmoid", "threshold", "rrelu"}
+_INPLACE_LAST |= {"dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
+
+
+def is_mode(node: fx.Node) -> bool:
+    """Whether a node enters or leaves autocast, or switches gradients on or off."""
+    return getattr(node.target, "__name__", "").startswith(_MODES)
+
+
+def between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    """The nodes after the first and before the last."""
+    node = first.next
+    while node is not last and node.op != "root":
+        yield node
+        node = node.next
+
+
+def undisturbed(first: fx.Node, last: fx.Node, own: set[fx.Node]) -> bool:
+    """Whether nothing between two nodes but these changes memory."""
+    return not any(changes(node) and node not in own for node in between(first, last))
+
+
+def same_mode(nodes: list[fx.Node]) -> bool:
+    """Whether no mode is entered or left between nodes."""
+    return not any(is_mode(node) for node in between(min(nodes), max(nodes)))
+
+
+def fresh(x: Any, makers: tuple[Callable[..., Any], ...]) -> bool:
+    """Whether a node is new memory that has one user: of a convolution, or of these functions."""
+    if not isinstance(x, fx.Node) or len(x.users) != 1:
+        return False
+    made = x.args[0] if x.target is operator.getitem else x
+    return isinstance(made, fx.Node) and (made.target in _CONVS or made.target in makers)

@@ -1,0 +1,245 @@
+"""Norms in a graph, and what becomes of what surrounds them.
+
+    (sum ->) norm (-> activation) (-> convolutions)    one node of autograd
+    norm -> sum -> ReLU                                one kernel
+
+A fused node stands where the norm was, or the sum before it: what changes memory later in the graph
+has not changed its input yet. The end of a post-activation block stands where the sum was.
+"""
+
+import operator
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from bitkern.compile import run
+from bitkern.compile.graph import (
+    Convolution,
+    Norm,
+    Sum,
+    activation_of,
+    convolution_of,
+    does_nothing,
+    fresh,
+    norm_of,
+    same_mode,
+    silu_of,
+    sum_of,
+    undisturbed,
+)
+from bitkern.compile.weights import cone, constant
+
+_MAKERS = run.norm_act_conv, run.norm_act, run.norm_add_relu, run.add_norm_act
+
+
+class Chain(NamedTuple):
+    """A norm and what follows it one after the other, each the only use of the one before."""
+
+    norm: Norm
+    act: str
+    nodes: tuple[fx.Node, ...]  # the norm first
+
+    @property
+    def last(self) -> fx.Node:
+        return self.nodes[-1]
+
+    @property
+    def affine(self) -> tuple[Any, ...]:
+        """As ``run.Affine``."""
+        norm = self.norm
+        return norm.num_groups, norm.weight, norm.bias, norm.eps, self.act
+
+
+def fuse(
+    graph: fx.Graph, parameters: set[fx.Node]
+) -> tuple[dict[fx.Node, str], dict[fx.Node, str]]:
+    """Rewrite what surrounds the norms of a graph; what became of each, what was left, and why."""
+    fused: dict[fx.Node, str] = {}
+    left: dict[fx.Node, str] = {}
+    for node in list(graph.nodes):
+        norm = norm_of(node)
+        if norm is None:
+            continue
+        chain = _chain(norm)
+        alone = _why(chain)
+        how = _fuse_end(graph, chain) or _fuse_convs(graph, chain, parameters)
+        fused[node] = how or _fuse_act(graph, chain)
+        if how is None and chain.act == "none":
+            left[node] = alone
+    return fused, left
+
+
+def _chain(norm: Norm) -> Chain:
+    act: str = norm.act
+    nodes = [norm.node]
+    while True:
+        last = nodes[-1]
+        silu = silu_of(last) if act == "none" else None
+        if silu is not None:
+            following: fx.Node = silu
+        elif len(last.users) == 1:
+            (following,) = last.users
+        else:
+            break
+        activation = "silu" if silu is not None else activation_of(following, last)
+        if activation is not None and act == "none":
+            act = activation
+        elif not does_nothing(following, last):
+            break
+        if not same_mode([norm.node, following]):
+            break
+        if silu is not None:
+            nodes.append(next(user for user in last.users if user is not silu))
+        nodes.append(following)
+    return Chain(norm, act if len(nodes) > 1 else norm.act, tuple(nodes))
+
+
+def _fuse_act(graph: fx.Graph, chain: Chain) -> str:
+    total = _sum_before(chain)
+    if total is not None and chain.act != "none":
+        _with_sum(graph, total, run.add_norm_act, (chain.affine,), [chain.last])
+        _erase(graph, [*reversed(chain.nodes), total.node])
+        return "residual sum, norm and activation in one kernel"
+    with graph.inserting_before(chain.norm.node):
+        y = graph.call_function(run.norm_act, (chain.norm.x, chain.affine))
+    _substitute(chain.last, y)
+    _erase(graph, list(reversed(chain.nodes)))
+    return "norm by a kernel alone" if chain.act == "none" else "norm and activation in one kernel"
+
+
+def _fuse_convs(graph: fx.Graph, chain: Chain, parameters: set[fx.Node]) -> str | None:
+    shared = [user for user in chain.last.users if user.target is run.standardized_weight]
+    convs = [_convolves(user, chain.last) for user in chain.last.users if user not in shared]
+    known = [conv for conv in convs if conv is not None]
+    if chain.act == "none" or not convs or len(known) != len(convs):
+        return None
+    if not same_mode([chain.norm.node, *(conv.node for conv in known)]):
+        return None
+    total = _sum_before(chain)
+    place = chain.norm.node if total is None else total.node
+    if not all(_movable(p, place, parameters) for c in known for p in (c.weight, c.bias)):
+        if total is None:
+            return None
+        total, place = None, chain.norm.node
+        if not all(_movable(p, place, parameters) for c in known for p in (c.weight, c.bias)):
+            return None
+    x = chain.norm.x if total is None else total.first
+    weights = [_moved(graph, conv.weight, place, x) for conv in known]
+    biases = [_moved(graph, conv.bias, place, x) for conv in known]
+    specs = [tuple(conv.conv) for conv in known if conv.conv is not None]
+    calls = [(conv.name, conv.rest) for conv in known]
+    rest: Any = chain.affine, weights, biases, specs, calls
+    outputs = [conv.node for conv in known]
+    if total is None:
+        with graph.inserting_before(place):
+            node = graph.call_function(run.norm_act_conv, (x, None, *rest))
+            outs = [graph.call_function(operator.getitem, (node, i + 1)) for i in range(len(known))]
+        for output, out in zip(outputs, outs, strict=True):
+            _substitute(output, out)
+        _erase(graph, [*outputs, *shared, *reversed(chain.nodes)])
+        return "norm, activation and convolution as one"
+    _with_sum(graph, total, run.norm_act_conv, rest, outputs)
+    _erase(graph, [*outputs, *shared, *reversed(chain.nodes), total.node])
+    return "residual sum, norm, activation and convolution as one"
+
+
+def _fuse_end(graph: fx.Graph, chain: Chain) -> str | None:
+    """``relu(norm + residual)``."""
+    if chain.act != "none" or len(chain.last.users) != 1:
+        return None
+    total = sum_of(next(iter(chain.last.users)))
+    if total is None or len(total.node.users) != 1:
+        return None
+    if total.in_place and total.first is not chain.last:
+        return None
+    (relu,) = total.node.users
+    own = {*chain.nodes, total.node, relu}
+    quiet = fresh(chain.norm.x, _MAKERS) or undisturbed(chain.norm.node, total.node, own)
+    if activation_of(relu, total.node) != "relu" or not quiet:
+        return None
+    if not same_mode([chain.norm.node, relu]):
+        return None
+    residual = total.second if total.first is chain.last else total.first
+    with graph.inserting_before(total.node):
+        y = graph.call_function(run.norm_add_relu, (chain.norm.x, residual, chain.affine))
+    _substitute(relu, y)
+    _erase(graph, [relu, total.node, *reversed(chain.nodes)])
+    return "norm, sum and ReLU in one kernel"
+
+
+def _sum_before(chain: Chain) -> Sum | None:
+    """The sum that a norm is the first to see, if it may be computed with it."""
+    total = sum_of(chain.norm.x)
+    if total is None or (total.in_place and not fresh(total.first, _MAKERS)):
+        return None
+    given = [p for p in (chain.norm.weight, chain.norm.bias) if isinstance(p, fx.Node)]
+    early = all(p < total.node for p in given)
+    first = min(total.node.users) is chain.norm.node
+    return total if early and first and same_mode([total.node, chain.norm.node]) else None
+
+
+def _with_sum(
+    graph: fx.Graph, total: Sum, function: Any, rest: tuple[Any, ...], outputs: list[fx.Node]
+) -> None:
+    """Compute a sum and outputs by one function, where the sum was."""
+    with graph.inserting_before(total.node):
+        node = graph.call_function(function, (total.first, total.second, *rest))
+        made = [graph.call_function(operator.getitem, (node, i)) for i in range(len(outputs) + 1)]
+    for old, new in zip([total.node, *outputs], made, strict=True):
+        _substitute(old, new)
+
+
+def _convolves(user: fx.Node, of: fx.Node) -> Convolution | None:
+    conv = convolution_of(user)
+    if conv is None or conv.conv is None or conv.x is not of or of in (conv.weight, conv.bias):
+        return None
+    return conv
+
+
+def _movable(node: Any, place: fx.Node, parameters: set[fx.Node]) -> bool:
+    """Whether a parameter of a convolution is there at a place, or can be computed there."""
+    if not isinstance(node, fx.Node) or node < place or node.target is run.standardized_weight:
+        return True
+    nodes = [n for n in cone(node) if not n < place]
+    leaves = [n for n in cone(node) if n.op in ("placeholder", "get_attr")]
+    return (
+        constant(node) and all(leaf in parameters for leaf in leaves) and same_mode([place, *nodes])
+    )
+
+
+def _moved(graph: fx.Graph, node: Any, place: fx.Node, x: fx.Node) -> Any:
+    if not isinstance(node, fx.Node):
+        return node
+    if node.target is run.standardized_weight:  # for a convolution of x
+        with graph.inserting_before(place):
+            moved = graph.call_function(run.standardized_weight, (*node.args[:2], x))
+        moved.meta = dict(node.meta)
+        return moved
+    for dependency in cone(node):
+        if not dependency < place:
+            place.prepend(dependency)
+    return node
+
+
+def _substitute(old: fx.Node, new: fx.Node) -> None:
+    new.meta = {k: v for k, v in old.meta.items() if k in ("example_value", "nn_module_stack")}
+    old.replace_all_uses_with(new)
+
+
+def _erase(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    for node in nodes:
+        graph.erase_node(node)
+
+
+def _why(chain: Chain) -> str:
+    """Why nothing is fused with a norm."""
+    users = list(chain.last.users)
+    if len(users) != 1:
+        return f"its result has {len(users)} uses"
+    (user,) = users
+    if user.op == "output":
+        return "its result leaves the graph"
+    function = (
+        user.target if isinstance(user.target, str) else user._pretty_print_target(user.target)
+    )
+    return f"{function} follows, which no kernel computes with it"

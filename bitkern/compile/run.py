@@ -1,0 +1,137 @@
+"""What a rewritten graph calls: the operators, by what is known when they run.
+
+Sizes, dtypes and autocast are those of the call; where a kernel does not fit them, a function does
+what the graph said.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bitkern import ops
+from bitkern.ops import Conv
+from bitkern.ops.ws_conv2d import autocast_dtype, conv_channels_last, conv_dtype
+from bitkern.reference import ACTIVATIONS, Activation
+from bitkern.variant import Variant
+
+# num_groups, weight, bias, eps, act; num_groups is None for one group per channel.
+Affine = tuple[int | None, Tensor | None, Tensor | None, float, Activation]
+# The name of the graph's function in torch, and its arguments behind the bias.
+Call = tuple[str, tuple[Any, ...]]
+
+
+def _groups(x: Tensor, num_groups: int | None) -> int | None:
+    """The number of groups; None for what ``F.instance_norm`` refuses."""
+    if num_groups is not None:
+        return num_groups
+    return x.shape[1] if x.ndim > 2 and x.shape[2:].numel() > 1 else None
+
+
+def norm_act(x: Tensor, affine: Affine) -> Tensor:
+    """``act(norm(x))``."""
+    num_groups, weight, bias, eps, act = affine
+    groups = _groups(x, num_groups)
+    if groups is None:
+        return ACTIVATIONS[act](F.instance_norm(x, weight=weight, bias=bias, eps=eps))
+    return ops.group_norm_act(x, groups, weight, bias, eps, act)
+
+
+def add_norm_act(x: Tensor, residual: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
+    """``s = x + residual`` and ``act(norm(s))``."""
+    num_groups, weight, bias, eps, act = affine
+    groups = _groups(x, num_groups)
+    if groups is None or x.shape != residual.shape or x.dtype != residual.dtype:
+        total = x + residual
+        return total, norm_act(total, affine)
+    return ops.add_group_norm_act(x, residual, groups, weight, bias, eps, act)
+
+
+def norm_add_relu(x: Tensor, residual: Tensor, affine: Affine) -> Tensor:
+    """``relu(norm(x) + residual)``."""
+    num_groups, weight, bias, eps, _ = affine
+    groups = _groups(x, num_groups)
+    if groups is None or x.shape != residual.shape or x.dtype != residual.dtype:
+        return F.relu(norm_act(x, affine) + residual)
+    return ops.group_norm_add_relu(x, residual, groups, weight, bias, eps)
+
+
+def norm_act_conv(
+    x: Tensor,
+    residual: Tensor | None,
+    affine: Affine,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    convs: Sequence[tuple[Any, ...]],
+    calls: Sequence[Call],
+) -> tuple[Tensor, ...]:
+    """``s = x (+ residual)`` and convolutions of ``act(norm(s))``; s comes first.
+
+    One node of autograd, which computes the activation again in backward, where the convolutions
+    run in x's dtype; else autocast converts what each of them gets.
+    """
+    num_groups, weight, bias, eps, act = affine
+    groups = _groups(x, num_groups)
+    if autocast_dtype(x) == x.dtype:
+        weights = [w.to(x.dtype) for w in weights]
+        biases = [None if b is None else b.to(x.dtype) for b in biases]
+    given = [*weights, *(b for b in biases if b is not None), x if residual is None else residual]
+    as_it_is = autocast_dtype(x) in (None, x.dtype) and all(p.dtype == x.dtype for p in given)
+    if groups is not None and as_it_is and (residual is None or residual.shape == x.shape):
+        specs = [Conv(*conv) for conv in convs]
+        s, outs = ops.group_norm_act_conv(
+            x, residual, groups, weight, bias, eps, act, weights, biases, specs
+        )
+        return s, *outs
+    s, a = (x, norm_act(x, affine)) if residual is None else add_norm_act(x, residual, affine)
+    each = zip(weights, biases, calls, strict=True)
+    return s, *(getattr(torch, name)(a, w, b, *rest) for w, b, (name, rest) in each)
+
+
+class StandardizedWeights:
+    """Weights of a kind, standardized in one launch when the first convolution asks for its own."""
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        gains: Sequence[Tensor],
+        scales: Sequence[float],
+        variant: tuple[float, bool, bool],
+    ) -> None:
+        self.weights, self.scales, self.variant = weights, scales, Variant(*variant)
+        self.gains = gains or None
+        self.outs: dict[Any, list[Tensor]] = {}
+
+    def get(self, index: int, x: Tensor) -> Tensor:
+        """One of them, in the dtype in which a convolution of x runs."""
+        dtype = conv_dtype(x, self.weights[0])
+        key = dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if key not in self.outs:
+            channels_last = x.ndim == 4 and conv_channels_last(x, self.weights[0])
+            self.outs[key] = ops.weight_standardize_all(
+                self.weights,
+                self.variant,
+                gains=self.gains,
+                scales=self.scales,
+                dtype=dtype,
+                channels_last=channels_last and self.weights[0].ndim == 4,
+            )
+        return self.outs[key][index]
+
+
+def standardize(*arguments: Any) -> StandardizedWeights:
+    """As ``StandardizedWeights``: a function, for the graph to call."""
+    return StandardizedWeights(*arguments)
+
+
+def standardized_weight(weights: StandardizedWeights, index: int, x: Tensor) -> Tensor:
+    """As ``StandardizedWeights.get``."""
+    return weights.get(index, x)
+
+
+def checkpointed(body: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """A checkpointed part of the graph, which runs again in backward."""
+    return checkpoint(body, *arguments, **options)

@@ -1,0 +1,217 @@
+"""Standardized weights in a graph: found by what they compute, not by the class that does it.
+
+What depends on parameters alone and ends in the weight of a convolution is evaluated on random
+values. If each filter comes out as its centered values times a number, and that number is
+``scale / sqrt(var + eps)`` or ``scale / (sqrt(var) + eps)`` of the filters' variances, the kernel
+computes it.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from bitkern import _torch
+from bitkern.compile import run
+from bitkern.compile.graph import changes, convolution_of, value
+from bitkern.variant import Variant
+
+EPSILONS = 1e-5, 1e-6, 1e-8, 1e-10, 1e-12, 1e-3  # beside those that the graph names
+LARGEST = 200_000_000  # elements, in float64
+
+
+class Standardized(NamedTuple):
+    """A weight that a graph standardizes."""
+
+    weight: fx.Node
+    gain: fx.Node | None
+    variant: Variant
+    scale: float
+
+
+def cone(node: fx.Node) -> list[fx.Node]:
+    """A node and all that it depends on, in the order of the graph."""
+    seen, queue = {node}, [node]
+    while queue:
+        for dependency in queue.pop().all_input_nodes:
+            if dependency not in seen:
+                seen.add(dependency)
+                queue.append(dependency)
+    return sorted(seen)
+
+
+def constant(node: fx.Node) -> bool:
+    """Whether nothing in the graph changes a node or what it depends on."""
+    return not any(changes(n) for each in cone(node) for n in (each, *each.users))
+
+
+def standardize_weights(
+    graph: fx.Graph, parameters: set[fx.Node]
+) -> tuple[dict[fx.Node, Standardized], dict[fx.Node, str]]:
+    """Let kernels standardize the weights of convolutions; what was found, what was left, and why.
+
+    All of a kind run in one launch. The keys are the nodes of the convolutions.
+    """
+    found: dict[fx.Node, Standardized] = {}
+    left: dict[fx.Node, str] = {}
+    formulas: _Formulas = {}
+    for node in graph.nodes:
+        conv = convolution_of(node)
+        made = None if conv is None else conv.weight
+        if not isinstance(made, fx.Node) or made in parameters:
+            continue
+        result = _recognized(cone(made), parameters, formulas)
+        if isinstance(result, Standardized):
+            found[node] = result
+        elif result is not None:
+            left[node] = result
+    kinds: dict[Any, list[fx.Node]] = defaultdict(list)
+    for node, each in found.items():
+        fake = value(each.weight)
+        kind = fake.dtype, fake.device, fake.requires_grad, fake.ndim, each.gain is None
+        kinds[each.variant, kind].append(node)
+    for (variant, _), nodes in kinds.items():
+        _replace(graph, [(node, found[node]) for node in nodes], variant)
+    return found, left
+
+
+def _replace(
+    graph: fx.Graph, convs: Sequence[tuple[fx.Node, Standardized]], variant: Variant
+) -> None:
+    unique = list(dict.fromkeys(standardized for _, standardized in convs))
+    head = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(head):
+        arguments = (
+            [each.weight for each in unique],
+            [each.gain for each in unique if each.gain is not None],
+            [each.scale for each in unique],
+            tuple(variant),
+        )
+        weights = graph.call_function(run.standardize, arguments)
+    for node, standardized in convs:
+        with graph.inserting_before(node):
+            at = unique.index(standardized), node.args[0]
+            weight = graph.call_function(run.standardized_weight, (weights, *at))
+        made = convolution_of(node).weight  # type: ignore[union-attr]
+        weight.meta["example_value"] = value(made)
+        node.replace_input_with(made, weight)
+        for computed in reversed(cone(made)):
+            if computed.op != "placeholder" and not computed.users:
+                graph.erase_node(computed)
+
+
+_Formulas = dict[Any, tuple[Variant, float] | None]
+
+
+def _structure(nodes: list[fx.Node]) -> str:
+    """What nodes compute and of which shapes, whatever the names of their parameters."""
+    number = {node: i for i, node in enumerate(nodes)}
+
+    def described(node: fx.Node) -> tuple[Any, ...]:
+        if node.op == "placeholder":
+            return (tuple(value(node).shape),)
+        arguments = fx.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
+        return node.target, arguments
+
+    return repr([described(node) for node in nodes])
+
+
+def _recognized(
+    nodes: list[fx.Node], parameters: set[fx.Node], formulas: _Formulas
+) -> Standardized | str | None:
+    """The standardization that nodes compute; None or a reason if they compute something else."""
+    leaves = [node for node in nodes if node.op in ("placeholder", "get_attr")]
+    if any(leaf not in parameters for leaf in leaves):
+        return None
+    if not constant(nodes[-1]):
+        return "its weight is computed from parameters that the graph changes"
+    shape = value(nodes[-1]).shape
+    weights = [leaf for leaf in leaves if value(leaf).shape == shape]
+    gains = [leaf for leaf in leaves if leaf not in weights]
+    other = "its weight is computed from parameters, but is no weight standardization"
+    if len(weights) != 1 or len(gains) > 1 or any(type(n) is not int for n in shape):
+        return other
+    if shape.numel() > LARGEST or shape[1:].numel() < 2 or not shape.numel():
+        return other
+    if gains and value(gains[0]).numel() != shape[0]:
+        return other
+    (weight,), gain = weights, next(iter(gains), None)
+    key = _structure(nodes)
+    if key not in formulas:
+        try:
+            formulas[key] = _formula(nodes, weight, gain)
+        except Exception:  # of whatever the nodes compute, on values that they were not made for
+            formulas[key] = None
+    formula = formulas[key]
+    return other if formula is None else Standardized(weight, gain, *formula)
+
+
+def _formula(
+    nodes: list[fx.Node], weight: fx.Node, gain: fx.Node | None
+) -> tuple[Variant, float] | None:
+    """The variant and the scale with which a kernel computes the same."""
+    w = _filters(value(weight).shape)
+    values: dict[fx.Node, Any] = {weight: w}
+    factors = torch.ones(len(w), dtype=w.dtype)
+    if gain is not None:
+        factors = torch.linspace(0.5, 2, len(w), dtype=w.dtype)
+        values[gain] = factors.view(value(gain).shape)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        before = torch.get_rng_state()
+        out = _evaluate(nodes, values)
+        if not torch.equal(before, torch.get_rng_state()):
+            return None
+    tolerance = 1e-10 if out.dtype == torch.float64 else 1e-5
+    c = (w.flatten(1) - w.flatten(1).mean(1, keepdim=True)) * factors[:, None]
+    out = out.double().flatten(1)
+    ratio = (out * c).sum(1) / c.square().sum(1)
+    if (out - ratio[:, None] * c).norm() > tolerance * out.norm() or not ratio.all():
+        return None
+    variances = [w.flatten(1).var(1, correction=correction) for correction in (0, 1)]
+    epsilons = dict.fromkeys((*_floats(nodes), *EPSILONS, 0.0))
+    for eps, outside, unbiased in itertools.product(epsilons, (False, True), (False, True)):
+        var = variances[unbiased]
+        scales = ratio * (var.sqrt() + eps if outside else (var + eps).sqrt())
+        scale = float(scales.mean())
+        if (scales - scale).abs().max() <= tolerance * abs(scale):
+            near_one = abs(scale - 1) <= tolerance
+            return Variant(eps, outside, unbiased), 1.0 if near_one else scale
+    return None
+
+
+def _filters(shape: Sequence[int]) -> Tensor:
+    """Filters with means, of standard deviations from 0.1 down to 1e-5, at which eps tells."""
+    generator = torch.Generator().manual_seed(1)
+    w = torch.rand(shape, generator=generator, dtype=torch.float64) - 0.2
+    powers = torch.arange(shape[0], dtype=w.dtype) % 5 + 1
+    return w * (10**-powers).reshape(-1, *[1] * (len(shape) - 1))
+
+
+def _evaluate(nodes: list[fx.Node], values: dict[fx.Node, Any]) -> Tensor:
+    for node in nodes:
+        if node in values:
+            continue
+        args = fx.map_arg(node.args, values.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, values.__getitem__)
+        if node.op == "call_method":
+            values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            assert callable(node.target)
+            values[node] = node.target(*args, **kwargs)
+    result: Tensor = values[nodes[-1]]
+    return result
+
+
+def _floats(nodes: Iterable[fx.Node]) -> Iterator[float]:
+    for node in nodes:
+        for argument in (*node.args, *node.kwargs.values()):
+            if isinstance(argument, float) and 0 <= argument < 1:
+                yield argument
+
+
+def is_parameter(example: Any) -> bool:
+    """Whether a graph's input is a parameter of the module."""
+    return _torch.plain_tensor(example) and isinstance(example, torch.nn.Parameter)
