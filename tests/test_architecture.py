@@ -20,6 +20,7 @@ PARTS = (
     ("backends",),
     ("ops",),
     ("nn",),
+    ("compile",),
     ("convert", "models"),
     ("transfer",),
     ("export",),
@@ -50,6 +51,11 @@ INSIDE = {
         ("norms",),
         ("fused", "standardized"),
         ("preact",),
+    ),
+    "compile": (
+        ("graph", "report", "run"),
+        ("weights",),
+        ("patterns",),
     ),
     "convert": (
         ("batchnorm", "libraries", "patterns", "watching"),

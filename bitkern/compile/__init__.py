@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from bitkern import _torch, ops
 from bitkern.compile import run
+from bitkern.compile.graph import registered
 from bitkern.compile.patterns import fuse
 from bitkern.compile.report import Row, name_of, record
 from bitkern.compile.weights import standardize_weights
@@ -100,12 +101,9 @@ def _checkpoint(gm: fx.GraphModule, node: fx.Node, parameters: set[fx.Node]) -> 
 
 def _canonicalize(graph: fx.Graph) -> None:
     """Registered operators of bitkern's own layers -> the functions that patterns know."""
-    registered = torch.ops.bitkern
+    norm, norm_add_relu = torch.ops.bitkern.group_norm_act, torch.ops.bitkern.group_norm_add_relu
     for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        packet = getattr(node.target, "overloadpacket", node.target)
-        if packet is registered.group_norm_act:
+        if registered([node], norm):
             x, residual, *affine = node.args
             with graph.inserting_before(node):
                 if residual is None:
@@ -114,7 +112,7 @@ def _canonicalize(graph: fx.Graph) -> None:
                     arguments = x, residual, *affine
                     both = graph.call_function(ops.add_group_norm_act, arguments)
                     made = [graph.call_function(operator.getitem, (both, i)) for i in range(2)]
-        elif packet is registered.group_norm_add_relu:
+        elif registered([node], norm_add_relu):
             with graph.inserting_before(node):
                 made = [graph.call_function(ops.group_norm_add_relu, node.args)]
         else:

@@ -238,6 +238,11 @@ _INPLACE_LAST |= {"selu", "relu6", "hardtanh", "hardsigmoid", "threshold", "rrel
 _INPLACE_LAST |= {"dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
 
 
+def registered(nodes: list[fx.Node], packet: Any) -> bool:
+    """Whether the first of these nodes calls a registered operator of bitkern's own layers."""
+    return bool(nodes) and getattr(nodes[0].target, "overloadpacket", nodes[0].target) is packet
+
+
 def is_mode(node: fx.Node) -> bool:
     """Whether a node enters or leaves autocast, or switches gradients on or off."""
     return getattr(node.target, "__name__", "").startswith(_MODES)

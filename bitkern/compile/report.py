@@ -1,5 +1,6 @@
 """What became of compiled networks, for ``bitkern.explain``."""
 
+import re
 import weakref
 from collections.abc import Iterable, Mapping
 from itertools import groupby
@@ -70,4 +71,5 @@ def name_of(node: fx.Node, names: Mapping[str, str]) -> str:
         return names[node.name]
     stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
     path = str([*stack.values()][-1][0]) if stack else node.name
-    return path.removeprefix("L['self'].").removeprefix("L['self']") or node.name
+    path = re.sub(r"(?:__dict__\['_modules'\])?\['(\w+)'\]", r"\1", path.removeprefix("L['self']"))
+    return path.removeprefix(".") or node.name

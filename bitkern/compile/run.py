@@ -74,13 +74,15 @@ def norm_act_conv(
     run in x's dtype; else autocast converts what each of them gets.
     """
     num_groups, weight, bias, eps, act = affine
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        x, residual = x + residual, None
     groups = _groups(x, num_groups)
     if autocast_dtype(x) == x.dtype:
         weights = [w.to(x.dtype) for w in weights]
         biases = [None if b is None else b.to(x.dtype) for b in biases]
-    given = [*weights, *(b for b in biases if b is not None), x if residual is None else residual]
+    given = [*weights, *(b for b in biases if b is not None)]
     as_it_is = autocast_dtype(x) in (None, x.dtype) and all(p.dtype == x.dtype for p in given)
-    if groups is not None and as_it_is and (residual is None or residual.shape == x.shape):
+    if groups is not None and as_it_is:
         specs = [Conv(*conv) for conv in convs]
         s, outs = ops.group_norm_act_conv(
             x, residual, groups, weight, bias, eps, act, weights, biases, specs

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from bitkern import _torch
 from bitkern.compile import run
-from bitkern.compile.graph import changes, convolution_of, value
+from bitkern.compile.graph import changes, convolution_of, registered, value
 from bitkern.variant import Variant
 
 EPSILONS = 1e-5, 1e-6, 1e-8, 1e-10, 1e-12, 1e-3  # beside those that the graph names
@@ -126,6 +126,10 @@ def _recognized(
     leaves = [node for node in nodes if node.op in ("placeholder", "get_attr")]
     if any(leaf not in parameters for leaf in leaves):
         return None
+    if registered(nodes[-3:], torch.ops.bitkern.weight_standardize):
+        arguments: Any = nodes[-3].args
+        (own,), own_gains, (scale,), *variant = arguments[:6]
+        return Standardized(own, next(iter(own_gains), None), Variant(*variant), scale)
     if not constant(nodes[-1]):
         return "its weight is computed from parameters that the graph changes"
     shape = value(nodes[-1]).shape

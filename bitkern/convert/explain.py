@@ -1,43 +1,19 @@
 """What of a module was converted, what was left, and why; and which backend serves an operator."""
 
 from collections.abc import Mapping
-from itertools import groupby
-from operator import attrgetter
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 from torch import Tensor, nn
 
-from bitkern import backends
+from bitkern import _torch, backends
 from bitkern.backends import Choice
+from bitkern.compile.report import Row, Table, rows_of
 from bitkern.convert.convert import is_bitkern
 from bitkern.convert.libraries import __name__ as LIBRARIES
 from bitkern.convert.libraries import replacements
 from bitkern.convert.traced import Traced, plan_for, why_left
 from bitkern.nn import WSConv2d
 from bitkern.nn.norms import INSTANCE_NORMS, InstanceNorm
-
-
-class Row(NamedTuple):
-    """One module: its name, the library and class it comes from, whether it runs on the kernels."""
-
-    name: str
-    layer: str
-    converted: bool
-    reason: str
-
-
-class Table(tuple[Row, ...]):
-    """``Row`` by ``Row``; printed, rows that tell the same are one."""
-
-    def __str__(self) -> str:
-        tell = attrgetter("layer", "converted", "reason")
-        lines = []
-        for (layer, converted, reason), rows in groupby(sorted(self, key=tell), key=tell):
-            names = [row.name or "(the module)" for row in rows]
-            more = ", …" if len(names) > 1 else ""
-            state = "converted" if converted else "left"
-            lines.append(f"{len(names):4} {layer:42} {state:9}  {reason} [{names[0]}{more}]")
-        return "\n".join(lines)
 
 
 @overload
@@ -52,12 +28,18 @@ def explain(subject: str | nn.Module, /, *tensors: Tensor | None) -> Choice | Ta
     standardized; the convolution itself is PyTorch's (cuDNN, oneDNN).
 
     ``explain(module)`` of an ``nn.Module`` returns a ``Table``, to be printed, of what in it
-    runs on the kernels, what does not, and why: see ``bitkern.convert``.
+    runs on the kernels, what does not, and why: see ``bitkern.convert``. Of a module compiled with
+    ``backend="bitkern"`` it tells what became of each norm and each standardized weight in the
+    graphs so far, where Dynamo broke them and why, and whether it will compile no more of them.
 
     Raises ValueError for an unknown operator, or without tensors.
     """
     if not isinstance(subject, nn.Module):
         return backends.explain(subject, *tensors)
+    if _torch.compiled(subject):
+        rows = rows_of(subject)
+        unseen = Row("", type(subject).__name__, False, "no graph has been compiled: call it first")
+        return Table([unseen] if rows is None else rows)
     layers, blocks = replacements("LAYERS"), replacements("BLOCKS")
     known = *layers, *blocks, *_PLAIN
     fused = {
