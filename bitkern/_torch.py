@@ -77,14 +77,6 @@ def backward_is_differentiated(*grads: torch.Tensor | None) -> bool:
     )
 
 
-def plain_tensor(value: Any) -> bool:
-    """Whether a value is a tensor and no subclass with a mind of its own."""
-    if type(value) in (torch.Tensor, nn.Parameter):
-        return True
-    recorded = "FakeTensorMode", "ProxyTorchDispatchMode"
-    return isinstance(value, torch.Tensor) and transformed() in recorded
-
-
 def forward_pre_hooked(module: nn.Module) -> bool:
     """Whether hooks run before a module, and may change its weight."""
     return bool(module._forward_pre_hooks)
@@ -134,17 +126,6 @@ def inductor(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callabl
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """A parameter that a module itself holds; None if it has none or computes it."""
     return module._parameters.get(name)
-
-
-def children(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The modules that a module holds, by their names."""
-    return module._modules
-
-
-def tensors_present(module: nn.Module) -> tuple[str, ...]:
-    """The names of parameters and buffers of a module that are not None."""
-    held = (*module._parameters.items(), *module._buffers.items())
-    return tuple(name for name, tensor in held if tensor is not None)
 
 
 def drop_parameter(module: nn.Module, name: str) -> None:

@@ -58,10 +58,8 @@ INSIDE = {
         ("patterns",),
     ),
     "convert": (
-        ("batchnorm", "libraries", "patterns", "watching"),
-        ("tracing",),
-        ("proof",),
-        ("classes", "traced"),
+        ("batchnorm", "libraries"),
+        ("classes",),
         ("convert",),
         ("explain", "fold"),
     ),

@@ -59,7 +59,6 @@ def test_what_is_no_such_activation_is_called(module):
     model = bitkern.convert(nn.Sequential(nn.GroupNorm(2, 4), module))
     x = torch.randn(2, 4, 5, 3)
     assert type(model) is nn.Sequential
-    assert "which is no activation that a kernel computes" in bitkern.explain(model)[0].reason
     torch.testing.assert_close(model(x), module(torch.group_norm(x, 2)))
     norm = bitkern.convert(timm.GroupNormAct(4, 2, act_layer=lambda **_: copy.deepcopy(module)))
     assert norm.fusion()[0] == "none"
@@ -124,14 +123,3 @@ def test_instance_norm_left():
     assert "a subclass of InstanceNorm2d" in rows[1].reason
     hidden = nn.InstanceNorm2d(4)
     assert "has not seen it" in bitkern.explain(hidden)[0].reason
-
-
-def test_hooks_of_a_fused_instance_norm_fire():
-    model = bitkern.convert(nn.Sequential(nn.InstanceNorm2d(4), nn.Mish()))
-    x, seen = torch.randn(2, 4, 5, 3), []
-    expected = model(x)
-    for module in model:
-        handle = module.register_forward_hook(lambda *args: seen.append(args[0]))
-        torch.testing.assert_close(model(x), expected)
-        handle.remove()
-    assert seen == list(model)

@@ -73,6 +73,16 @@ def test_micro_batches_in_float32_and_bfloat16(backend, batches):
                 assert (got[name] - grad).norm() <= tolerance * grad.norm(), (dtype, name)
 
 
+@pytest.mark.parametrize("context", [nothing, per_forward, standardized])
+def test_a_layer_whose_result_nobody_uses_has_no_gradient(context, batches):
+    """None, not zeros, by which weight decay would change it."""
+    model = nn.ModuleList([WSConv2d(3, 8, 1), WSConv2d(3, 8, 3)])
+    with context(model):
+        model[0](batches[0])
+        model[1](batches[0]).sum().backward()
+    assert model[0].weight.grad is None and model[1].weight.grad.any()
+
+
 def test_one_launch_per_kind(monkeypatch, batches):
     calls = []
     launch = ops.weight_standardize_all

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from bitkern import _torch
 from bitkern.compile import run
 from bitkern.compile.graph import changes, convolution_of, registered, value
 from bitkern.variant import Variant
@@ -214,8 +213,3 @@ def _floats(nodes: Iterable[fx.Node]) -> Iterator[float]:
         for argument in (*node.args, *node.kwargs.values()):
             if isinstance(argument, float) and 0 <= argument < 1:
                 yield argument
-
-
-def is_parameter(example: Any) -> bool:
-    """Whether a graph's input is a parameter of the module."""
-    return _torch.plain_tensor(example) and isinstance(example, torch.nn.Parameter)

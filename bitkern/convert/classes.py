@@ -1,21 +1,20 @@
 """Convolutions and norms of classes that nobody but the user knows, after comparing them."""
 
+import contextlib
 import copy
 import functools
-import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitkern.convert.proof import IN_FLOAT64, in_float64, one_thread
+from bitkern import _torch
 from bitkern.nn import GroupNormAct, WSConv2d
-from bitkern.reference import ACTIVATIONS
 from bitkern.variant import Variant
 
 TOLERANCE = 1e-5  # relative, in float64: their code may work in float32 inside
-EPSILONS = 1e-10, 1e-8, 1e-5, 1e-6, 1e-12, 1e-3, 0.0
+IN_FLOAT64: dict[str, Any] = {"device": "cpu", "dtype": torch.float64}
 
 Options = dict[str, Any]
 
@@ -86,15 +85,34 @@ def _check(name: str, part: Any, target: type, options: Options) -> None:
     far = distance(options)
     if far <= TOLERANCE:
         return
-    fits = next((o for o in _options(part, target) if distance(o) <= TOLERANCE), None)
-    advice = f"no variant of {target.__name__} does"
-    if fits is not None:
-        keywords = ", ".join(f"{key}={value!r}" for key, value in fits.items())
-        advice = f"functools.partial({target.__name__}, {keywords}) does"
     raise ValueError(
         f"classes: {target.__name__} does not compute what {name or 'the module'} "
-        f"({type(part).__name__}) does: {far:.0e} away on random input; {advice}"
+        f"({type(part).__name__}) does: {far:.0e} away on random input; give the variant of its "
+        f"formula by functools.partial({target.__name__}, ...), or "
+        'torch.compile(model, backend="bitkern"), which recognizes it by itself'
     )
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For work in which threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def in_float64(module: nn.Module) -> nn.Module:
+    """A copy on the CPU, in float64, without hooks; of meta tensors with values yet to be given."""
+    twin = copy.deepcopy(module)
+    if any(t.is_meta for t in (*twin.parameters(), *twin.buffers())):
+        twin.to_empty(device="cpu")
+    twin.to(**IN_FLOAT64)
+    for part in twin.modules():
+        _torch.drop_hooks(part)
+    return twin
 
 
 def _twin(part: nn.Module) -> nn.Module:
@@ -147,18 +165,3 @@ def _distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
         return float("inf")
     pairs = zip(ours, theirs, strict=True)
     return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
-
-
-def _options(part: Any, target: type) -> list[Options]:
-    """Variants of the formula that a class may have."""
-    if target is GroupNormAct:
-        return [{"act": act} for act in ACTIVATIONS]
-    own = getattr(part, "eps", None)
-    epsilons = dict.fromkeys((*([own] if isinstance(own, float) else []), *EPSILONS))
-    scales = 1.0, part.weight[0].numel() ** -0.5
-    each = itertools.product(epsilons, (False, True), (False, True), scales)
-    return [
-        {"eps": eps, "eps_outside": outside, "unbiased": unbiased}
-        | ({"scale": scale} if scale != 1 else {})
-        for eps, outside, unbiased, scale in each
-    ]

@@ -16,7 +16,6 @@ from bitkern import _torch
 from bitkern.convert.batchnorm import standardize
 from bitkern.convert.classes import convert_classes
 from bitkern.convert.libraries import replacements
-from bitkern.convert.traced import adopt_all
 from bitkern.nn.norms import INSTANCE_NORMS, GroupNorm
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -37,11 +36,11 @@ def convert(
     ``WeightStandardizedConv2d`` and ``BitGroupNormActivation``, ``nn.GroupNorm``, and
     ``nn.InstanceNorm1d`` to ``3d`` without running statistics; in pre-activation (BiT) models of
     both libraries also the blocks, which keep less for backward, and in whole ones the weights are
-    standardized in one launch. In blocks of any other class what follows a norm, an activation,
-    convolutions, a residual sum, is computed with it where torch.fx proves what that is and a
-    comparison in float64 agrees. Parameters and ``state_dict`` keys, optimizer state, hooks,
-    modes, dtypes and devices are left alone. Subclasses are not converted: what they compute is
-    their own. ``bitkern.explain`` of the module tells what was converted, what not, and why.
+    standardized in one launch. In blocks of any other class the norm alone runs on a kernel:
+    ``torch.compile(module, backend="bitkern")`` fuses what follows it. Parameters and
+    ``state_dict`` keys, optimizer state, hooks, modes, dtypes and devices are left alone.
+    Subclasses are not converted: what they compute is their own. ``bitkern.explain`` of the module
+    tells what was converted, what not, and why.
 
     Results differ from the peer's by rounding alone, except that under autocast a norm keeps its
     input's dtype, where PyTorch returns float32.
@@ -88,7 +87,6 @@ def convert(
             cls = blocks[type(part)]
         if cls is not None:
             part.__class__ = cls if isinstance(cls, type) else cls(part)
-    adopt_all(module)
     return module
 
 

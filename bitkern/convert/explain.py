@@ -11,7 +11,6 @@ from bitkern.compile.report import Row, Table, rows_of
 from bitkern.convert.convert import is_bitkern
 from bitkern.convert.libraries import __name__ as LIBRARIES
 from bitkern.convert.libraries import replacements
-from bitkern.convert.traced import Traced, plan_for, why_left
 from bitkern.nn import WSConv2d
 from bitkern.nn.norms import INSTANCE_NORMS, InstanceNorm
 
@@ -42,19 +41,12 @@ def explain(subject: str | nn.Module, /, *tensors: Tensor | None) -> Choice | Ta
         return Table([unseen] if rows is None else rows)
     layers, blocks = replacements("LAYERS"), replacements("BLOCKS")
     known = *layers, *blocks, *_PLAIN
-    fused = {
-        block.get_submodule(path): how
-        for block in reversed(list(subject.modules()))  # outer blocks may do more
-        for plan in [plan_for(block)]
-        if plan is not None
-        for path, how in plan.fused.items()
-    }
     rows = []
     for name, part in subject.named_modules():
         if isinstance(part, known) or type(part) in (nn.Conv2d, nn.BatchNorm2d):
             reason = _why_left(part, layers | blocks)
             layer = f"{_library(type(part))} {type(part).__name__}"
-            how = reason or fused.get(part) or _how(part, subject)
+            how = reason or _how(part)
             rows.append(Row(name, layer, reason is None, how))
     return Table(rows)
 
@@ -64,10 +56,10 @@ def _library(cls: type) -> str:
     return cls.__module__.removeprefix(f"{LIBRARIES}.").split(".")[0]
 
 
-_PLAIN = nn.GroupNorm, *INSTANCE_NORMS, WSConv2d, Traced
+_PLAIN = nn.GroupNorm, *INSTANCE_NORMS, WSConv2d
 
 
-def _how(module: nn.Module, model: nn.Module) -> str:
+def _how(module: nn.Module) -> str:
     if isinstance(module, WSConv2d):
         return "weights standardized by a kernel"
     if isinstance(module, nn.GroupNorm | InstanceNorm):
@@ -76,18 +68,16 @@ def _how(module: nn.Module, model: nn.Module) -> str:
         if then:
             return f"norm by a kernel, then {then}, which it cannot apply"
         if act == "none":
-            return f"norm by a kernel alone: {why_left(module, model)}"
+            return (
+                'norm by a kernel alone: torch.compile(model, backend="bitkern") fuses what follows'
+            )
         return "norm and activation in one kernel"
-    if isinstance(module, Traced):
-        return "what follows its norms is computed with them"
     return "norms, activations and convolutions inside as one"
 
 
 def _why_left(module: nn.Module, classes: Mapping[type, Any]) -> str | None:
     """Why a module does not run on the kernels; None if it does."""
     cls = type(module)
-    if isinstance(module, Traced):
-        return None if plan_for(module) else "its parts have changed: bitkern.convert it again"
     if is_bitkern(module):
         return None
     if "forward" in vars(module):

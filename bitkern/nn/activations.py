@@ -25,11 +25,6 @@ def act_of(module: nn.Module) -> Activation | None:
     return ACTS.get(type(module))
 
 
-def may_be_idle(module: nn.Module) -> bool:
-    """Whether a module is of a class that returns its input, always or at times."""
-    return type(module) in (nn.Identity, *_DROPOUTS)
-
-
 def idle(module: nn.Module) -> bool:
     """Whether a module returns its input, as it stands."""
     if isinstance(module, _DROPOUTS) and type(module) in _DROPOUTS:

@@ -3,21 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bitkern import _torch, ops
-from bitkern.nn.activations import act_of, idle
 from bitkern.nn.layers import GroupNormAct, WSConv2d, conv_fusion
 from bitkern.nn.norms import InstanceNorm
-from bitkern.ops import Conv, group_norm_act, group_norm_add_relu
+from bitkern.ops import Conv, group_norm_act
 from bitkern.ops.ws_conv2d import autocast_dtype
-from bitkern.reference import ACTIVATIONS, Activation
-
-torch.fx.wrap("group_norm_act")  # recorded as it is
-
-# What comes after a norm: a module, or an activation that is a function.
-After = nn.Module | Activation
+from bitkern.reference import Activation
 
 
 def watched(module: nn.Module) -> bool:
@@ -30,29 +23,13 @@ def watched(module: nn.Module) -> bool:
 _FORWARDS = GroupNormAct.forward, InstanceNorm.forward
 
 
-def fused_act(norm: Any, after: Sequence[After] = (), x: Tensor | None = None) -> Activation | None:
-    """The activation that a kernel computes with a norm, its own or one of those after it.
-
-    None if norm is no such module, if the kernel cannot do all that comes after it, or if it does
-    not take x.
-    """
-    if getattr(type(norm), "forward", None) not in _FORWARDS or watched(norm):
-        return None
-    if x is not None and not norm.takes(x):
+def fused_act(norm: Any, x: Tensor) -> Activation | None:
+    """The activation that a kernel computes with a norm of x; None if it cannot do all of that."""
+    if getattr(type(norm), "forward", None) not in _FORWARDS or watched(norm) or not norm.takes(x):
         return None
     act: Activation
     act, modules = norm.fusion()
-    for part in (*modules, *after):
-        if isinstance(part, nn.Module):
-            if watched(part):
-                return None
-            if idle(part):
-                continue
-        following = act_of(part) if isinstance(part, nn.Module) else part
-        if act != "none" or following is None:
-            return None
-        act = following
-    return act
+    return None if modules else act
 
 
 def fusible_conv(module: nn.Module) -> tuple[nn.Module, Conv] | None:
@@ -83,46 +60,12 @@ def _parameters(conv: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def apply_after(after: Sequence[After], y: Tensor) -> Tensor:
-    """What comes after a norm, one by one."""
-    for part in after:
-        y = part(y) if isinstance(part, nn.Module) else ACTIVATIONS[part](y)
-    return y
-
-
-def norm_act(norm: Any, after: Sequence[After], x: Tensor) -> Tensor:
-    """A norm, and the activation among what comes after it, in one kernel where it can."""
-    act = fused_act(norm, after, x)
-    if act is None:
-        return apply_after(after, norm(x))
-    return group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, act)
-
-
-def norm_add_relu(
-    norm: Any,
-    after: Sequence[After],
-    relu: After,
-    x: Tensor,
-    residual: Tensor,
-    in_place: bool,
-) -> Tensor:
-    """``relu(norm(x) + residual)`` in one kernel where it can; else the sum ``in_place`` or not."""
-    activation = act_of(relu) if isinstance(relu, nn.Module) and not watched(relu) else relu
-    alike = residual.shape == x.shape and residual.dtype == x.dtype
-    if activation == "relu" and alike and fused_act(norm, after, x) == "none":
-        affine = norm.num_groups, norm.weight, norm.bias, norm.eps
-        return group_norm_add_relu(x, residual, *affine)
-    y = apply_after(after, norm(x))
-    return apply_after([relu], y.add_(residual) if in_place else y + residual)
-
-
 def norm_act_conv(
     norm: Any,
     convs: Sequence[nn.Module],
     x: Tensor,
     residual: Tensor | None = None,
     recompute: bool = True,
-    after: Sequence[After] = (),
 ) -> tuple[Tensor, list[Tensor]]:
     """``s = x (+ residual)`` and ``[conv(norm(s)) for conv in convs]``, fused; returns (s, list).
 
@@ -135,12 +78,11 @@ def norm_act_conv(
         convs: modules applied to ``norm(s)``; fused where they are bare ``WSConv2d`` or
             convolutions of PyTorch.
         x, residual: (N, C, *); residual may be None.
-        after: what stands between norm and convolutions: an activation, idle modules.
     """
-    act = fused_act(norm, after, x)
+    act = fused_act(norm, x)
     if act is None:
         s = x if residual is None else x + residual
-        activation = apply_after(after, norm(s))
+        activation = norm(s)
         return s, [conv(activation) for conv in convs]
     affine = norm.num_groups, norm.weight, norm.bias, norm.eps, act
     fused = [found for found in map(fusible_conv, convs) if found]
@@ -157,24 +99,3 @@ def norm_act_conv(
     else:
         s, activation = ops.add_group_norm_act(x, residual, *affine)
     return s, [conv(activation) for conv in convs]
-
-
-def add_norm_act_convs(
-    norm: Any,
-    after: Sequence[After],
-    convs: Sequence[nn.Module],
-    x: Tensor,
-    residual: Tensor,
-    in_place: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """``norm_act_conv`` of a sum that is wanted; ``in_place`` or not where it is no such."""
-    if residual.shape == x.shape and residual.dtype == x.dtype:
-        return norm_act_conv(norm, convs, x, residual, after=after)
-    return norm_act_conv(norm, convs, x.add_(residual) if in_place else x + residual, after=after)
-
-
-def norm_act_convs(
-    norm: Any, after: Sequence[After], convs: Sequence[nn.Module], x: Tensor
-) -> list[Tensor]:
-    """``norm_act_conv``, of which nobody wants the sum."""
-    return norm_act_conv(norm, convs, x, after=after)[1]

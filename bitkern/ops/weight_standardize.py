@@ -163,22 +163,57 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.save_for_backward(*weights, *gains, output[1])
 
 
-def _gradients(ctx: Any, backward: Callable[..., Any], douts: Sequence[Tensor]) -> Any:
+def _gradients(
+    ctx: Any, backward: Callable[..., Any], douts: Sequence[Tensor | None]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Gradients of weights and gains, None of those whose result nobody used."""
     *parameters, stats = ctx.saved_tensors
     weights, gains = parameters[: ctx.count], parameters[ctx.count :]
-    if _torch.backward_is_differentiated(*douts):
-        variant = Variant(*ctx.variant)
+    variant, given = Variant(*ctx.variant), {i: d for i, d in enumerate(douts) if d is not None}
+    if _torch.backward_is_differentiated(*given.values()):
         stats = reference.filter_statistics(weights, variant)
-        return reference.weight_standardize_backward(
-            douts, weights, gains or None, ctx.scales, stats, variant
-        )
-    douts = [dense(dout) for dout in douts]
-    return backward(douts, weights, gains, ctx.scales, stats, *ctx.variant)
+        backward = reference.weight_standardize_backward
+    else:
+        given = {i: dense(dout) for i, dout in given.items()}
+    dweights, dgains = _backward(backward, given, weights, gains, ctx.scales, stats, variant)
+    every = range(len(weights))
+    return [dweights.get(i) for i in every], [dgains.get(i) for i in every if gains]
 
 
-def _op_backward(ctx: Any, douts: Sequence[Tensor], _: Tensor) -> Any:
-    dweights, dgains = _gradients(ctx, torch.ops.bitkern.weight_standardize_backward, douts)
-    return dweights, dgains or [], *[None] * 6
+def _backward(
+    backward: Callable[..., Any],
+    douts: Mapping[int, Tensor],
+    weights: Sequence[Tensor],
+    gains: Sequence[Tensor] | None,
+    scales: Sequence[float],
+    stats: Tensor,
+    variant: Variant,
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Gradients of weights and of gains by layer, of the layers that ``douts`` has."""
+    if not douts:
+        return {}, {}
+    if len(douts) < len(weights):
+        parts = torch.split(stats, [w.shape[0] for w in weights], 1)
+        stats = torch.cat([parts[i] for i in douts], 1)
+    dweights, dgains = backward(
+        [*douts.values()],
+        [weights[i] for i in douts],
+        [gains[i] for i in douts] if gains else None,
+        [scales[i] for i in douts],
+        stats,
+        variant,
+    )
+    return dict(zip(douts, dweights, strict=True)), dict(zip(douts, dgains or (), strict=False))
+
+
+def _op_backward(ctx: Any, douts: Sequence[Tensor | None], _: Tensor) -> Any:
+    def registered(*arguments: Any) -> Any:
+        douts, weights, gains, scales, stats, variant = arguments
+        operator = torch.ops.bitkern.weight_standardize_backward
+        return operator(douts, weights, gains or [], scales, stats, *variant)
+
+    dweights, dgains = _gradients(ctx, registered, douts)
+    return dweights, dgains, *[None] * 6
 
 
 _weight_standardize.register_autograd(_op_backward, setup_context=_setup_context)
@@ -196,18 +231,13 @@ class WeightStandardizeFunction(torch.autograd.Function):
         scales, variant, *_ = options
         _setup_context(ctx, (weights, gains, scales, *variant), (outs, stats))
         ctx.implementation = implementation
+        ctx.set_materialize_grads(False)
         return tuple(outs)
 
     @staticmethod
-    def backward(ctx: Any, *douts: Tensor) -> Any:
-        def backward(
-            douts: Any, weights: Any, gains: Any, scales: Any, stats: Any, *variant: Any
-        ) -> Any:
-            launch = ctx.implementation.weight_standardize_backward
-            return launch(douts, weights, gains or None, scales, stats, Variant(*variant))
-
-        dweights, dgains = _gradients(ctx, backward, douts)
-        return None, None, None, *dweights, *(dgains or ())
+    def backward(ctx: Any, *douts: Tensor | None) -> Any:
+        dweights, dgains = _gradients(ctx, ctx.implementation.weight_standardize_backward, douts)
+        return None, None, None, *dweights, *dgains
 
 
 def weight_standardize_all(
@@ -280,17 +310,10 @@ class DetachedWeights(NamedTuple):
 
     def backward(self, douts: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Gradients of weights and of gains by layer, of the layers that ``douts`` has."""
-        stats = torch.split(self.stats, [w.shape[0] for w in self.weights], 1)
-        dweights, dgains = self.implementation.weight_standardize_backward(
-            [dense(dout) for dout in douts.values()],
-            [self.weights[i] for i in douts],
-            self.gains and [self.gains[i] for i in douts],
-            [self.scales[i] for i in douts],
-            torch.cat([stats[i] for i in douts], 1),
-            self.variant,
-        )
-        of_gains = {} if dgains is None else dict(zip(douts, dgains, strict=True))
-        return dict(zip(douts, dweights, strict=True)), of_gains
+        launch = self.implementation.weight_standardize_backward
+        douts = {i: dense(dout) for i, dout in douts.items()}
+        of = self.weights, self.gains, self.scales, self.stats, self.variant
+        return _backward(launch, douts, *of)
 
 
 def weight_standardize_detached(

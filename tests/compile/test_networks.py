@@ -1,4 +1,4 @@
-"""Networks of libraries that bitkern knows nothing of: results, gradients, what backward keeps."""
+"""Networks of libraries, compiled: results, gradients, what backward keeps, what is fused."""
 
 import copy
 from functools import partial
@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 import bitkern
-from tests.blocks import fused
+from tests.compile.nodes import fused
 from tests.peers import distance, gradients, randomize, relative
 
 
@@ -97,7 +97,6 @@ def segresnet(filters):
 
 
 GROUP_NORM = partial(nn.GroupNorm, 32)
-STANDARDIZED = {"classes": {StdConv2d: bitkern.nn.WSConv2d}}
 # The network, its images, norms that run as one with convolutions, others with their activations,
 # the same as published, its images, and how much of what PyTorch keeps is kept at most.
 NETWORKS = {
@@ -141,6 +140,14 @@ NETWORKS = {
         (4, 4, 32, 32),
         0.84,
     ),
+    "timm resnetv2_50x1_bit": (
+        lambda: timm.create_model("resnetv2_50x1_bit", num_classes=5),
+        (2, 3, 48, 40),
+        (48, 1),
+        lambda: timm.create_model("resnetv2_50x1_bit"),
+        (4, 3, 224, 224),
+        0.53,
+    ),
     "big_transfer": (
         big_transfer,
         (2, 3, 48, 40),
@@ -152,30 +159,28 @@ NETWORKS = {
 }
 
 
-def options(name):
-    return STANDARDIZED if name == "big_transfer" else {}
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_results_and_gradients(name):
     torch.manual_seed(0)
+    torch._dynamo.reset()
     make, shape, nodes, *_ = NETWORKS[name]
     model = randomize(make()).train()
     peer = copy.deepcopy(model)
-    bitkern.convert(model, **options(name))
+    compiled = torch.compile(model, backend="bitkern", fullgraph=True)
     x = torch.randn(shape)
-    as_one, rest = fused(model, x)
-    assert (as_one, rest) == nodes
-    result, grads = gradients(model, x)
+    assert fused(compiled, x) == nodes
+    result, grads = gradients(model, x, forward=compiled)
     peer_result, peer_grads = gradients(peer, x)
     exact, exact_grads = gradients(copy.deepcopy(peer).double(), x.double())
     assert relative(result, exact) <= 2 * relative(peer_result, exact) + 1e-6
     # As in test_convert_models: a ReLU whose input is 0 up to rounding has either derivative.
     allowed = max(2 * distance(peer_grads, exact_grads) + 1e-6, 0 if "diffusers" in name else 2e-2)
     assert distance(grads, exact_grads) <= allowed
-    again, again_grads = gradients(model.double(), x.double())
-    torch.testing.assert_close(again, exact, rtol=1e-10, atol=1e-10)
-    assert distance(again_grads, exact_grads) < 1e-10
+    again, again_grads = gradients(model.double(), x.double(), forward=compiled)
+    torch.testing.assert_close(again, exact, rtol=1e-12, atol=1e-12)
+    assert distance(again_grads, exact_grads) < 1e-12
+    left = [row for row in bitkern.explain(compiled) if not row.converted]
+    assert left == []
 
 
 def kept(model, x):
@@ -199,16 +204,18 @@ def kept(model, x):
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", NETWORKS)
 def test_kept_for_backward(name):
+    torch._dynamo.reset()
     *_, make, shape, most = NETWORKS[name]
     model, x = make().train(), torch.randn(shape)
     eager = kept(model, x)
-    ratio = kept(bitkern.convert(model, **options(name)), x) / eager
+    ratio = kept(torch.compile(model, backend="bitkern"), x) / eager
     print(f"{name}: {ratio:.3f} of {eager / 1e6:.1f} MB")
     assert ratio <= most
 
 
 def test_heads_and_features():
     """Norms behind a norm layer that a library asks for, and before an activation of its own."""
+    torch._dynamo.reset()
     fcos = torchvision.models.detection.fcos.FCOSClassificationHead(32, 1, 3, num_convs=2)
     heads = torchvision.models.detection.retinanet
     retinanet = heads.RetinaNetClassificationHead(32, 1, 3, norm_layer=partial(nn.GroupNorm, 8))
@@ -218,7 +225,7 @@ def test_heads_and_features():
     maps = [torch.randn(1, 32, 6, 5), torch.randn(1, 32, 3, 3)]
     for model, x in ((fcos, maps), (retinanet, maps), (wav2vec2, torch.randn(2, 400))):
         peer = copy.deepcopy(randomize(model))
-        bitkern.convert(model)
-        torch.testing.assert_close(model(x), peer(x), rtol=1e-4, atol=1e-4)
-        norms = [row for row in bitkern.explain(model) if "GroupNorm" in row.layer]
+        compiled = torch.compile(model, backend="bitkern")
+        torch.testing.assert_close(compiled(x), peer(x), rtol=1e-4, atol=1e-4)
+        norms = [row for row in bitkern.explain(compiled) if row.layer == "norm"]
         assert norms and not any("alone" in row.reason for row in norms)
