@@ -7,7 +7,7 @@ from bitkern.cli import options
 DISTRIBUTED = False
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
     parser = commands.add_parser("demo", help="Big Transfer in miniature: letters to digits")
     parser.add_argument("--out", default="runs/demo", metavar="DIR")
     parser.add_argument("--seed", type=options.not_negative, default=0)

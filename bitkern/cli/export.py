@@ -2,12 +2,13 @@
 
 import argparse
 
+from bitkern.cli import options
 from bitkern.export import TARGETS, export
 
 DISTRIBUTED = False
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
     parser = commands.add_parser("export", help="write a run's model for other libraries")
     parser.add_argument("run", help="the folder of a run, or its model.safetensors")
     parser.add_argument("--to", required=True, choices=TARGETS)

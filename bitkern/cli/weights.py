@@ -3,13 +3,14 @@
 import argparse
 import json
 
+from bitkern.cli import options
 from bitkern.models.pretrained import RELEASES
 from bitkern.models.weights import cached, fetch, source
 
 DISTRIBUTED = False
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
     parser = commands.add_parser("weights", help="list released weights, fetch them, find them")
     actions = parser.add_subparsers(required=True, metavar="list|fetch|path", dest="action")
     parsers = [actions.add_parser("list", help="the names, and which are in the cache")]

@@ -83,8 +83,9 @@ class Journal:
         """Append a record."""
         self.records.append(record)
         if self.file:
-            self.file.write(json.dumps(record).encode() + b"\n")
-            self.file.flush()
+            with files.writing(Path(self.file.name)):
+                self.file.write(json.dumps(record).encode() + b"\n")
+                self.file.flush()
         if self.on_record:
             self.on_record(dict(record))
 
@@ -145,7 +146,8 @@ class Run:
                 for name in (CHECKPOINT, METRICS):
                     (self.out / name).unlink(missing_ok=True)
                 if created:
-                    self.out.rmdir()
+                    with contextlib.suppress(OSError):  # on_record may keep files there
+                        self.out.rmdir()
 
     def save(self, done: Progress) -> None:
         """Write last.pt: what ``load_checkpoint`` needs to go on from there."""

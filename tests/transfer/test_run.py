@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bitkern.models import read_metadata
-from bitkern.transfer import RunError, compute, loop
+from bitkern.transfer import RunError, TrainingError, compute, loop
 from tests.transfer.images import CLASSES, image_set
 from tests.transfer.net import (
     FILES,
@@ -97,7 +97,7 @@ def test_no_checkpoint_holds_a_step_that_diverged(tmp_path, every, also_interrup
 
     model.on_call = diverge
     options = dict(eval_set=image_set(2), checkpoint_every=every, eval_every=every)
-    with pytest.raises(loop.TrainingError, match="the loss is nan at step 14: lower"):
+    with pytest.raises(TrainingError, match="the loss is nan at step 14: lower"):
         train(model, out=tmp_path, **options)
     due = also_interrupted or 14 % every == 0
     assert model.calls == (14 if due else 15)
