@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import bitkern
 from bitkern.models import create_model, save_safetensors
 from bitkern.transfer import step
 from tests.cli.commands import (
@@ -22,6 +23,12 @@ from tests.cli.commands import (
     truncate,
 )
 from tests.transfer.images import write_folder
+
+FIRST = (
+    "the memory of cpu does not suffice for one image at a time: "
+    "lower the crop or take a smaller model"
+)
+LATER = "out of memory: raise --batch-split or lower --batch-size"
 
 
 @pytest.mark.parametrize(
@@ -170,9 +177,11 @@ def test_bad_images(run, tmp_path, capsys):
 
 
 def test_missing_arguments_and_packages(run, tmp_path, capsys, monkeypatch):
-    assert "required: command" in error_of(capsys)
+    with pytest.raises(SystemExit, match="^0$"):
+        call()
+    assert "fine-tune a BiT model on a folder of images" in capsys.readouterr().out
     assert "invalid choice: 'fintune'" in error_of(capsys, "fintune")
-    assert "required: --data, --out, --model" in error_of(capsys, "finetune")
+    assert "required: --data, --model, --out" in error_of(capsys, "finetune")
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
@@ -181,13 +190,38 @@ def test_missing_arguments_and_packages(run, tmp_path, capsys, monkeypatch):
     assert error == "matplotlib is not installed: pip install 'bitkern[train]'"
 
 
-def test_out_of_gpu_memory_says_what_to_do(run, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "rehearsed", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB"), 0, FIRST),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] can't allocate memory"), 0, FIRST),
+        (MemoryError(), 6, LATER),
+    ],
+)
+def test_out_of_memory_says_what_to_do(
+    run, tmp_path, capsys, monkeypatch, error, rehearsed, message
+):
+    accumulate, calls = step.Stepper._accumulate, []
+
     def exhausted(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB")
+        calls.append(0)
+        if len(calls) > rehearsed:
+            raise error
+        return accumulate(*arguments)
 
     monkeypatch.setattr(step.Stepper, "_accumulate", exhausted)
-    error = finetune_error(capsys, run / "data", tmp_path / "out")
-    assert error == "out of GPU memory: raise --batch-split or lower --batch-size"
+    assert finetune_error(capsys, run / "data", tmp_path / "out") == message
+
+
+def test_the_nearest_option_is_named(capsys):
+    needed = ["finetune", "--data", "digits", "--model", "R26x0.5", "--out", "out"]
+    for given, meant in (("--lr", "--base-lr"), ("--epochs", "--steps"), ("--sed", "--seed")):
+        message = error_of(capsys, *needed, given, 1)
+        assert message == f"unrecognized arguments: {given} 1; did you mean {meant}?"
+    assert "did you mean" not in error_of(capsys, *needed, "more")
+    with pytest.raises(SystemExit, match="^0$"):
+        call("--version")
+    assert capsys.readouterr().out == f"bitkern {bitkern.__version__}\n"
 
 
 def test_traceback_free_as_a_process(tmp_path):

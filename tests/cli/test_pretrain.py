@@ -119,7 +119,7 @@ def test_sigmoids(shards, several, tmp_path, capsys):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["multi_label"] and summary["rule"]["sigmoid"]
     precision = summary["mean_average_precision"]
-    assert 0 <= precision <= 1 and f"mean average precision {precision:.4f} on test" in told
+    assert 0 <= precision <= 1 and f"mean average precision {100 * precision:.1f} % on" in told
     report = json.loads((out / "report.json").read_text())
     assert report["mean_average_precision"] == pytest.approx(precision)
     # Three classes, so each begins with the chance of one in four.
@@ -163,8 +163,9 @@ def test_resumed_after_an_interrupt(run, shards, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         patched.setattr(Journal, "add", added)
         assert call(*arguments) == 130
-    assert "pretrain continues with --resume" in capsys.readouterr().err
-    assert call(*arguments, "--resume") == 0
+    out = tmp_path / "out"
+    assert f"to continue: bitkern pretrain --resume --out {out}" in capsys.readouterr().err
+    assert call("pretrain", "--resume", "--out", out) == 0
     kept, expected = digest(tmp_path / "out"), digest(run)
     for name in ("metrics.jsonl", "model.safetensors", "predictions.csv"):
         assert kept[name] == expected[name], name

@@ -222,6 +222,7 @@ def at_a_terminal():
 @pytest.mark.usefixtures("at_a_terminal")
 def test_second_interrupt_stops_at_once(tmp_path):
     model = Net()
+    model.register_buffer("statistics", torch.zeros(1))  # with which steps are not broken off
     model.on_call = lambda call: call >= 2 and signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         train(model, batch_split=10, out=tmp_path / "run", checkpoint_every=20)

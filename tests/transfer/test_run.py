@@ -30,7 +30,7 @@ from tests.transfer.net import (
 
 
 def interrupt(call):
-    if call == 3 * 10 - 1:  # within the tenth step of three micro-batches
+    if call == 3 * 10 - 1:  # within the tenth step of three micro-batches, which is broken off
         signal.raise_signal(signal.SIGINT)
 
 
@@ -40,7 +40,7 @@ def crash(call):
 
 
 @pytest.mark.parametrize(
-    ("stop", "error", "resumed_at"), [(interrupt, KeyboardInterrupt, 10), (crash, Crash, 10)]
+    ("stop", "error", "resumed_at"), [(interrupt, KeyboardInterrupt, 9), (crash, Crash, 10)]
 )
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_continues_with_the_same_bits(tmp_path, stop, error, resumed_at, workers):
