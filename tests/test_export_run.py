@@ -192,7 +192,9 @@ def test_bad_arguments(small, r50, tmp_path, capsys, monkeypatch):
     assert error(small, "npz", "none/a.npz").endswith("none: no such folder")
     assert "no such file" in error(tmp_path / "none.safetensors", "npz", "a.npz")
     (tmp_path / "b.npz").touch()
-    assert error(small, "npz", "b.npz").endswith("b.npz: exists; delete it or write elsewhere")
+    assert error(small, "npz", "b.npz").endswith(
+        "b.npz: already exists; delete it or choose another out"
+    )
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "timm" else find_spec(name)

@@ -109,7 +109,16 @@ def _run(argv: Sequence[str]) -> int:
 
 def _with_options(message: str) -> str:
     """A message in which arguments are options: skip_corrupt=True is --skip-corrupt."""
-    return re.sub(r"\b([a-z_]+)=True", lambda m: "--" + m[1].replace("_", "-"), message)
+
+    def option(found: re.Match[str]) -> str:
+        before, name, value = found[1] or "", found[2], found[3]
+        return f"{before}--{name.replace('_', '-')}" + f" {value}" * (value not in (None, "True"))
+
+    number = r"True\b|[\d.e+-]*\d"
+    message = re.sub(rf"()\b([a-z_]+)=({number})", option, message)
+    return re.sub(
+        r"\b(raise |lower |another )(base_lr|batch_split|batch_size|out)\b()", option, message
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

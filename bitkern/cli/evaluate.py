@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         device = options.usable_device(args.device)
         compute = Compute.of(device, args.precision, args.workers)
         finished = load_run(args.run)
-    test_set = ranks.from_first_of_host(load_split, args.data, "test", finished.classes)
+    test_set = ranks.from_first_of_host(load_split, args.data, "test", finished.classes, flat=True)
     check_same_classes(test_set.classes, finished.classes, args.data, args.run)
     if finished.multi_label:
         test_set = test_set.as_multi_label()

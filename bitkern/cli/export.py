@@ -3,7 +3,7 @@
 import argparse
 
 from bitkern.cli import options
-from bitkern.export import TARGETS, export
+from bitkern.export import TARGETS, TOLERANCE, export
 
 DISTRIBUTED = False
 
@@ -17,4 +17,7 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
 
 def run(args: argparse.Namespace) -> None:
     difference = export(args.run, args.to, args.out)
-    print(f"{args.out}: for {args.to}, whose logits differ from the run's by {difference:.1e}")
+    limit = f"limit {TOLERANCE:g}"
+    print(
+        f"{args.out}: for {args.to}; checked: largest relative difference {difference:.1e} ({limit})"
+    )

@@ -28,7 +28,8 @@ class Parser(argparse.ArgumentParser):
         """``add_argument`` of the group of that title, which is made if there is none."""
         if title not in self.groups:
             self.groups[title] = self.add_argument_group(title)
-        return self.groups[title].add_argument
+        add: Callable[..., object] = self.groups[title].add_argument
+        return add
 
 
 def batch_split(text: str) -> int | Literal["auto"]:

@@ -95,7 +95,7 @@ def _predictions(
                 print(f"skipped {files.in_a_line(unreadable[place])}", file=sys.stderr)
                 skipped.append(path)
             else:
-                raise ValueError(f"{unreadable[place]}: delete it, or pass skip_corrupt=True")
+                raise ValueError(f"{unreadable[place]}: leave it out, or pass skip_corrupt=True")
 
 
 def _object(prediction: Prediction) -> dict[str, Any]:
@@ -140,8 +140,10 @@ def _images_of(paths: Iterable[str]) -> list[str]:
             if not images:
                 raise ValueError(f"{path}: holds no images")
             found += images
-        elif path.exists():
+        elif path.is_file():
             found.append(str(path))
+        elif path.exists():
+            raise ValueError(f"{path}: expected a file or folder")
         else:
             raise ValueError(f"{path}: no such file or folder")
     return found

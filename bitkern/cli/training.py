@@ -151,7 +151,7 @@ def _precision(args: argparse.Namespace, device: str) -> tuple[str, str]:
 
 def load_data(args: argparse.Namespace) -> tuple[ImageSet, ImageSet, str]:
     """(training set, evaluation set, what the latter is)."""
-    train_set = load_split(args.data, "train")
+    train_set = load_split(args.data, "train", flat=args.holdout is not None)
     if args.holdout is not None:
         return *hold_out(train_set, args.holdout, args.seed), "holdout"
     test_set = load_split(args.data, "test", train_set.classes)

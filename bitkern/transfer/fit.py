@@ -192,5 +192,9 @@ def corrupt_everywhere(images: Resized) -> tuple[int, ...]:
 def _check_finite(loss: float, name: str, step: int, rule: Recipe) -> None:
     if not math.isfinite(loss):
         base_lr = getattr(rule, "base_lr", None)
-        now = f"{rule.lr(step - 1):g}" if base_lr is None else f"base_lr is {base_lr:g}"
-        raise TrainingError(f"the {name} is {loss} at step {step}: lower the learning rate ({now})")
+        what, now = (
+            ("learning rate", rule.lr(step - 1)) if base_lr is None else ("base_lr", base_lr)
+        )
+        raise TrainingError(
+            f"the {name} is {loss} at step {step}: try a lower {what} (now {now:g})"
+        )

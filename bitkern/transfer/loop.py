@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bitkern.transfer import ranks
 from bitkern.transfer.compute import Compute, require
-from bitkern.transfer.data.images import ImageSet
+from bitkern.transfer.data.images import ImageSet, notes
 from bitkern.transfer.data.loader import TrainBatches, kept_on, open_for
 from bitkern.transfer.data.opening import Reading, open_resized
 from bitkern.transfer.data.resized import Resized, check_classes
@@ -240,6 +240,7 @@ def train(
                 "multi_label": train_set.multi_label,
                 "evaluation_images": share.readable if share else 0,
                 "skipped_images": skipped,
+                **({"images": [*notes]} if notes else {}),
                 "rule": dataclasses.asdict(rule),
                 **setup.options,
                 "cuda_graph": compute.cuda_graph,
@@ -276,7 +277,7 @@ def _told(images: Resized, data: ImageSet, name: str, shown: bool) -> Resized:
     with ranks.together():
         check_classes(data, images)
     if shown:
-        print(f"cache of the {name} images: {images.cache}")
+        print(f"image cache, {name}: {images.cache}")
     return images
 
 

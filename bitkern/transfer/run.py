@@ -59,7 +59,9 @@ def check_out(out: Path, resume: bool) -> None:
     held = [name for name in NAMES if (out / name).exists()]
     if held:
         advice = "continue it with resume=True or" if unfinished else "delete it or"
-        raise RunError(f"{out}: holds a run ({', '.join(held)}); {advice} use another folder")
+        raise RunError(
+            f"{out}: already contains a run ({', '.join(held)}); {advice} use another folder"
+        )
 
 
 class Journal:
@@ -205,7 +207,7 @@ def load_checkpoint(
         if had != value and name != "precision":
             name = name.removeprefix("rule.")
             raise RunError(
-                f"{path}: the run has {name} {had!r}, got {value!r}: resume with the options it "
+                f"{path}: started with {name}={had!r}, now {value!r}: resume with the options it "
                 "was started with"
             )
     try:

@@ -37,7 +37,7 @@ LATER = "out of memory: raise --batch-split or lower --batch-size"
         (remove, "", "data/train: no such folder"),
         (remove, "train", "data/train: no such folder"),
         (remove, "test", "data/test: no such folder"),
-        (remove, "test/bee", "data/train, found 1 missing, such as 'bee' and 1 more"),
+        (remove, "test/bee", "data/train; missing: bee; unexpected: elsewhere"),
         (empty, "train/bee", "data/train/bee: no images; add some or remove the folder"),
         (truncate, "train/bee/0.jpg", "data/train/bee/0.jpg: not a readable image"),
         (truncate, "test/cat/1.png", "data/test/cat/1.png: not a readable image"),
@@ -93,7 +93,7 @@ def test_skip_corrupt_goes_on_with_a_count(run, tmp_path, capsys):
         (["--holdout", "1"], "holdout: expected a fraction between 0 and 1, got 1.0"),
         (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
         (["--device", "abacus"], "--device abacus: cannot be used here"),
-        (["--model", "R51x1"], "unknown model 'R51x1', nearest"),
+        (["--model", "R51x1"], "unknown model 'R51x1'; did you mean"),
         (["--weights", "none.npz"], "none.npz: no such file"),
         (["--resume"], "nothing to resume, no last.pt"),
         (["--base-lr", "1e38", "--warmup-steps", "0"], "loss is nan at step"),
@@ -124,7 +124,7 @@ def test_bad_weights(run, weights, tmp_path, capsys):
 def test_does_not_overwrite_a_run(run, capsys):
     before = digest(run / "out")
     error = error_of(capsys, "finetune", "--data", "digits", "--out", run / "out", *SMALL)
-    assert "out: holds a run (" in error and "use another folder" in error
+    assert "out: already contains a run (" in error and "use another folder" in error
     resumed = ["--out", run / "out", "--resume"]
     error = error_of(capsys, "finetune", "--data", "digits", *resumed, *SMALL)
     assert error.endswith("nothing to resume, the run is finished")
@@ -138,7 +138,7 @@ def test_resume_with_other_options(run, tmp_path, monkeypatch, capsys):
         assert "no space left" in error_of(capsys, *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "metrics.jsonl"]
     error = error_of(capsys, *arguments, "--resume", "--base-lr", 0.5)
-    assert "the run has base_lr 0.003, got 0.5" in error
+    assert "started with --base-lr 0.003, now 0.5" in error
     assert call(*arguments, "--resume") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == RESULTS
 

@@ -191,7 +191,7 @@ def pretrain_error(capsys, data, out, *options):
         (["--base-lr", "nan"], "base_lr: expected a positive finite number, got nan"),
         (["--batch-split", "8"], "batch_split: expected 1 to 7, the batch size, got 8"),
         (["--weights", "none.npz"], "none.npz: no such file"),
-        (["--model", "R26"], "name: unknown model 'R26', nearest: R26x0.5"),
+        (["--model", "R26"], "name: unknown model 'R26'; did you mean R26x0.5"),
     ],
 )
 def test_bad_options(shards, tmp_path, capsys, options, message):

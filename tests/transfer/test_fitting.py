@@ -68,7 +68,9 @@ def test_says_what_it_takes(capsys):
     )
 
 
-@pytest.mark.parametrize(("free", "images"), [(0, 0), (90, 1), (209, 1), (240, 2), (350, 3), (1000, 8)])
+@pytest.mark.parametrize(
+    ("free", "images"), [(0, 0), (90, 1), (209, 1), (240, 2), (350, 3), (1000, 8)]
+)
 def test_images_that_fit_are_on_a_line(monkeypatch, free, images):
     """One takes 90 bytes beside the process's 1000, each more of them 120."""
     monkeypatch.setattr(fitting, "free_memory", lambda: free / 0.9)

@@ -165,7 +165,7 @@ def test_top5_counts_the_five_best():
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     model = Net()
     rule = dataclasses.replace(RULE, base_lr=1e30, warmup_steps=0)
-    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d+: lower"):
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d+: try a lower"):
         train(model, rule, out=tmp_path / "run", checkpoint_every=20)
     assert not (tmp_path / "run").exists()
 

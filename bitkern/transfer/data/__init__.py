@@ -32,13 +32,17 @@ KINDS: tuple[tuple[Callable[[str], bool], Load], ...] = (
 
 
 def load_split(
-    source: str | os.PathLike[str], split: str, classes: Sequence[str] | None = None
+    source: str | os.PathLike[str],
+    split: str,
+    classes: Sequence[str] | None = None,
+    *,
+    flat: bool = False,
 ) -> ImageSet:
     """The images of a named source, Hugging Face dataset, tar shards, CSV file or folder.
 
-    All but named sources and folders need not have images of all ``classes``, those of the set
-    that was trained on. Raises ``DataError``: see ``image_folder``, ``image_table``,
-    ``image_shards`` and ``image_dataset``.
+    All but named sources need not have images of all ``classes``, those of the set that was trained
+    on. ``flat`` is as in ``image_folder``. Raises ``DataError``: see ``image_folder``,
+    ``image_table``, ``image_shards`` and ``image_dataset``.
     """
     name = os.fspath(source)
     if name in SOURCES:
@@ -46,4 +50,4 @@ def load_split(
     for is_kind, load in KINDS:
         if is_kind(name):
             return load(name, split, classes)
-    return image_folder(source, split)
+    return image_folder(source, split, classes, flat=flat)

@@ -75,6 +75,8 @@ def _read(path: Path) -> tuple[Sequence[str], list[tuple[int, dict[str, str]]]]:
             reader = csv.DictReader(file, strict=True, restval="")
             return reader.fieldnames or (), [(reader.line_num, row) for row in reader]
     except (FileNotFoundError, ValueError) as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise DataError(f"{path}: not UTF-8: save it as CSV UTF-8") from None
         raise DataError(str(error)) from None
 
 
