@@ -112,7 +112,7 @@ def _with_options(message: str) -> str:
 
     def option(found: re.Match[str]) -> str:
         before, name, value = found[1] or "", found[2], found[3]
-        return f"{before}--{name.replace('_', '-')}" + f" {value}" * (value not in (None, "True"))
+        return f"{before}--{name.replace('_', '-')}" + f" {value}" * (value not in ("", "True"))
 
     number = r"True\b|[\d.e+-]*\d"
     message = re.sub(rf"()\b([a-z_]+)=({number})", option, message)

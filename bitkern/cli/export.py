@@ -17,7 +17,5 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
 
 def run(args: argparse.Namespace) -> None:
     difference = export(args.run, args.to, args.out)
-    limit = f"limit {TOLERANCE:g}"
-    print(
-        f"{args.out}: for {args.to}; checked: largest relative difference {difference:.1e} ({limit})"
-    )
+    checked = f"largest relative difference {difference:.1e} (limit {TOLERANCE:g})"
+    print(f"{args.out}: for {args.to}; checked: {checked}")

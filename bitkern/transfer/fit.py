@@ -192,9 +192,9 @@ def corrupt_everywhere(images: Resized) -> tuple[int, ...]:
 def _check_finite(loss: float, name: str, step: int, rule: Recipe) -> None:
     if not math.isfinite(loss):
         base_lr = getattr(rule, "base_lr", None)
-        what, now = (
-            ("learning rate", rule.lr(step - 1)) if base_lr is None else ("base_lr", base_lr)
-        )
+        what, now = "base_lr", base_lr
+        if base_lr is None:
+            what, now = "learning rate", rule.lr(step - 1)
         raise TrainingError(
             f"the {name} is {loss} at step {step}: try a lower {what} (now {now:g})"
         )

@@ -26,6 +26,7 @@ NAMES = METRICS, CHECKPOINT, SUMMARY, CURVES, WEIGHTS, REPORT = (
     "model.safetensors",
     "report.html",
 )
+OPTIONS = ("seed", "batch_split", "balance", "flip", "decoder")  # of a training, by their names
 Record = dict[str, Any]
 OnRecord = Callable[[Record], object]
 
@@ -205,9 +206,10 @@ def load_checkpoint(
     for name, value in now.items():
         had = before.get(name)
         if had != value and name != "precision":
-            name = name.removeprefix("rule.")
+            is_option = name.startswith("rule.") or name in OPTIONS
+            name = name.removeprefix("rule.") + ("=" if is_option else " ")
             raise RunError(
-                f"{path}: started with {name}={had!r}, now {value!r}: resume with the options it "
+                f"{path}: started with {name}{had!r}, now {value!r}: resume with the options it "
                 "was started with"
             )
     try:

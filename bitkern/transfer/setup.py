@@ -22,6 +22,7 @@ from bitkern.transfer.fitting import (
 )
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.reduction import Reduction
+from bitkern.transfer.run import OPTIONS
 from bitkern.transfer.schedule import Schedule
 from bitkern.transfer.step import Stepper
 
@@ -85,8 +86,7 @@ class Setup:
     @property
     def options(self) -> dict[str, Any]:
         """What summary.json says of the training, besides its recipe."""
-        names = ("seed", "batch_split", "balance", "flip", "decoder")
-        return {name: getattr(self, name) for name in names} | {"precision": self.compute.precision}
+        return {name: getattr(self, name) for name in OPTIONS} | {"precision": self.compute.precision}
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def test_reads_any_8_bit_mode_as_rgb(tmp_path, mode):
 def test_does_not_clip_floats(tmp_path):
     Image.fromarray(np.full((8, 8), 5000, np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(data.DataError, match="8 bits"):
-        read_image(tmp_path / "a.png")
+        read_image(tmp_path / "a.tif")
 
 
 def with_orientation(path, value, **options):

@@ -212,7 +212,7 @@ def test_what_cannot_be_written_is_told_before_the_training(tmp_path, change, me
             "started with weight_decay=0.0, now 0.1",
         ),
         ({"flip": False}, "started with flip=True, now False"),
-        ({"train_set": image_set(4)}, "started with training images=15, now 12"),
+        ({"train_set": image_set(4)}, "started with training images 15, now 12"),
         ({"train_set": image_set()._replace(classes=("x", "y", "z"))}, "started with classes"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 3))}, "started with parameters"),
     ],

@@ -86,7 +86,7 @@ def test_given_classes(tmp_path):
         ("image,label\n0.png,a\n0.png,b\n", "line 3: .*0.png is named twice"),
         ("image,label,split\n0.png,a,val\n1.png,b,test", "line 2: split: expected train or test"),
         ("image,label,split\n0.png,a,test\n1.png,b,test", "no images of the split train"),
-        ('image,label\n0.png,"a\n', "not UTF-8: save it as CSV UTF-8"),
+        ('image,label\n0.png,"a\n', "truncated or not a CSV file"),
     ],
 )
 def test_bad_files(tmp_path, text, message):
