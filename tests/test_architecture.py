@@ -71,7 +71,7 @@ INSIDE = {
         ("schedule",),
         ("data",),
         ("inference", "reduction", "run"),
-        ("report", "step", "watching"),
+        ("report", "selection", "step", "watching"),
         ("fitting",),
         ("setup",),
         ("fit",),

@@ -66,7 +66,7 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
 def run(args: argparse.Namespace) -> None:
     running = training.begin(args)
     data = ranks.from_first_of_host(_load_data, args)
-    train_set, eval_set, _ = data
+    train_set, eval_set = data.train_set, data.eval_set
     training.check_same_everywhere(args.data, train_set, eval_set)
     rule = ranks.from_first(_rule, args, train_set)
     with ranks.together():
@@ -95,11 +95,11 @@ def _weights(args: argparse.Namespace) -> str | None:
     return released(args.model).name if args.weights == "pretrained" else args.weights
 
 
-def _load_data(args: argparse.Namespace) -> tuple[ImageSet, ImageSet, str]:
-    train_set, eval_set, split = training.load_data(args)
+def _load_data(args: argparse.Namespace) -> training.Data:
+    data = training.load_data(args)
     if args.shots is not None:
-        train_set = few_shot(train_set, args.shots, args.seed)
-    return train_set, eval_set, split
+        return data._replace(train_set=few_shot(data.train_set, args.shots, args.seed))
+    return data
 
 
 def _rule(args: argparse.Namespace, train_set: ImageSet) -> HyperRule:

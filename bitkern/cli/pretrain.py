@@ -56,7 +56,7 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
 def run(args: argparse.Namespace) -> None:
     running = training.begin(args)
     data = ranks.from_first_of_host(training.load_data, args)
-    train_set, eval_set, _ = data
+    train_set, eval_set = data.train_set, data.eval_set
     training.check_same_everywhere(args.data, train_set, eval_set)
     with ranks.together():
         rule = _rule(args, len(train_set.images))

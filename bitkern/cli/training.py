@@ -18,6 +18,7 @@ from bitkern.transfer.compute import CUDA_GRAPH, default_precision, require
 from bitkern.transfer.data import (
     DataError,
     ImageSet,
+    NoSplitError,
     check_apart,
     check_same_classes,
     hold_out,
@@ -34,6 +35,7 @@ from bitkern.transfer.run import (
     check_out,
     read_checkpoint,
 )
+from bitkern.transfer.selection import KEEP, METRICS, Selection
 from bitkern.transfer.watching import duration, in_words
 
 
@@ -43,7 +45,13 @@ def add_options(parser: options.Parser) -> None:
     options.add_data(
         parser, "DIR/train/CLASS/*.jpg and DIR/test/…, or columns image, label or labels, and split"
     )
-    data("--holdout", type=float, metavar="FRACTION", help="evaluate on part of train, not on test")
+    data(
+        "--holdout",
+        type=float,
+        metavar="FRACTION",
+        help="evaluate on this part of train; with --keep best or --patience choose by it",
+    )
+    add_selection(parser)
     data("--seed", type=options.not_negative, default=0, help="of all that is random (default: 0)")
     data("--no-flip", action="store_true", help="no mirroring, for digits and letters")
     data(
@@ -91,6 +99,16 @@ def add_options(parser: options.Parser) -> None:
         help = f"steps between {what}{'uation' * (what == 'eval')}s (default: a tenth of the run)"
         output(f"--{what}-every", type=options.positive, metavar="STEPS", help=help)
     output("--tensorboard", action="store_true", help="write the curves for TensorBoard to DIR")
+
+
+def add_selection(parser: options.Parser) -> None:
+    """Add the options of which model is kept."""
+    add = parser.group("data")
+    help = "model to keep: the last, as published, or the best on images held out or in DIR/val"
+    add("--keep", choices=KEEP, default="last", help=f"{help} (default: last)")
+    add("--metric", choices=METRICS, default="top1", help="what the best is by (default: top1)")
+    help = "end after so many evaluations without a better one (default: never)"
+    add("--patience", type=options.positive, metavar="N", help=help)
 
 
 GROUPS = ("data", "model and weights", "speed and memory", "output")
@@ -149,16 +167,44 @@ def _precision(args: argparse.Namespace, device: str) -> tuple[str, str]:
     return args.precision, f"asked for; the run began in {began}" if other else "asked for"
 
 
-def load_data(args: argparse.Namespace) -> tuple[ImageSet, ImageSet, str]:
-    """(training set, evaluation set, what the latter is)."""
+class Data(NamedTuple):
+    """The sets of a training; ``split`` is what that to evaluate is, ``val_set`` to choose by."""
+
+    train_set: ImageSet
+    eval_set: ImageSet
+    split: str
+    val_set: ImageSet | None = None
+
+
+def load_data(args: argparse.Namespace) -> Data:
+    """The sets that the options name. Raises ``DataError``."""
     train_set = load_split(args.data, "train", flat=args.holdout is not None)
+    chooses = args.keep == "best" or args.patience is not None
+    held_out = val_set = None
     if args.holdout is not None:
-        return *hold_out(train_set, args.holdout, args.seed), "holdout"
-    test_set = load_split(args.data, "test", train_set.classes)
-    names = f"{args.data}/test", f"{args.data}/train"
-    check_same_classes(test_set.classes, train_set.classes, *names)
-    check_apart(train_set, test_set, args.data)
-    return train_set, test_set, "test"
+        train_set, held_out = hold_out(train_set, args.holdout, args.seed)
+        if not chooses:
+            return Data(train_set, held_out, "holdout")
+    if chooses:
+        val_set = held_out or _load(args, "validation", train_set)
+    try:
+        test_set = _load(args, "test", train_set)
+    except NoSplitError:
+        if held_out is None:
+            raise
+        test_set = held_out
+    if val_set is not None and [*map(str, test_set.images)] == [*map(str, val_set.images)]:
+        return Data(train_set, val_set, "holdout" if held_out else "validation", val_set)
+    return Data(train_set, test_set, "test", val_set)
+
+
+def _load(args: argparse.Namespace, split: str, train_set: ImageSet) -> ImageSet:
+    found = load_split(args.data, split, train_set.classes)
+    check_same_classes(
+        found.classes, train_set.classes, f"{args.data}/{split}", f"{args.data}/train"
+    )
+    check_apart(train_set, found, args.data)
+    return found
 
 
 def check_same_everywhere(source: str, *sets: ImageSet) -> None:
@@ -193,12 +239,12 @@ def run(
     model: ResNetV2,
     weights: str | None,
     rule: Recipe,
-    data: tuple[ImageSet, ImageSet, str],
+    data: Data,
     running: Running,
     about: Mapping[str, Any],
 ) -> None:
     """Train, and say so."""
-    train_set, eval_set, split = data
+    train_set, eval_set, split, val_set = data
     several = ", several an image" if train_set.multi_label else ""
     print(
         f"{args.model} from {weights or 'random weights'}: {len(train_set.images)} training "
@@ -207,6 +253,11 @@ def run(
     print(f"{rule}, {running.precision} on {running.device} ({running.why})")
     said = {"model": args.model, "weights": weights, "data": args.data, "evaluated_on": split}
     said |= {"command": args.typed}
+    selection = None
+    if val_set is not None:
+        selection = Selection(val_set, args.keep, args.metric, args.patience)
+        optimistic = ", which the test is on too: so it is optimistic" * (val_set is eval_set)
+        print(f"{args.keep} model by {args.metric} on {len(val_set.images)} images{optimistic}")
     with _tensorboard(args) as on_record:
         result = train(
             model,
@@ -230,6 +281,7 @@ def run(
             skip_corrupt=args.skip_corrupt,
             check=args.check,
             on_record=on_record,
+            selection=selection,
             about=said | dict(about),
         )
     options.report_skipped(result.skipped)

@@ -17,6 +17,7 @@ from bitkern.transfer.inference import Share, metrics_of, predict_share
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.recipes.hyperrule import HyperRule
 from bitkern.transfer.run import Journal, Progress, Run
+from bitkern.transfer.selection import Kept, Selection
 from bitkern.transfer.setup import Setup, TrainingError
 from bitkern.transfer.step import Later, Stepper
 from bitkern.transfer.watching import Display, Stopped, duration
@@ -56,6 +57,8 @@ class Fit:
     evaluation: tuple[Resized, ImageSet] | None
     due: Due
     skip_corrupt: bool
+    selection: Selection | None
+    kept: Kept
 
     def __post_init__(self) -> None:
         rule, self.step = self.setup.rule, self.run.done.step
@@ -88,11 +91,12 @@ class Fit:
             with contextlib.suppress(Stopped):
                 self._evaluate_if_due()
             (stop,) = ranks.sums_of(self.interrupted.is_set())
-            if stop or self.step > first and self.due.checkpoint(self.step):
+            over = self.step == rule.steps or self._is_over()
+            if stop or self.step > first and (over or self.due.checkpoint(self.step)):
                 self._save()
             if stop:
                 raise KeyboardInterrupt
-            if self.step == rule.steps:
+            if over:
                 break
             try:
                 self.losses.add(self.step, take_step(self.step, rule.lr(self.step)))
@@ -100,9 +104,10 @@ class Fit:
                 self.display.move(self.step)
             except Stopped:
                 take_step.optimizer.zero_grad()  # of a part of the step
-        if self.evaluation and self.share is None:  # stopped between its last step and its end
-            self.share = self._predict(*self.evaluation)
         return self.share
+
+    def _is_over(self) -> bool:
+        return bool(self.selection and self.selection.is_over(self.run.journal.records))
 
     def estimate(self, trial: Trial) -> str:
         """Say in a line what the training takes, by what a micro-batch does."""
@@ -138,13 +143,17 @@ class Fit:
         if not self.evaluation or not self.due.evaluation(self.step) or done:
             return
         self.losses.read()
-        self.share = self._predict(*self.evaluation)
+        self.share = self.predict(*self.evaluation)
         metrics = metrics_of(self.share, self.evaluation[1])
         _check_finite(metrics["eval_loss"], "evaluation loss", self.step, self.setup.rule)
         journal.add(step=self.step, **metrics)
         self.display.tell(journal.records[-1])
+        if self.selection and self.selection.keep == "best":
+            if self.selection.best(journal.records) is journal.records[-1]:
+                self.kept.take()
 
-    def _predict(self, resized: Resized, data: ImageSet) -> Share:
+    def predict(self, resized: Resized, data: ImageSet) -> Share:
+        """What the model makes of a set. Raises ``Stopped`` after Ctrl-C."""
         parts = self.setup.compute, self.setup.model, resized, data, self.setup.micro_batch
         return predict_share(*parts, self.skip_corrupt, self.between)
 

@@ -25,7 +25,7 @@ from bitkern.transfer.data.loader import TrainBatches, kept_on, open_for
 from bitkern.transfer.data.opening import Reading, open_resized
 from bitkern.transfer.data.resized import Resized, check_classes
 from bitkern.transfer.fit import Due, Fit, corrupt_everywhere
-from bitkern.transfer.inference import gathered
+from bitkern.transfer.inference import gathered, metrics_of
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.reduction import Reduction
 from bitkern.transfer.report import check_report, write_report
@@ -38,8 +38,9 @@ from bitkern.transfer.run import (
     load_checkpoint,
     read_checkpoint,
 )
+from bitkern.transfer.selection import Kept, Selection
 from bitkern.transfer.setup import Setup
-from bitkern.transfer.watching import Display, deferred_interrupt
+from bitkern.transfer.watching import Display, Stopped, deferred_interrupt
 
 
 class TrainResult(NamedTuple):
@@ -83,6 +84,7 @@ def train(
     check: bool | None = None,
     progress: bool = True,
     on_record: Callable[[Record], object] | None = None,
+    selection: Selection | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train ``model`` in place by a recipe: SGD with momentum 0.9 on its trainable part.
@@ -117,7 +119,9 @@ def train(
     several processes, and where the model has buffers, the step), writes last.pt and raises
     ``KeyboardInterrupt``; a second one raises it at once. A run that fails before its first
     checkpoint leaves no file behind. ``on_record`` is called by the first process with each line
-    of metrics.jsonl as it is written; a run that was killed may repeat its last ones.
+    of metrics.jsonl as it is written; a run that was killed may repeat its last ones. With
+    ``selection`` another set is evaluated while it trains, by which the best model may be kept and
+    the training end early; ``metrics`` are then those of ``eval_set`` at the end.
 
     With a process group of torch.distributed (one that serves CPU tensors too) all its processes
     make the call. They start from the first one's model, share each batch and the evaluations, and
@@ -137,11 +141,11 @@ def train(
     if rule.sigmoid:
         train_set = train_set.as_multi_label()
     if eval_set is not None:
-        require("sklearn")
-        if train_set.multi_label:
-            eval_set = eval_set.as_multi_label()
-        elif eval_set.multi_label:
-            raise ValueError("eval_set: expected one label an image as train_set has, got several")
+        eval_set = _like(train_set, eval_set, "eval_set")
+    if selection:
+        val_set = _like(train_set, selection.val_set, "val_set")
+        selection = dataclasses.replace(selection, val_set=val_set)
+        eval_set = val_set if eval_set is None else eval_set
     first_split = 1 if batch_split == "auto" else batch_split
     options = seed, first_split, balance, flip, decoder
     setup = Setup(model, train_set, rule, compute, *options)
@@ -166,22 +170,28 @@ def train(
         compute.place(model)
         reduction = Reduction(model)
     scaler = compute.scaler()
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    kept = Kept(model)
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler, "kept": kept}
+    chosen = selection.settings if selection else {"keep": "last"}
     if folder and checkpoint:
         if batch_split == "auto":
             setup = dataclasses.replace(setup, batch_split=checkpoint["settings"]["batch_split"])
         with ranks.together():
-            done = load_checkpoint(folder, checkpoint, state, setup.settings)
+            done = load_checkpoint(folder, checkpoint, state, setup.settings | chosen)
             said = checkpoint["about"]
     if done.corrupt and not skip_corrupt:
         raise ValueError("the run goes on without images that it could not read: skip_corrupt=True")
     train_images = _told(open_for(rule, train_set.images, reading), train_set, "training", shown)
     for i in done.corrupt:  # so that others go on in their place, even if they can be read by now
         train_images.corrupt.setdefault(i, f"{train_set.images[i]}: could not be read before")
-    evaluation = None
+    evaluation = test = None
     if eval_set is not None:
         opened = open_resized(eval_set.images, rule.crop, reading)
-        evaluation = _told(opened, eval_set, "evaluation", shown), eval_set
+        evaluation = test = _told(opened, eval_set, "evaluation", shown), eval_set
+    if selection and selection.val_set is not eval_set:
+        opened = open_resized(selection.val_set.images, rule.crop, reading)
+        val_set = selection.val_set
+        evaluation = _told(opened, val_set, "validation", shown), val_set
     with ranks.together():
         on_device = kept_on(compute.device, train_images)
     trial, auto = None, batch_split == "auto" and not checkpoint
@@ -190,8 +200,8 @@ def train(
     del checkpoint
     ranks.copy_from_first(model.state_dict().values())
 
-    split = said.get("evaluated_on", "test")
-    run = Run(folder if rank == 0 else None, state, setup.settings, said, done)
+    split = "validation" if selection else said.get("evaluated_on", "test")
+    run = Run(folder if rank == 0 else None, state, setup.settings | chosen, said, done)
     with contextlib.ExitStack() as stack:
         with ranks.together():
             journal = stack.enter_context(run.recording(resume, on_record))
@@ -208,6 +218,8 @@ def train(
             evaluation,
             Due(rule.steps, eval_every, checkpoint_every),
             skip_corrupt,
+            selection,
+            kept,
         )
         if shown and trial:
             print(fit.estimate(trial), flush=True)
@@ -224,16 +236,25 @@ def train(
         loading = stack.enter_context(contextlib.closing(iter(batches)))
         share = fit.steps(setup.stepper(optimizer, scaler, reduction, loading, fit.between))
         skipped = len(corrupt_everywhere(train_images))
-        outcome = None
-        if evaluation and share:
-            skipped += len(evaluation[1].images) - share.readable
-            outcome = gathered(share, evaluation[1]) if folder else None
-        result = _result(journal.records, fit.seconds, skipped)
+        outcome = metrics = None
+        if selection and selection.keep == "best":
+            kept.put_back()
+        if test:
+            if share is None or selection:  # or stopped between its last step and its end
+                try:
+                    share = fit.predict(*test)
+                except Stopped:
+                    raise KeyboardInterrupt from None
+            skipped += len(test[1].images) - share.readable
+            metrics = metrics_of(share, test[1])
+            outcome = gathered(share, test[1]) if folder else None
+        result = TrainResult(metrics, journal.records, fit.seconds, skipped)
         with ranks.together():
             summary = {
                 **said,
                 **(result.metrics or {}),
-                "steps": rule.steps,
+                "steps": fit.step,
+                **(selection.about(journal.records) if selection else {}),
                 "seconds": round(result.seconds, 1),
                 "classes": len(train_set.classes),
                 "training_images": len(train_set.images),
@@ -281,7 +302,11 @@ def _told(images: Resized, data: ImageSet, name: str, shown: bool) -> Resized:
     return images
 
 
-def _result(records: list[Record], seconds: float, skipped: int) -> TrainResult:
-    evaluated = [record for record in records if "top1" in record]
-    metrics = {k: v for k, v in evaluated[-1].items() if k != "step"} if evaluated else None
-    return TrainResult(metrics, records, seconds, skipped)
+def _like(train_set: ImageSet, data: ImageSet, name: str) -> ImageSet:
+    """A set to evaluate, with labels as those to train on."""
+    require("sklearn")
+    if train_set.multi_label:
+        return data.as_multi_label()
+    if data.multi_label:
+        raise ValueError(f"{name}: expected one label an image as train_set has, got several")
+    return data

@@ -202,7 +202,7 @@ def load_checkpoint(
     Raises ``RunError`` if the run had other settings, precision apart.
     """
     path, before = out / CHECKPOINT, checkpoint["settings"]
-    before, now = _flat(before), _flat(settings)
+    before, now = {"keep": "last"} | _flat(before), _flat(settings)
     for name, value in now.items():
         had = before.get(name)
         if had != value and name != "precision":
@@ -214,7 +214,8 @@ def load_checkpoint(
             )
     try:
         for name, part in state.items():
-            if name != "scaler" or checkpoint[name]:  # of another precision it has no state
+            # Of another precision a scaler has no state; earlier versions kept no model.
+            if name not in ("scaler", "kept") or checkpoint.get(name):
                 part.load_state_dict(checkpoint[name])
     except (RuntimeError, ValueError, KeyError) as error:
         raise RunError(f"{path}: is of another model: {files.in_a_line(error)}") from None

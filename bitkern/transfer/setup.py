@@ -86,7 +86,9 @@ class Setup:
     @property
     def options(self) -> dict[str, Any]:
         """What summary.json says of the training, besides its recipe."""
-        return {name: getattr(self, name) for name in OPTIONS} | {"precision": self.compute.precision}
+        return {name: getattr(self, name) for name in OPTIONS} | {
+            "precision": self.compute.precision
+        }
 
     @property
     def settings(self) -> dict[str, Any]:

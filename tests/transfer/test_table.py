@@ -84,7 +84,7 @@ def test_given_classes(tmp_path):
         ("image,label\n0.png,a\n ,b\n", "line 3: image: expected a path, got none"),
         ("image,label\n0.png,a\n9.png,b\n", "line 3: .*9.png: no such file"),
         ("image,label\n0.png,a\n0.png,b\n", "line 3: .*0.png is named twice"),
-        ("image,label,split\n0.png,a,val\n1.png,b,test", "line 2: split: expected train or test"),
+        ("image,label,split\n0.png,a,dev\n1.png,b,test", "line 2: split: expected train, test"),
         ("image,label,split\n0.png,a,test\n1.png,b,test", "no images of the split train"),
         ('image,label\n0.png,"a\n', "truncated or not a CSV file"),
     ],

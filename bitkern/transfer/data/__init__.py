@@ -9,6 +9,7 @@ from bitkern.transfer.data.huggingface import image_dataset, is_dataset
 from bitkern.transfer.data.images import (
     DataError,
     ImageSet,
+    NoSplitError,
     check_apart,
     check_same_classes,
     image_size,
@@ -17,7 +18,15 @@ from bitkern.transfer.data.shards import image_shards, is_shards
 from bitkern.transfer.data.subsets import few_shot, hold_out
 from bitkern.transfer.data.table import image_table, is_table
 
-__all__ = ["DataError", "ImageSet", "check_same_classes", "digits", "few_shot", "hold_out"]
+__all__ = [
+    "DataError",
+    "ImageSet",
+    "NoSplitError",
+    "check_same_classes",
+    "digits",
+    "few_shot",
+    "hold_out",
+]
 __all__ += ["check_apart", "image_dataset", "image_folder", "image_shards", "image_size"]
 __all__ += ["image_table", "load_split"]
 

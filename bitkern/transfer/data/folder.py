@@ -9,10 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from bitkern.transfer.data.images import DataError, ImageSet, image_formats, listing
+from bitkern.transfer.data.images import (
+    VALIDATION,
+    DataError,
+    ImageSet,
+    NoSplitError,
+    image_formats,
+    listing,
+)
 
 # Folders that hold a split, the first there is.
-VALIDATION = ("val", "validation", "valid")
 SPLITS = {"train": ("train",), "test": ("test", *VALIDATION), "validation": VALIDATION}
 
 
@@ -125,6 +131,8 @@ def split_folder(root: Path, split: str, flat: bool) -> Path:
     """The folder of a split; raises ``DataError``, saying what else the folder may be."""
     for name in SPLITS.get(split, (split,)):
         if (root / name).is_dir():
+            if split == "test" and name != split:
+                print(f"{root / name}: taken for test images", file=sys.stderr)
             return root / name
     wanted = f"{root / split}: no such folder"
     expected = f"expected images in {root}/{split}/CLASS/"
@@ -141,4 +149,4 @@ def split_folder(root: Path, split: str, flat: bool) -> Path:
                 f"fifth of it and trains on the rest; else {expected}"
             )
     hint = "" if split == "train" else ", or holdout"
-    raise DataError(f"{wanted}; {expected}{hint}")
+    raise NoSplitError(f"{wanted}; {expected}{hint}")

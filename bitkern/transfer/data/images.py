@@ -41,11 +41,16 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, as Pillow h
 
 # Which Pillow only recognizes, or has other programs read.
 _NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+VALIDATION = ("val", "validation", "valid")  # what the split is called, the first there is
 _SHOWN = 20  # names in a message
 
 
 class DataError(ValueError):
     """The data set cannot be used; the message names the file or folder and what to do."""
+
+
+class NoSplitError(DataError):
+    """The data set has no images of that split."""
 
 
 class ImageSet(NamedTuple):

@@ -21,7 +21,7 @@ from bitkern import files
 from bitkern.models.weights import cache_folder
 from bitkern.transfer.compute import require
 from bitkern.transfer.data import tar
-from bitkern.transfer.data.images import DataError, ImageSet, image_formats
+from bitkern.transfer.data.images import DataError, ImageSet, NoSplitError, image_formats
 from bitkern.transfer.data.members import Labels, Members, check_number, image_set
 
 FORMAT = 1  # of the index in the cache
@@ -146,6 +146,8 @@ def image_shards(
 def _shards(source: str, split: str) -> list[Shard]:
     """The shards of a split."""
     folder, name = os.path.split(source)
+    if split == "validation":
+        raise NoSplitError(f"{source}: no shards to choose by: expected holdout")
     if split != "test" or "train" not in name:
         found = _expanded(source)
         if not found:
@@ -154,7 +156,7 @@ def _shards(source: str, split: str) -> list[Shard]:
     beside = os.path.join(folder, re.sub(r"\{[^{}]*\}", "*", name.replace("train", "test")))
     found = [path for path in _expanded(beside) if os.path.exists(path)]
     if not found:
-        raise DataError(f"{source}: no shards to test with: expected {beside}, or holdout")
+        raise NoSplitError(f"{source}: no shards to test with: expected {beside}, or holdout")
     return [_shard(path) for path in found]
 
 
