@@ -9,9 +9,10 @@ DISTRIBUTED = False
 
 
 def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
-    parser = commands.add_parser("export", help="write a run's model for other libraries")
+    help = "write a run's model for other libraries, and check that it computes the same"
+    parser = commands.add_parser("export", help=help, description=f"{help}.")
     parser.add_argument("run", help="the folder of a run, or its model.safetensors")
-    parser.add_argument("--to", required=True, choices=TARGETS)
+    parser.add_argument("--to", required=True, choices=TARGETS, help="the library or format")
     parser.add_argument("--out", required=True, metavar="PATH", help="a new file or folder")
 
 

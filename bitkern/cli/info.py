@@ -21,7 +21,7 @@ DISTRIBUTED = False
 
 def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
     parser = commands.add_parser("info", help="versions, devices, and what serves each operator")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> None:

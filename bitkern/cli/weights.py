@@ -11,14 +11,15 @@ DISTRIBUTED = False
 
 
 def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
-    parser = commands.add_parser("weights", help="list released weights, fetch them, find them")
+    help = "list released weights, download them, find them"
+    parser = commands.add_parser("weights", help=help, description=f"{help}.")
     actions = parser.add_subparsers(required=True, metavar="list|fetch|path", dest="action")
     parsers = [actions.add_parser("list", help="the names, and which are in the cache")]
     for action, help in (("fetch", "download into the cache"), ("path", "the file in the cache")):
         parsers.append(actions.add_parser(action, help=help))
         parsers[-1].add_argument("name", help="such as BiT-M-R50x1, or hf-hub:ORG/NAME")
     for each in parsers:
-        each.add_argument("--json", action="store_true")
+        each.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> None:
