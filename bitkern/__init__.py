@@ -33,4 +33,4 @@ else:
 
 def __dir__() -> list[str]:
     """List what there is, also what is loaded when it is first asked for."""
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

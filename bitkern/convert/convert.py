@@ -6,6 +6,7 @@ buffers, modules inside, flags, the attributes that its library reads, and the r
 hooks, wrappers and users hold. A new module in its place would keep the parameters alone.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -92,7 +93,20 @@ def convert(
         if cls is not None:
             part.__class__ = cls if isinstance(cls, type) else cls(part)
     adopt_all(module)
+    if not any(map(is_bitkern, module.modules())):
+        warnings.warn(_nothing(module), stacklevel=2)
     return module
+
+
+def _nothing(module: nn.Module) -> str:
+    """Say that there was nothing to convert, and what there would have been."""
+    norms = sum(type(part) is nn.BatchNorm2d for part in module.modules())
+    return (
+        f"convert: nothing in {type(module).__name__} runs on bitkern: it has no GroupNorm, no "
+        "InstanceNorm without running statistics and no weight-standardized convolution of a "
+        "class that bitkern knows"
+        + f"; with ws=True its {norms} BatchNorm2d become GroupNorm, to train anew" * (norms > 0)
+    )
 
 
 def _compiler(module: nn.Module) -> str | None:
