@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -250,7 +251,9 @@ def run(
         f"{args.model} from {weights or 'random weights'}: {len(train_set.images)} training "
         f"images, {len(eval_set.images)} {split} images, {len(train_set.classes)} classes{several}"
     )
-    print(f"{rule}, {running.precision} on {running.device} ({running.why})")
+    values = (f"{k.replace('_', ' ')} {v}" for k, v in dataclasses.asdict(rule).items())
+    print(f"{type(rule).__name__}: {', '.join(values)}")
+    print(f"{running.precision} on {running.device} ({running.why})")
     said = {"model": args.model, "weights": weights, "data": args.data, "evaluated_on": split}
     said |= {"command": args.typed}
     selection = None

@@ -42,8 +42,10 @@ def convert(
     standardized in one launch. In blocks of any other class what follows a norm, an activation,
     convolutions, a residual sum, is computed with it where torch.fx proves what that is and a
     comparison in float64 agrees. Parameters and ``state_dict`` keys, optimizer state, hooks,
-    modes, dtypes and devices are left alone. Subclasses are not converted: what they compute is
-    their own. ``bitkern.explain`` of the module tells what was converted, what not, and why.
+    modes, dtypes and devices are left alone. Tracing and comparing takes seconds, of large networks
+    a minute; where there is nothing to convert a warning says what would be. Subclasses are not
+    converted: what they compute is their own. ``bitkern.explain`` of the module tells what was
+    converted, what not, and why.
 
     Results differ from the peer's by rounding alone, except that under autocast a norm keeps its
     input's dtype, where PyTorch returns float32.
@@ -105,7 +107,8 @@ def _nothing(module: nn.Module) -> str:
         f"convert: nothing in {type(module).__name__} runs on bitkern: it has no GroupNorm, no "
         "InstanceNorm without running statistics and no weight-standardized convolution of a "
         "class that bitkern knows"
-        + f"; with ws=True its {norms} BatchNorm2d become GroupNorm, to train anew" * (norms > 0)
+        + f"; with ws=True its {norms} BatchNorm2d become GroupNorm, to train anew"
+        * (norms > 0)
     )
 
 
