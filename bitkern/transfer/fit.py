@@ -119,9 +119,12 @@ class Fit:
         tested_as = tested / FORWARD / ranks.world_size()
         step = setup.batch_split * trial.seconds
         total = len(left) * step + tested_as * per_image
-        device = setup.compute.device
+        device, memory = setup.compute.device, trial.memory
+        if device.type == "cpu":  # whose images are used from now on
+            sets = self.train_images, *([self.evaluation[0]] if self.evaluation else [])
+            memory += sum(images.kept.nbytes for images in sets if images.kept is not None)
         said = (
-            f"estimate: {trial.memory / 1e9:.1f} GB of {'GPU ' * (device.type == 'cuda')}memory, "
+            f"estimate: {memory / 1e9:.1f} GB of {'GPU ' * (device.type == 'cuda')}memory, "
             f"{duration(step)} a step, {duration(total)} in all ({len(left)} steps of "
             f"{rule.batch_size} images of {rule.crop}x{rule.crop}, {setup.micro_batch} at a time)"
         )

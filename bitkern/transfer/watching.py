@@ -41,7 +41,7 @@ class Display:
         self.steps, self.split, self.shown = steps, split, shown
         self.began = self.said = time.perf_counter()
         self.loss = ""
-        form = "{desc} {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
+        form = "{desc} {percentage:3.0f}%|{bar}| {n:.2f}/{total} [{elapsed}<{remaining}{postfix}]"
         options: dict[str, Any] = {"disable": not shown or None, "bar_format": form}
         self.bar = tqdm(desc="training", total=steps, initial=start, **options)
 

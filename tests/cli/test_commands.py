@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -19,7 +20,7 @@ from PIL import Image
 
 import bitkern
 from bitkern.models import read_checkpoint
-from bitkern.transfer import inference, step
+from bitkern.transfer import fit, inference, step
 from bitkern.transfer import run as run_files
 from tests.cli.commands import RESULTS, SMALL, call, error_of
 from tests.transfer.images import CLASSES, write_folder
@@ -195,6 +196,61 @@ def test_interrupted_run_resumes_by_itself(run, tmp_path, monkeypatch, capfd, pl
     resumed = read_checkpoint(out / "model.safetensors")
     for name, tensor in read_checkpoint(straight / "model.safetensors").items():
         assert torch.equal(resumed[name], tensor), name
+
+
+def test_what_a_log_is_told(run, tmp_path, capsys):
+    """A line for each evaluation, and in the end all that one wants to know."""
+    out = tmp_path / "out"
+    arguments = ["--data", run / "data", "--out", out, *SMALL, "--eval-every", 1, "--tensorboard"]
+    capsys.readouterr()
+    assert call("finetune", *arguments) == 0
+    said = capsys.readouterr().out
+    number = r"[\d.e+-]+"
+    steps = re.findall(
+        rf"^step (\d)/3, {number} s: train loss {number}, test loss {number}, "
+        r"top-1 \d+\.\d %, balanced \d+\.\d %$",
+        said,
+        re.M,
+    )
+    assert steps == ["1", "2", "3"]
+    *_, scores, best, last = said.splitlines()
+    assert re.fullmatch(
+        r"top-1 \d+\.\d %, balanced \d+\.\d % on 6 test images "
+        r"\(always naming ant: 33\.3 %, balanced 33\.3 %\)",
+        scores,
+    )
+    assert re.fullmatch(rf"{number} s; best top-1 \d+\.\d % at step [123]", best)
+    assert last == f"open {out / 'report.html'}"
+    assert len([path for path in out.iterdir() if path.name.startswith("events.out")]) == 1
+    command = json.loads((out / "summary.json").read_text())["command"]
+    assert command == shlex.join(["bitkern", "finetune", *map(str, arguments)])
+
+
+def test_the_preset_for_small_machines(run, tmp_path):
+    out = tmp_path / "out"
+    small = ["--model", "R26x0.5", "--workers", 0, "--steps", 1, "--crop", 32]
+    arguments = ["--data", run / "data", "--out", out, *small, "--batch-size", 2]
+    assert call("finetune", *arguments, "--preset", "quick") == 0
+    rule = json.loads((out / "summary.json").read_text())["rule"]
+    assert (rule["resize"], rule["crop"], rule["steps"], rule["batch_size"]) == (160, 32, 1, 2)
+
+
+def test_a_long_training_names_a_short_one(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fit, "LONG", 0)
+    arguments = ["--data", run / "data", "--out", tmp_path / "a", *SMALL, "--crop", 30]
+    capsys.readouterr()
+    assert call("finetune", *arguments) == 0
+    said = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in said if "instead, usually less accurate" in line)
+    typed = shlex.join(["bitkern", "finetune", *map(str, arguments)])
+    assert line.endswith(f"steps of 7: {typed} --preset quick --out {tmp_path / 'a'}-quick")
+
+
+def test_evaluate_takes_a_folder_of_classes(run, capsys):
+    capsys.readouterr()
+    arguments = ["--data", run / "data" / "test", "--workers", 0, "--json"]
+    assert call("evaluate", run / "out", *arguments) == 2
+    assert "name the folder above it" in capsys.readouterr().err
 
 
 def test_interrupted_before_there_is_anything_to_resume(run, tmp_path, monkeypatch, capsys):

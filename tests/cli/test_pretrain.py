@@ -213,7 +213,7 @@ def test_weights_whose_head_does_not_fit(shards, tmp_path, capsys):
     other = tmp_path / "other.safetensors"
     save_safetensors(create_model("R26x0.5", num_classes=3), other, classes=["ant", "bee", "cow"])
     message = pretrain_error(capsys, shards, tmp_path / "out", "--weights", other)
-    assert message.startswith(f"{other}: expected the 3 classes of {shards}, found 3 missing")
+    assert message.startswith(f"{other}: expected the 3 classes of {shards}; missing: 0, 1, 2")
     (tmp_path / "empty").mkdir()
     message = pretrain_error(capsys, shards, tmp_path / "out", "--weights", tmp_path / "empty")
     assert message.endswith("holds no model.safetensors; expected the folder of a finished run")
