@@ -35,7 +35,7 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
     )
     rule = parser.group(training.SCHEDULE)
     rule("--preset", required=True, choices=PRESETS, help="whose schedule and loss")
-    rule("--epochs", type=float, help="scales the whole schedule (default: 90, BiT-L 40)")
+    rule("--epochs", type=float, help="of training; scales the decays (default: 90, BiT-L 40)")
     rule("--steps", type=options.positive, help="the same, in optimizer steps")
     help = "epochs after which the learning rate falls to a tenth"
     rule("--decay-epochs", type=float, nargs="*", metavar="EPOCH", help=help)

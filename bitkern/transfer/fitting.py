@@ -42,20 +42,22 @@ def smallest_split(suffices: Callable[[int], bool], most: int, least: int = 1) -
     return split
 
 
-def images_that_fit(try_images: Callable[[int], Trial | None]) -> int:
-    """Find how many images of a micro-batch fit into the free memory of a CPU; 0 if not even one.
+def images_that_fit(try_images: Callable[[int], Trial | None], few: int = 1) -> int:
+    """Find how many images of a micro-batch fit into the free memory of a CPU; 0 if not ``few``.
 
-    Linux promises memory that it has not, and kills who uses it: so the memory of one image and of
-    two is measured, and more are taken to be on the line through them. The processes of a group all
-    make the call, and get the same number.
+    Linux promises memory that it has not, and kills who uses it: so the memory of a few images and
+    of twice as many is measured, and more are taken to be on the line through them. The processes
+    of a group all make the call, and get the same number.
     """
     free = free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     most = resident_memory() + USED * free
-    one, two = try_images(1), try_images(2)
+    fewer, more = try_images(few), try_images(2 * few)
     images = 0
-    if one and one.memory <= most:
-        more = max(1, two.memory - one.memory) if two else most
-        images = 1 + int((most - one.memory) / more)
+    if fewer and fewer.memory <= most:
+        images = 2 * few - 1
+        if more:
+            each = max(1, more.memory - fewer.memory) / few
+            images = few + int((most - fewer.memory) / each)
     return min(ranks.everyones(images))
 
 

@@ -165,25 +165,25 @@ class Setup:
                 trials[batch_split] = attempt(setup.stepper(*parts))
             return trials[batch_split]
 
-        device, most = self.compute.device, self.most_splits
-        fit = self.rule.batch_size
+        device, most, few = self.compute.device, self.most_splits, 1
+        fit = limit = self.rule.batch_size
         if device.type == "cpu":
-            fit = images_that_fit(lambda images: tried(math.ceil(most / images)))
+            # Batch normalization cannot be trained on one image, where its maps are of one pixel.
+            few += any(hasattr(module, "running_mean") for module in self.model.modules())
+            fit = images_that_fit(lambda images: tried(math.ceil(most / images)), few)
+            limit = min(fit, CPU_IMAGES)
         batch_split: int | None = self.batch_split
         if auto:
-            images = min(fit, CPU_IMAGES) if device.type == "cpu" else fit
-            least = math.ceil(most / images) if images else most
+            least = math.ceil(most / limit) if limit else most
             batch_split = smallest_split(lambda split: tried(split) is not None, most, least)
-        elif self.micro_batch > fit:
-            batch_split = None
-        trial = tried(batch_split) if batch_split and fit else None
+        too_many = self.micro_batch > fit if not auto else not fit and few == 1
+        trial = None if too_many or batch_split is None else tried(batch_split)
         if batch_split is None or trial is None:
-            one = auto or fit < 1
+            what, advice = "one image", "lower the crop or take a smaller model"
+            if not auto and self.micro_batch > 1:
+                what, advice = f"{self.micro_batch} images", "raise batch_split"
             raise TrainingError(
-                f"the memory of {device} does not suffice for "
-                + ("one image" if one else f"{self.micro_batch} images")
-                + " at a time: "
-                + ("lower the crop or take a smaller model" if one else "raise batch_split")
+                f"the memory of {device} does not suffice for {what} at a time: {advice}"
             )
         return dataclasses.replace(self, batch_split=batch_split), trial
 

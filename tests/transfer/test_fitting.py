@@ -80,14 +80,14 @@ def test_images_that_fit_are_on_a_line(monkeypatch, free, images):
 
 
 def test_a_cpu_takes_no_more_than_fit(monkeypatch):
-    monkeypatch.setattr(setup, "images_that_fit", lambda try_images: 4)
+    monkeypatch.setattr(setup, "images_that_fit", lambda *_: 4)
     auto = Hungry(10)
     train(auto, PLAIN, batch_split="auto")
     assert auto.largest == 4
     message = "does not suffice for 5 images at a time: raise batch_split"
     with pytest.raises(TrainingError, match=message):
         train(Hungry(10), PLAIN, batch_split=2, progress=True)
-    monkeypatch.setattr(setup, "images_that_fit", lambda try_images: 10**9)
+    monkeypatch.setattr(setup, "images_that_fit", lambda *_: 10**9)
     many = Hungry(100)
     train(many, dataclasses.replace(PLAIN, batch_size=100, steps=1), batch_split="auto")
     assert many.largest == 15, "of up to 16, seven parts of a hundred"
