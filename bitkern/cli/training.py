@@ -42,7 +42,7 @@ from bitkern.transfer.watching import duration, in_words
 
 def add_options(parser: options.Parser) -> None:
     """Add the options of a training, its recipe's and its weights' apart."""
-    data, model, memory, output = map(parser.group, GROUPS)
+    data, model, _, memory, output = map(parser.group, GROUPS)
     options.add_data(
         parser, "DIR/train/CLASS/*.jpg and DIR/test/…, or columns image, label or labels, and split"
     )
@@ -112,22 +112,23 @@ def add_selection(parser: options.Parser) -> None:
     add("--patience", type=options.positive, metavar="N", help=help)
 
 
-GROUPS = ("data", "model and weights", "speed and memory", "output")
 SCHEDULE = "schedule: override the values of the recipe"
+GROUPS = ("data", "model and weights", SCHEDULE, "speed and memory", "output")
 
 
 def resumed(argv: Sequence[str]) -> Sequence[str]:
     """The arguments of a command; with --resume after those that the run began with.
 
-    Raises ``RunError`` for a run that is damaged, ValueError for one of another command.
+    Raises ``RunError`` where there is nothing to resume, ValueError for one of another command.
     """
     if "--resume" not in argv or argv[0] not in ("finetune", "pretrain"):
         return argv
     parser = options.Parser(add_help=False)
     parser.add_argument("--out", type=Path)
     out = parser.parse_known_args(argv)[0].out
-    if out is None or not (out / CHECKPOINT).exists():
+    if out is None:
         return argv
+    check_out(out, resume=True)
     began = shlex.split(read_checkpoint(out)["about"].get("command", f"bitkern {argv[0]}"))
     if began[1] != argv[0]:
         raise ValueError(f"{out}: was begun by bitkern {began[1]}; resume it with that")

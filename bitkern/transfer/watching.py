@@ -54,7 +54,7 @@ class Display:
         now = time.perf_counter()
         if "loss" in record:
             self.loss = f"train loss {record['loss']:.3g}"
-            self.bar.set_postfix_str(f", {self.loss}, lr {record['lr']:.2g}", refresh=False)
+            self.bar.set_postfix_str(f"{self.loss}, lr {record['lr']:.2g}", refresh=False)
         evaluated = "eval_loss" in record
         if not self.shown or not evaluated and (not self.bar.disable or now - self.said < QUIET):
             return

@@ -218,6 +218,8 @@ def test_the_nearest_option_is_named(capsys):
     for given, meant in (("--lr", "--base-lr"), ("--epochs", "--steps"), ("--sed", "--seed")):
         message = error_of(capsys, *needed, given, 1)
         assert message == f"unrecognized arguments: {given} 1; did you mean {meant}?"
+    message = error_of(capsys, "finetune", "--resume", "--out", "nowhere")
+    assert message == "nowhere: nothing to resume, no last.pt"
     assert "did you mean" not in error_of(capsys, *needed, "more")
     with pytest.raises(SystemExit, match="^0$"):
         call("--version")
