@@ -222,7 +222,7 @@ def train(
             kept,
         )
         if shown and trial:
-            print(fit.estimate(trial), flush=True)
+            display.say(fit.estimate(trial))
         batches = TrainBatches(
             train_set,
             train_images,

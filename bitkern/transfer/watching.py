@@ -63,7 +63,11 @@ class Display:
         if evaluated:
             said += [f"{self.split} loss {record['eval_loss']:.3g}", in_words(record)]
         line = f"step {record['step']}/{self.steps}, {duration(now - self.began)}"
-        self.bar.write(f"{line}: {', '.join(said)}")
+        self.say(f"{line}: {', '.join(said)}")
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self.bar.write(line)
         sys.stdout.flush()
 
     def close(self) -> None:
