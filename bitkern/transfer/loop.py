@@ -207,7 +207,7 @@ def train(
             journal = stack.enter_context(run.recording(resume, on_record))
         journal.records = ranks.from_first(lambda: journal.records)
         display = stack.enter_context(
-            contextlib.closing(Display(done.step, rule.steps, split, shown))
+            contextlib.closing(Display(done.step, rule.steps, split, shown, done.seconds))
         )
         fit = Fit(
             setup,

@@ -34,12 +34,18 @@ def in_words(metrics: Mapping[str, Any]) -> str:
 class Display:
     """A bar on a terminal, which micro-batches move; elsewhere, as in a log file, lines."""
 
-    def __init__(self, start: int, steps: int, split: str, shown: bool) -> None:
-        """``split`` is what the images of evaluations are called: "test", …"""
+    def __init__(
+        self, start: int, steps: int, split: str, shown: bool, seconds: float = 0.0
+    ) -> None:
+        """``split`` is what the images of evaluations are called: "test", …
+
+        ``seconds`` went by before the run was resumed at step ``start``.
+        """
         from tqdm import tqdm
 
         self.steps, self.split, self.shown = steps, split, shown
-        self.began = self.said = time.perf_counter()
+        self.said = time.perf_counter()
+        self.began = self.said - seconds
         self.loss = ""
         form = "{desc} {percentage:3.0f}%|{bar}| {n:.2f}/{total} [{elapsed}<{remaining}{postfix}]"
         options: dict[str, Any] = {"disable": not shown or None, "bar_format": form}
