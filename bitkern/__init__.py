@@ -29,3 +29,8 @@ else:
         if name == "create_model":
             return importlib.import_module("bitkern.models").create_model
         raise AttributeError(f"module 'bitkern' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List what there is, also what is loaded when it is first asked for."""
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

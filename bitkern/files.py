@@ -1,11 +1,15 @@
 """Files that are whole or not there: written under another name, synced, and renamed."""
 
 import contextlib
+import errno
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sync(path: Path) -> None:
@@ -18,13 +22,36 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what is raised on a full disk into an OSError that names the file and what is free.
+
+    PyTorch and safetensors raise errors of their own, the former without the cause.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        said = re.search(r"\(os error (\d+)\)|PytorchStreamWriter|inline_container", str(error))
+        if said and said[1]:
+            number = int(said[1])
+        if number not in _FULL and not said:
+            raise
+        free = shutil.disk_usage(next(p for p in path.absolute().parents if p.exists())).free
+        reason = os.strerror(number) if number else "the disk is full, or gone"
+        full = OSError(f"{path}: cannot be written: {reason}; {free / 1e9:.3f} GB are free there")
+        full.errno = number or errno.ENOSPC
+        raise full from None
+
+
+@contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside ``path``, which takes its place when the block succeeds."""
     path = Path(path)
     part = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
-        yield part
-        put_in_place(part, path)
+        with writing(path):
+            yield part
+            put_in_place(part, path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -299,3 +299,10 @@ def test_ws_proves_by_fx_or_sequential():
     model = bitkern.convert(Branches(), ws=True)
     names = [n for n, m in model.named_modules() if isinstance(m, WSConv2d)]
     assert names == ["a.0"]
+
+
+def test_says_when_there_was_nothing_to_convert():
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    with pytest.warns(UserWarning, match="nothing in Sequential runs on bitkern.* its 1 BatchNorm"):
+        bitkern.convert(plain)
+    assert {"convert", "create_model", "models", "transfer"} <= {*dir(bitkern)}

@@ -107,6 +107,21 @@ def test_demo_writes_results_that_agree(tmp_path, short, capsys):
     assert sorted(f.name for f in out.iterdir()) == FILES
 
 
+def test_what_an_interrupted_demo_has_is_kept(tmp_path, short, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(demo, "few_shot", interrupted)
+        call(tmp_path, letters=37)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["run"] for line in lines} == {"letters"} and len(lines) == 10
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "letters: 37 images, 5 steps" and len(printed) == 1 + 5
+    assert printed[-1].startswith("step 5/5, ") and "top-1" in printed[-1]
+
+
 def test_transfer_takes_the_body_and_not_the_head(short):
     upstream = bitkern.create_model(demo.MODEL, num_classes=37)
     body = upstream.stages[1].blocks[0].conv2.weight.detach().clone()
@@ -133,4 +148,4 @@ def test_demo_leaves_nothing_half_written(tmp_path, short, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     with pytest.raises(OSError, match="no space"):
         call(tmp_path, letters=1)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -150,7 +150,7 @@ def test_torchrun_finetune_interrupted_and_resumed(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    assert errors.count("bitkern: interrupted; finetune continues with --resume") == 1, errors
+    assert errors.count("bitkern: interrupted; to continue: bitkern finetune --resume") == 1, errors
     assert sorted(path.name for path in out.iterdir()) == ["last.pt", "metrics.jsonl"]
     done = torch.load(out / "last.pt")["progress"]["step"]
     assert 0 < done < 15

@@ -1,12 +1,14 @@
 """The examples do what their first lines say."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -67,3 +69,15 @@ def test_log_to_tensorboard(tmp_path):
 def test_no_example_is_left_out():
     tested = {name.removeprefix("test_") + ".py" for name in globals() if name.startswith("test_")}
     assert {path.name for path in EXAMPLES.glob("*.py")} <= tested
+
+
+@pytest.mark.sweep
+def test_the_notebook_runs_from_top_to_bottom(capsys):
+    matplotlib.use("Agg")
+    notebook = json.loads((EXAMPLES / "finetune.ipynb").read_text())
+    namespace = {"__name__": "__main__"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), namespace)
+    assert namespace["result"].metrics["top1"] > 0.5
+    assert "always naming one class" in capsys.readouterr().out

@@ -41,7 +41,8 @@ def finished(folder, architecture, multi_label=False):
     folder.mkdir()
     path = folder / "model.safetensors"
     save_safetensors(model, path, classes=CLASSES, crop=CROP, multi_label=multi_label)
-    summary = {"model": f"BiT-M-{architecture}", "data": "my | photos\n", "top1": 0.875}
+    summary = {"model": f"BiT-M-{architecture}", "data": "/home/me/my | photos\n"}
+    summary |= {"top1": 0.875, "weights": "hf-hub:ORG/NAME"}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -79,7 +80,7 @@ def photograph(tmp_path):
 def test_timm(r50, tmp_path, images, capsys):
     out = tmp_path / "out"
     assert call("export", r50, "--to", "timm", "--out", out) == 0
-    assert capsys.readouterr().out.startswith(f"{out}: for timm, whose logits differ")
+    assert capsys.readouterr().out.startswith(f"{out}: for timm; checked: largest relative diff")
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     with torch.inference_mode():
         assert_same_logits(r50, images, model(images))
@@ -91,6 +92,7 @@ def test_timm(r50, tmp_path, images, capsys):
     card = (out / "README.md").read_text()
     assert "license:" not in card and "license" not in (out / "config.json").read_text()
     assert "whoever publishes it decides" in card and "| Top-1 | 0.8750 |" in card
+    assert "/home" not in card and "| Started from | hf-hub:ORG/NAME |" in card
     assert "| Data | my \\| photos |" in card and "`dück`" in card
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "photo.png"]
 
@@ -192,7 +194,9 @@ def test_bad_arguments(small, r50, tmp_path, capsys, monkeypatch):
     assert error(small, "npz", "none/a.npz").endswith("none: no such folder")
     assert "no such file" in error(tmp_path / "none.safetensors", "npz", "a.npz")
     (tmp_path / "b.npz").touch()
-    assert error(small, "npz", "b.npz").endswith("b.npz: exists; delete it or write elsewhere")
+    assert error(small, "npz", "b.npz").endswith(
+        "b.npz: already exists; delete it or choose another out"
+    )
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "timm" else find_spec(name)

@@ -2,44 +2,86 @@
 
 import argparse
 import contextlib
+import difflib
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-import torch
-
-from bitkern.cli import cache, demo, evaluate, export, finetune, info, predict, pretrain, weights
+import bitkern
+from bitkern.cli import (
+    cache,
+    demo,
+    evaluate,
+    export,
+    finetune,
+    info,
+    predict,
+    pretrain,
+    training,
+    weights,
+)
+from bitkern.cli.options import Parser
 from bitkern.export import ExportError
 from bitkern.transfer import ranks
+from bitkern.transfer.compute import is_out_of_memory
 from bitkern.transfer.setup import TrainingError
 
 # Each adds its parser, runs, and says whether it does so under torchrun as well.
 COMMANDS = (finetune, pretrain, evaluate, predict, export, weights, cache, demo, info)
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors are one line, from the first process alone."""
+EXAMPLES = """\
+examples:
+  bitkern finetune --data DATA --model BiT-M-R50x1 --out runs/mine
+  bitkern finetune --data DATA --model BiT-M-R50x1 --out runs/quick --preset quick
+  bitkern finetune --resume --out runs/mine
+  bitkern predict runs/mine photo.jpg
+"""
+# What other programs call an option, where spelling does not lead to it.
+ALSO = {"--epochs": "--steps", "--lr": "--base-lr", "--learning-rate": "--base-lr"}
 
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, None if ranks.rank() else f"bitkern: error: {message}\n")
 
-
-def _parser() -> Parser:
-    parser = Parser(prog="bitkern", description="Big Transfer: fine-tune BiT on your own images.")
-    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser, and that of each command."""
+    parser = Parser(
+        prog="bitkern",
+        description="Fine-tune, evaluate and export Big Transfer (BiT) models.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("--version", action="version", version=f"bitkern {bitkern.__version__}")
+    commands = parser.add_subparsers(metavar="command", dest="command")
     for command in COMMANDS:
         command.add(commands)
-    return parser
+    return parser, commands.choices
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    args = _parser().parse_args(argv)
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    parser, commands = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        option = unknown[0].partition("=")[0]
+        known = [text for text in commands[args.command].format_help().replace(",", " ").split()]
+        known = [text for text in known if text.startswith("--")]
+        near = [ALSO[option]] if ALSO.get(option) in known else []
+        near += difflib.get_close_matches(option, known, n=1) if not near else []
+        hint = f"; did you mean {near[0]}?" if near else f"; see bitkern {args.command} --help"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint * option.startswith('-')}")
+    if args.command is None:
+        parser.print_help()
+        parser.exit()
+    return args
+
+
+def _run(argv: Sequence[str]) -> int:
     commands = {command.__name__.rpartition(".")[2]: command for command in COMMANDS}
-    command = commands[args.command]
     try:
+        argv = training.resumed(argv)
+        args = _parsed(argv)
+        args.typed = shlex.join(["bitkern", *argv])
+        command = commands[args.command]
         if ranks.world_size() > 1 and not command.DISTRIBUTED:
             *most, last = (name for name, command in commands.items() if command.DISTRIBUTED)
             several = f"{', '.join(most)} or {last}"
@@ -48,14 +90,16 @@ def _run(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
         if command in (finetune, pretrain):
-            message += f"; {args.command} continues with --resume"
+            message += training.how_to_go_on(args)
     except BrokenPipeError:  # whoever reads the output has seen enough, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to flush
         return 128 + signal.SIGPIPE
-    except torch.OutOfMemoryError:
-        code, message = 2, "error: out of GPU memory: raise --batch-split or lower --batch-size"
     except (ValueError, OSError, TrainingError, ExportError, ranks.RankError) as error:
         code, message = 2, f"error: {_with_options(' '.join(str(error).split()))}"
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        code, message = 2, "error: out of memory: raise --batch-split or lower --batch-size"
     else:
         return 0
     if ranks.rank() == 0:
@@ -65,7 +109,16 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _with_options(message: str) -> str:
     """A message in which arguments are options: skip_corrupt=True is --skip-corrupt."""
-    return re.sub(r"\b([a-z_]+)=True", lambda m: "--" + m[1].replace("_", "-"), message)
+
+    def option(found: re.Match[str]) -> str:
+        before, name, value = found[1] or "", found[2], found[3]
+        return f"{before}--{name.replace('_', '-')}" + f" {value}" * (value not in ("", "True"))
+
+    number = r"True\b|[\d.e+-]*\d"
+    message = re.sub(rf"()\b([a-z_]+)=({number})", option, message)
+    return re.sub(
+        r"\b(raise |lower |another )(base_lr|batch_split|batch_size|out)\b()", option, message
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,4 +129,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ranks.launched():
         silent = ranks.rank() > 0
         with contextlib.redirect_stdout(None) if silent else contextlib.nullcontext():
-            return _run(argv)
+            return _run(sys.argv[1:] if argv is None else argv)

@@ -5,17 +5,18 @@ import datetime
 import json
 from typing import Any
 
+from bitkern.cli import options
 from bitkern.transfer.data.entries import Entry, entries, images_folder
 from bitkern.transfer.data.shards import index_folder
 
 DISTRIBUTED = False
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
     parser = commands.add_parser("cache", help="list the resized images on disk, or delete them")
     actions = parser.add_subparsers(required=True, metavar="list|clear", dest="action")
     listing = actions.add_parser("list", help="the entries, the last used first")
-    listing.add_argument("--json", action="store_true")
+    listing.add_argument("--json", action="store_true", help="print JSON")
     help = "delete entries: all, and the indexes of shards too, unless some are named"
     clearing = actions.add_parser("clear", help=help)
     clearing.add_argument("key", nargs="*", help="as the list shows them")

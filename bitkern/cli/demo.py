@@ -7,11 +7,18 @@ from bitkern.cli import options
 DISTRIBUTED = False
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("demo", help="Big Transfer in miniature: letters to digits")
-    parser.add_argument("--out", default="runs/demo", metavar="DIR")
-    parser.add_argument("--seed", type=options.not_negative, default=0)
-    parser.add_argument("--letters", type=options.positive, help="training letters to render")
+def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
+    help = "Big Transfer in miniature, in about two minutes: from letters to digits"
+    parser = commands.add_parser("demo", help=help, description=f"{help}.")
+    add = parser.add_argument
+    add(
+        "--out",
+        default="runs/demo",
+        metavar="DIR",
+        help="folder of the results (default: %(default)s)",
+    )
+    add("--seed", type=options.not_negative, default=0, help="of all that is random (default: 0)")
+    add("--letters", type=options.positive, help="training letters to render (default: 8000)")
 
 
 def run(args: argparse.Namespace) -> None:

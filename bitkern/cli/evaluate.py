@@ -14,21 +14,28 @@ from bitkern.transfer.data.opening import Reading, open_resized
 from bitkern.transfer.finished import load_run
 from bitkern.transfer.inference import gathered, metrics_of, predict_share
 from bitkern.transfer.report import check_report, write_report
+from bitkern.transfer.watching import in_words
 
 DISTRIBUTED = True
+EXAMPLES = """\
+example:
+  bitkern evaluate runs/mine --data DATA --report again/report.html
+"""
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("evaluate", help="accuracy of a run's model on DIR/test")
+def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
+    help = "measure the accuracy of a run's model on test images"
+    parser = commands.add_parser("evaluate", help=help, description=f"{help}.", epilog=EXAMPLES)
     parser.add_argument("run", help="the folder of a run, or its model.safetensors")
     options.add_data(parser, "DIR/test/CLASS/*.jpg, or columns image, and label or labels")
-    parser.add_argument("--batch-size", type=options.positive, default=64)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument(
-        "--report", metavar="PATH.html", help="a page; report.json and predictions.csv beside it"
-    )
+    help = "images computed at a time (default: 64)"
+    parser.group("speed and memory")("--batch-size", type=options.positive, default=64, help=help)
     options.add_running(parser)
-    options.add_cache(parser, "auto: images that are on disk already, or none")
+    options.add_cache(parser, "resized images on disk (default: auto, those that are there)")
+    output = parser.group("output")
+    output("--json", action="store_true", help="print the numbers as JSON")
+    help = "write a page, report.json and predictions.csv beside it"
+    output("--report", metavar="PATH.html", help=help)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -40,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         device = options.usable_device(args.device)
         compute = Compute.of(device, args.precision, args.workers)
         finished = load_run(args.run)
-    test_set = ranks.from_first_of_host(load_split, args.data, "test", finished.classes)
+    test_set = ranks.from_first_of_host(load_split, args.data, "test", finished.classes, flat=True)
     check_same_classes(test_set.classes, finished.classes, args.data, args.run)
     if finished.multi_label:
         test_set = test_set.as_multi_label()
@@ -67,12 +74,8 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({**metrics, "images": share.readable}))
         return
-    print(f"cache of the images: {resized.cache}")
-    precision = metrics.get("mean_average_precision")
-    print(
-        f"top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f}, "
-        f"loss {metrics['eval_loss']:.4f} on {share.readable} images"
-        + (f", mean average precision {precision:.4f}" if precision is not None else "")
-    )
+    top5 = f", top-5 {100 * metrics['top5']:.1f} %" if len(finished.classes) > 5 else ""
+    loss = metrics["eval_loss"]
+    print(f"{in_words(metrics)}{top5}, loss {loss:.3g} on {share.readable} images")
     if page:
-        print(f"report in {page}")
+        print(f"open {page}")

@@ -13,14 +13,15 @@ import torch
 import bitkern
 from bitkern import backends
 from bitkern.backends import extension, triton
+from bitkern.cli import options
 from bitkern.transfer.compute import default_precision
 
 DISTRIBUTED = False
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
     parser = commands.add_parser("info", help="versions, devices, and what serves each operator")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> None:

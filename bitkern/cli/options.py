@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -11,6 +12,24 @@ from bitkern.transfer import ranks
 from bitkern.transfer.compute import PRECISIONS
 from bitkern.transfer.data import SOURCES
 from bitkern.transfer.data.opening import CACHE
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, from the first process alone; options in groups."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.groups: dict[str, Any] = {}
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, None if ranks.rank() else f"bitkern: error: {message}\n")
+
+    def group(self, title: str) -> Callable[..., object]:
+        """``add_argument`` of the group of that title, which is made if there is none."""
+        if title not in self.groups:
+            self.groups[title] = self.add_argument_group(title)
+        add: Callable[..., object] = self.groups[title].add_argument
+        return add
 
 
 def batch_split(text: str) -> int | Literal["auto"]:
@@ -32,37 +51,39 @@ def not_negative(text: str) -> int:
     return int(text)
 
 
-def add_data(parser: argparse.ArgumentParser, help: str) -> None:
-    """The option that names a source of images."""
+def add_data(parser: Parser, help: str) -> None:
+    """Add the option that names a source of images."""
     names = "|".join(("DIR", "FILE.csv", *SOURCES))
-    parser.add_argument("--data", required=True, metavar=names, help=help)
+    parser.group("data")("--data", required=True, metavar=names, help=help)
 
 
-def add_running(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that runs a model."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    parser.add_argument(
+def add_running(parser: Parser) -> None:
+    """Add the options of every command that runs a model."""
+    add = parser.group("speed and memory")
+    add("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    add(
         "--precision",
         choices=["auto", *PRECISIONS],
         default="auto",
-        help="auto: bf16 on a device that multiplies it natively, fp16 on other GPUs, else fp32",
+        help="number format (default: auto: bf16 if the hardware supports it, fp16 on other GPUs, "
+        "else fp32)",
     )
-    parser.add_argument(
+    add(
         "--workers",
         type=not_negative,
         default=min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
         help="threads that load images; results do not depend on it (default: %(default)s)",
     )
-    parser.add_argument(
+    parser.group("data")(
         "--skip-corrupt",
         action="store_true",
         help="leave out images that cannot be read; in training others take their place",
     )
 
 
-def add_cache(parser: argparse.ArgumentParser, help: str) -> None:
-    """The option that says where resized images are kept."""
-    parser.add_argument("--cache", choices=CACHE, default="auto", help=help)
+def add_cache(parser: Parser, help: str) -> None:
+    """Add the option that says where resized images are kept."""
+    parser.group("speed and memory")("--cache", choices=CACHE, default="auto", help=help)
 
 
 def usable_device(name: str | None) -> str:

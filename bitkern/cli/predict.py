@@ -18,6 +18,11 @@ from bitkern.transfer.data.resized import Resized
 from bitkern.transfer.finished import FinishedRun, load_run
 
 DISTRIBUTED = False
+EXAMPLES = """\
+examples:
+  bitkern predict runs/mine photo.jpg
+  bitkern predict runs/mine FOLDER --csv > predictions.csv
+"""
 
 
 class Prediction(NamedTuple):
@@ -27,22 +32,27 @@ class Prediction(NamedTuple):
     classes: list[dict[str, Any]]
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("predict", help="the most probable classes of images")
+def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
+    help = "classify images"
+    parser = commands.add_parser("predict", help=help, description=f"{help}.", epilog=EXAMPLES)
     parser.add_argument("run", help="the folder of a run, or its model.safetensors")
     parser.add_argument("images", nargs="+", metavar="image", help="image files or folders")
-    parser.add_argument("--top-k", type=options.positive, default=5)
-    parser.add_argument("--batch-size", type=options.positive, default=64)
-    formats = parser.add_mutually_exclusive_group()
-    for name, help in (
+    help = "images computed at a time (default: 64)"
+    parser.group("speed and memory")("--batch-size", type=options.positive, default=64, help=help)
+    options.add_running(parser)
+    output = parser.group("output")
+    help = "classes to name for each image, the most probable first (default: 5)"
+    output("--top-k", type=options.positive, default=5, help=help)
+    formats = parser.groups["output"].add_mutually_exclusive_group()
+    for name, what in (
         ("json", "one array"),
         ("jsonl", "an object per line"),
         ("csv", "a line per image and class"),
     ):
+        help = f"print {what}"
         formats.add_argument(
             f"--{name}", action="store_const", const=name, dest="format", help=help
         )
-    options.add_running(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -85,7 +95,7 @@ def _predictions(
                 print(f"skipped {files.in_a_line(unreadable[place])}", file=sys.stderr)
                 skipped.append(path)
             else:
-                raise ValueError(f"{unreadable[place]}: delete it, or pass skip_corrupt=True")
+                raise ValueError(f"{unreadable[place]}: leave it out, or pass skip_corrupt=True")
 
 
 def _object(prediction: Prediction) -> dict[str, Any]:
@@ -130,8 +140,10 @@ def _images_of(paths: Iterable[str]) -> list[str]:
             if not images:
                 raise ValueError(f"{path}: holds no images")
             found += images
-        elif path.exists():
+        elif path.is_file():
             found.append(str(path))
+        elif path.exists():
+            raise ValueError(f"{path}: expected a file or folder")
         else:
             raise ValueError(f"{path}: no such file or folder")
     return found

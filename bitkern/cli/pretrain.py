@@ -17,36 +17,46 @@ from bitkern.transfer.recipes.pretraining import PRESETS, Pretraining, pretraini
 
 DISTRIBUTED = True
 LOSSES = ("softmax", "sigmoid")
+EXAMPLES = """\
+example:
+  bitkern pretrain --data 'SHARDS/train-{000000..000146}.tar' --holdout 0.01 \\
+    --preset BiT-S --model R50x1 --out runs/upstream
+"""
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("pretrain", help="train a BiT from scratch, as published")
-    add = parser.add_argument
+def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
+    help = "train a BiT model from scratch, as published"
+    parser = commands.add_parser("pretrain", help=help, description=f"{help}.", epilog=EXAMPLES)
     training.add_options(parser)
-    add("--preset", required=True, choices=PRESETS, help="whose schedule and loss")
-    add("--model", required=True, help="such as R50x1")
-    add(
+    parser.group("model and weights")(
         "--weights",
         metavar="FILE|RUN|NAME",
         help="to start from, head included (default: random ones)",
     )
-    rule = parser.add_argument_group("in place of the value of the preset")
-    rule.add_argument("--epochs", type=float, help="stretches the decays with it")
-    rule.add_argument("--steps", type=options.positive, help="the same, in optimizer steps")
-    rule.add_argument("--decay-epochs", type=float, nargs="*", metavar="EPOCH")
-    rule.add_argument("--warmup-steps", type=options.not_negative)
-    rule.add_argument("--batch-size", type=options.positive)
-    rule.add_argument("--base-lr", type=float, help="for 256 images, in proportion for others")
-    rule.add_argument("--weight-decay", type=float, help="of the weights of convolutions and head")
-    rule.add_argument("--loss", choices=LOSSES)
-    rule.add_argument("--image-size", type=options.positive, metavar="PIXELS")
-    rule.add_argument("--min-area", type=float, metavar="FRACTION", help="of an image in a crop")
+    rule = parser.group(training.SCHEDULE)
+    rule("--preset", required=True, choices=PRESETS, help="whose schedule and loss")
+    rule("--epochs", type=float, help="of training; scales the decays (default: 90, BiT-L 40)")
+    rule("--steps", type=options.positive, help="the same, in optimizer steps")
+    help = "epochs after which the learning rate falls to a tenth"
+    rule("--decay-epochs", type=float, nargs="*", metavar="EPOCH", help=help)
+    help = "steps until the full learning rate (default: 5000)"
+    rule("--warmup-steps", type=options.not_negative, help=help)
+    rule("--batch-size", type=options.positive, help="images per step (default: 4096)")
+    help = "learning rate for 256 images, scaled for others (default: 0.03)"
+    rule("--base-lr", type=float, help=help)
+    help = "of the weights of convolutions and head (default: 0.0001)"
+    rule("--weight-decay", type=float, help=help)
+    rule("--loss", choices=LOSSES, help="(default: softmax for BiT-S, else sigmoid)")
+    help = "of the square that is cut out of an image (default: 224)"
+    rule("--image-size", type=options.positive, metavar="PIXELS", help=help)
+    help = "least part of an image in a crop (default: 0.05)"
+    rule("--min-area", type=float, metavar="FRACTION", help=help)
 
 
 def run(args: argparse.Namespace) -> None:
     running = training.begin(args)
     data = ranks.from_first_of_host(training.load_data, args)
-    train_set, eval_set, _ = data
+    train_set, eval_set = data.train_set, data.eval_set
     training.check_same_everywhere(args.data, train_set, eval_set)
     with ranks.together():
         rule = _rule(args, len(train_set.images))

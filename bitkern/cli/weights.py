@@ -3,21 +3,23 @@
 import argparse
 import json
 
+from bitkern.cli import options
 from bitkern.models.pretrained import RELEASES
 from bitkern.models.weights import cached, fetch, source
 
 DISTRIBUTED = False
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("weights", help="list released weights, fetch them, find them")
+def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
+    help = "list released weights, download them, find them"
+    parser = commands.add_parser("weights", help=help, description=f"{help}.")
     actions = parser.add_subparsers(required=True, metavar="list|fetch|path", dest="action")
     parsers = [actions.add_parser("list", help="the names, and which are in the cache")]
     for action, help in (("fetch", "download into the cache"), ("path", "the file in the cache")):
         parsers.append(actions.add_parser(action, help=help))
         parsers[-1].add_argument("name", help="such as BiT-M-R50x1, or hf-hub:ORG/NAME")
     for each in parsers:
-        each.add_argument("--json", action="store_true")
+        each.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -239,6 +239,8 @@ def _why(chain: Chain) -> str:
     (user,) = users
     if user.op == "output":
         return "its result leaves the graph"
+    if user.target in _MAKERS:
+        return "its result is added to that of another norm"
     function = (
         user.target if isinstance(user.target, str) else user._pretty_print_target(user.target)
     )

@@ -6,6 +6,7 @@ buffers, modules inside, flags, the attributes that its library reads, and the r
 hooks, wrappers and users hold. A new module in its place would keep the parameters alone.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -40,7 +41,8 @@ def convert(
     ``torch.compile(module, backend="bitkern")`` fuses what follows it. Parameters and
     ``state_dict`` keys, optimizer state, hooks, modes, dtypes and devices are left alone.
     Subclasses are not converted: what they compute is their own. ``bitkern.explain`` of the module
-    tells what was converted, what not, and why.
+    tells what was converted, what not, and why; where there is nothing to convert a warning says
+    what would be.
 
     Results differ from the peer's by rounding alone, except that under autocast a norm keeps its
     input's dtype, where PyTorch returns float32.
@@ -87,7 +89,21 @@ def convert(
             cls = blocks[type(part)]
         if cls is not None:
             part.__class__ = cls if isinstance(cls, type) else cls(part)
+    if not any(map(is_bitkern, module.modules())):
+        warnings.warn(_nothing(module), stacklevel=2)
     return module
+
+
+def _nothing(module: nn.Module) -> str:
+    """Say that there was nothing to convert, and what there would have been."""
+    norms = sum(type(part) is nn.BatchNorm2d for part in module.modules())
+    return (
+        f"convert: nothing in {type(module).__name__} runs on bitkern: it has no GroupNorm, no "
+        "InstanceNorm without running statistics and no weight-standardized convolution of a "
+        'class that bitkern knows (torch.compile with backend="bitkern" knows any class)'
+        + f"; with ws=True its {norms} BatchNorm2d become GroupNorm, to train anew"
+        * (norms > 0)
+    )
 
 
 def _compiler(module: nn.Module) -> str | None:

@@ -6,11 +6,13 @@ the two with 1, 5, 10 and all digits per class, mean of the seeds 0 to 4: 0.69 a
 with all of them for four of the five: no gain to speak of.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +23,7 @@ from bitkern.models import create_model
 from bitkern.models.checkpoints import save_safetensors
 from bitkern.transfer import HyperRule, ImageSet, digits, few_shot, hyperrule, predict, train
 from bitkern.transfer.run import CURVES, METRICS, SUMMARY, WEIGHTS, check_out, write_summary
+from bitkern.transfer.watching import Display, duration
 
 MODEL = "R26x0.5"
 LETTERS = 8000  # to train on, unless another number is asked for
@@ -54,46 +57,63 @@ def _fit(
 ) -> Fit:
     """Train a new network, or the body of the ``upstream`` one under a new head, on ``data``."""
     rule = shortened(len(data.images), steps, weight_decay)
-    print(f"{name}: {len(data.images)} images, {steps} steps … ", end="", flush=True)
+    print(f"{name}: {len(data.images)} images, {steps} steps", flush=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = create_model(MODEL, num_classes=len(data.classes))
     if upstream is not None:
         body = {k: v for k, v in upstream.state_dict().items() if not k.startswith("head.")}
         model.load_state_dict(body, strict=False)
-    result = train(
-        model,
-        data,
-        rule,
-        eval_set=test_set,
-        seed=seed,
-        flip=False,
-        eval_every=max(1, steps // evaluations),
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        progress=False,
-    )
+    with contextlib.closing(Display(0, steps, "test", True)) as display:
+
+        def show(record: dict[str, Any]) -> None:
+            display.move(record["step"])
+            display.tell(record)
+
+        result = train(
+            model,
+            data,
+            rule,
+            eval_set=test_set,
+            seed=seed,
+            flip=False,
+            eval_every=max(1, steps // evaluations),
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            progress=False,
+            on_record=show,
+        )
     assert result.metrics is not None
     top1 = result.metrics["top1"]
-    print(f"top-1 {top1:.3f} ({result.seconds:.0f} s)", flush=True)
     return Fit(name, len(data.images), rule, model, result.history, top1)
 
 
 def run(out: str | PathLike[str], seed: int = 0, num_letters: int | None = None) -> None:
     """``bitkern demo``: pre-train on so many letters, transfer to digits.
 
-    Writes model.safetensors (the transfer from all digits), metrics.jsonl, curves.png,
-    predictions.png and, last, summary.json into ``out``; an earlier demo there is replaced. Raises
-    ``RunError`` if ``out`` holds another run.
+    Writes metrics.jsonl, anew after each training, and in the end model.safetensors (the transfer
+    from all digits), curves.png, predictions.png and, last, summary.json into ``out``; an earlier
+    demo there is replaced. Raises ``RunError`` if ``out`` holds another run.
     """
     out = Path(out)
-    if not (out / PREDICTIONS).exists():
+    if not _is_demo(out):
         check_out(out, resume=False)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / SUMMARY).unlink(missing_ok=True)  # it comes last, and says that all is there
+    fits: list[Fit] = []
+
+    def fit(*arguments: Any, **options: Any) -> Fit:
+        fits.append(_fit(*arguments, **options))
+        with files.replacing(out / METRICS) as part:
+            lines = (json.dumps({"run": r.name} | line) for r in fits for line in r.history)
+            part.write_text("\n".join(lines) + "\n")
+        return fits[-1]
+
     began = time.perf_counter()
     upstream_set = letters(num_letters or LETTERS, seed)
     letters_test = letters(HELD_OUT_LETTERS, seed, held_out=True)
     train_set, test_set = digits("train"), digits("test")
 
-    upstream = _fit(
+    upstream = fit(
         "letters",
         upstream_set,
         letters_test,
@@ -109,20 +129,13 @@ def run(out: str | PathLike[str], seed: int = 0, num_letters: int | None = None)
         steps, evaluations = (FEW_SHOT_STEPS, 1) if shots else (FULL_STEPS, 10)
         of = data, test_set, steps, seed
         pairs[name] = (
-            _fit(f"digits, {name}, transfer", *of, upstream.model, evaluations),
-            _fit(f"digits, {name}, scratch", *of, None, evaluations),
+            fit(f"digits, {name}, transfer", *of, upstream.model, evaluations),
+            fit(f"digits, {name}, scratch", *of, None, evaluations),
         )
     transfer, scratch = pairs["all"]
     logits = predict(transfer.model, test_set, transfer.rule.crop)
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / SUMMARY).unlink(missing_ok=True)  # it comes last, and says that all is there
-    # First, for it tells a demo from other runs, which are not replaced.
     draw_predictions(out / PREDICTIONS, test_set, upstream_set, logits)
-    all_runs = [upstream, *(run for pair in pairs.values() for run in pair)]
-    with files.replacing(out / METRICS) as part:
-        lines = (json.dumps({"run": r.name} | line) for r in all_runs for line in r.history)
-        part.write_text("\n".join(lines) + "\n")
     draw_curves(out / CURVES, upstream, pairs)
     metadata = {"classes": list(test_set.classes), "crop": transfer.rule.crop}
     save_safetensors(transfer.model, out / WEIGHTS, **metadata)
@@ -147,4 +160,13 @@ def run(out: str | PathLike[str], seed: int = 0, num_letters: int | None = None)
     }
     write_summary(out, summary)
     print(table(pairs, len(test_set.images)))
-    print(f"{summary['seconds']:.0f} s; results in {out}: {CURVES}, {PREDICTIONS}, …")
+    print(f"{duration(time.perf_counter() - began)}; open {out / CURVES} and {out / PREDICTIONS}")
+
+
+def _is_demo(out: Path) -> bool:
+    """Whether a folder holds a demo, or what one had before it was stopped."""
+    try:
+        with open(out / METRICS) as file:
+            return "run" in json.loads(file.readline())
+    except (OSError, ValueError):
+        return False

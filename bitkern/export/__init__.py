@@ -70,7 +70,7 @@ def export(run: str | PathLike[str], to: str, out: str | PathLike[str]) -> float
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"{package} is not installed: pip install {package}")
     if out.exists():
-        raise ValueError(f"{out}: exists; delete it or write elsewhere")
+        raise ValueError(f"{out}: already exists; delete it or choose another out")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent}: no such folder")
     finished = load_run(run)

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bitkern import files
+from bitkern.models.pretrained import HUB, find_release
 from bitkern.transfer.finished import FinishedRun
 
 # timm and transformers standardize with 1e-8 where BiT has 1e-10. With weights ten times as large
@@ -43,12 +44,13 @@ def write_card(run: FinishedRun, path: Path, library: str, snippet: str) -> None
     known = {
         "Model": f"{summary.get('model', run.architecture)}, pre-activation ResNet with weight "
         "standardization and GroupNorm",
-        "Started from": summary.get("weights"),
-        "Data": summary.get("data"),
+        "Started from": _named(summary.get("weights")),
+        "Data": _named(summary.get("data")),
         "Training images": summary.get("training_images"),
         "Evaluated on": summary.get("evaluated_on"),
         "Evaluation images": summary.get("evaluation_images"),
         "Top-1": _fraction(summary.get("top1")),
+        "Balanced accuracy": _fraction(summary.get("balanced_accuracy")),
         "Top-5": _fraction(summary.get("top5")),
         "Mean average precision": _fraction(summary.get("mean_average_precision")),
         "Loss": _fraction(summary.get("eval_loss")),
@@ -90,6 +92,13 @@ on what it was trained from and on: whoever publishes it decides.
 """
     with files.replacing(path) as part:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _named(source: str | None) -> str | None:
+    """What data or weights are called, of files and folders without where they are."""
+    if source is None or source.startswith(HUB) or find_release(source):
+        return source
+    return Path(source).name
 
 
 def _fraction(value: float | None) -> str | None:

@@ -12,6 +12,7 @@ import http.client
 import importlib.util
 import re
 import shutil
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -73,7 +74,16 @@ def download(url: str, path: Path) -> None:
         return
     size = sum(part.stat().st_size for part in _parts(path))
     kept = f"{_mb(size)} are kept, the next call goes on from there" if size else "nothing is kept"
-    raise OSError(f"{url}: {files.in_a_line(reason)}; {kept}; or put the file at {path} by hand")
+    ways = ways_out(f"put the file at {path} by hand", "BITKERN_WEIGHTS_URL")
+    raise OSError(f"{url}: {files.in_a_line(reason)}; {kept}; {ways}")
+
+
+def ways_out(by_hand: str, mirror: str) -> str:
+    """Say what one can do where weights cannot be downloaded."""
+    return (
+        f"or {by_hand}, name a mirror in {mirror}, or start from random weights (--weights none), "
+        "which takes far more images and steps for the same accuracy"
+    )
 
 
 def _mb(size: int) -> str:
@@ -94,10 +104,12 @@ def _drop_parts(path: Path) -> None:
 
 
 def _attempts(url: str, path: Path) -> None:
-    for wait in WAITS:
+    for number, wait in enumerate(WAITS, 1):
         try:
             return _attempt(url, path)
-        except _BreakError:
+        except _BreakError as error:
+            said = f"attempt {number} of {len(WAITS) + 1}: {files.in_a_line(error)}"
+            print(f"{path.name}: {said}; again in {wait} s", file=sys.stderr, flush=True)
             time.sleep(wait)
     _attempt(url, path)
 

@@ -83,5 +83,5 @@ def released(name: str) -> Release:
     else:
         lower = {known.lower(): known for known in RELEASES}
         near = [lower[found] for found in difflib.get_close_matches(name.lower(), lower, n=3)]
-        where = f"nearest: {', '.join(near)}" if near else "see bitkern weights list"
+        where = f"did you mean {' or '.join(near)}?" if near else "see bitkern weights list"
     raise ValueError(f"{name}: no such file or folder, nor weights of this name, {where}")

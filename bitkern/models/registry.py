@@ -54,8 +54,12 @@ def _look_up(name: str) -> tuple[Architecture, int | None]:
         return ARCHITECTURES[release.architecture], release.classes
     lower = {known.lower(): known for known in NAMES}
     found = difflib.get_close_matches(name.lower(), lower, n=3)
-    near = ", ".join(lower[known] for known in found) or ", ".join(ARCHITECTURES)
-    raise ValueError(f"name: unknown model {name!r}, nearest: {near}")
+    near = " or ".join(lower[known] for known in found)
+    hint = f"did you mean {near}? " * bool(near)
+    raise ValueError(
+        f"name: unknown model {name!r}; {hint}Only BiT models can be fine-tuned: "
+        f"{', '.join(ARCHITECTURES)}"
+    )
 
 
 def file_of(

@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 
 from bitkern import files
-from bitkern.models.download import download
+from bitkern.models.download import download, ways_out
 from bitkern.models.pretrained import HUB, Release, released
 
 BIT_URL = "https://storage.googleapis.com/bit_models"
@@ -99,7 +99,8 @@ def _from_hub(repository: str, cache_dir: CacheDir) -> Path:
         except Exception as error:
             reason = files.in_a_line(error)
         address = f"{huggingface_hub.constants.ENDPOINT}/{repository}"
-        raise OSError(f"{address}: {reason}; or pass the path of its {file}, fetched by hand")
+        ways = ways_out(f"pass the path of its {file}, fetched by hand", "HF_ENDPOINT")
+        raise OSError(f"{address}: {reason}; {ways}")
     raise OSError(f"{HUB}{repository}: expected {' or '.join(HUB_FILES)}, found neither")
 
 

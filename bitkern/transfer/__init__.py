@@ -23,6 +23,7 @@ from bitkern.transfer.recipes.mixup import mixup, mixup_loss
 from bitkern.transfer.recipes.pretraining import Pretraining, pretraining
 from bitkern.transfer.report import check_report, scores, write_report
 from bitkern.transfer.run import RunError
+from bitkern.transfer.selection import Selection
 from bitkern.transfer.setup import TrainingError
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "RankError",
     "Recipe",
     "RunError",
+    "Selection",
     "TrainResult",
     "TrainingError",
     "check_report",

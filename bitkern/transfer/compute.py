@@ -16,6 +16,7 @@ _BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 # What installs the modules that bitkern[train] does not.
 _PACKAGES = {
     "datasets": "bitkern[large]",
+    "tensorboard": "tensorboard",
     "torchvision": "torchvision",
     "webdataset": "bitkern[large]",
 }
@@ -43,6 +44,15 @@ def require(*modules: str) -> None:
         if importlib.util.find_spec(module) is None:
             package = _PACKAGES.get(module, "bitkern[train]")
             raise ValueError(f"{module} is not installed: pip install '{package}'")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, on whatever device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # PyTorch's allocator for the CPU, and oneDNN, say so in words alone.
+    said = "can't allocate memory", "not enough memory", "bad_alloc", "bad allocation"
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def use_graph(cuda_graph: str, device: torch.device) -> bool:

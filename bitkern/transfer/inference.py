@@ -1,7 +1,7 @@
 """Evaluation and prediction, with the transforms of BiT."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +36,8 @@ def evaluate(
 ) -> dict[str, float]:
     """``{"top1", "top5", "eval_loss", …}`` of ``model`` on ``eval_set``, resized to (crop, crop).
 
-    The accuracies are fractions (with fewer than five classes, "top5" is among all of them), the
+    The accuracies are fractions (with fewer than five classes, "top5" is among all of them),
+    "balanced_accuracy" and "macro_f1" the means of recall and F1 over the classes that occur, the
     loss the mean cross-entropy. Where an image may have several labels, it counts as right if the
     surest class, or one of five, is one of them ("top1" is then the precision at 1); the loss is
     that of sigmoids, summed over classes; and "mean_average_precision" is that over the classes
@@ -77,8 +78,12 @@ def predict_share(
     data: ImageSet,
     batch_size: int,
     skip_corrupt: bool,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> Share:
-    """This process's share of a set, for ``metrics_of`` and ``gathered``."""
+    """This process's share of a set, for ``metrics_of`` and ``gathered``.
+
+    ``on_batch`` is called after each batch, and may break off by an exception.
+    """
     if not len(data.images):
         raise ValueError("images: expected at least one, got none")
     with ranks.together():
@@ -91,6 +96,7 @@ def predict_share(
                 read[first + place] = False
             first += len(logits) + len(unreadable)
             outputs += [logits] if len(logits) else []
+            on_batch()
         empty = torch.empty(0, len(data.classes))
         logits = torch.cat(outputs) if outputs else empty
     (readable,) = ranks.sums_of(len(logits))
@@ -103,15 +109,34 @@ def metrics_of(share: Share, data: ImageSet) -> dict[str, float]:
     """The metrics of ``evaluate``, from all shares of a set's logits."""
     with ranks.together():
         logits, labels = share.logits, torch.from_numpy(data.labels_of(share.rows))
+        counts = _counts(logits, labels, data.multi_label)
         best = logits.topk(min(5, logits.shape[1])).indices
         right = labels.gather(1, best) if data.multi_label else best == labels[:, None]
         loss = cross_entropy(logits.double(), labels).item() * len(labels) if len(labels) else 0.0
         sums = right[:, 0].sum().item(), right.any(1).sum().item(), loss
     top1, top5, total_loss = (total / share.readable for total in ranks.sums_of(*sums))
     metrics = {"top1": top1, "top5": top5, "eval_loss": total_loss}
+    ranks.add_up([counts])
+    found, support, named = counts[:, counts[1] > 0]
+    if len(support):  # not so if an image may be without labels
+        metrics["balanced_accuracy"] = (found / support).mean().item()
+        metrics["macro_f1"] = (2 * found / (support + named)).mean().item()
     if data.multi_label and math.isfinite(total_loss):
         metrics |= _mean_average_precision(share, data)
     return metrics
+
+
+def _counts(logits: Tensor, labels: Tensor, multi_label: bool) -> Tensor:
+    """Count for each class the images found, those that have it and those called so: (3, C)."""
+    classes = logits.shape[1]
+    if multi_label:
+        named = logits >= 0
+        counts = [(named & labels).sum(0), labels.sum(0), named.sum(0)]
+    else:
+        predicted = logits.argmax(1)
+        each = predicted[predicted == labels], labels, predicted
+        counts = [torch.bincount(classes_of, minlength=classes) for classes_of in each]
+    return torch.stack(counts).double()
 
 
 def _mean_average_precision(share: Share, data: ImageSet) -> dict[str, float]:

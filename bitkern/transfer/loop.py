@@ -10,12 +10,8 @@ summed once a step, while the backward pass of the last micro-batch goes on.
 import contextlib
 import dataclasses
 import json
-import math
 import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,17 +20,17 @@ from torch import Tensor, nn
 
 from bitkern.transfer import ranks
 from bitkern.transfer.compute import Compute, require
-from bitkern.transfer.data.images import ImageSet
+from bitkern.transfer.data.images import ImageSet, notes
 from bitkern.transfer.data.loader import TrainBatches, kept_on, open_for
 from bitkern.transfer.data.opening import Reading, open_resized
 from bitkern.transfer.data.resized import Resized, check_classes
-from bitkern.transfer.inference import gathered, metrics_of, predict_share
+from bitkern.transfer.fit import Due, Fit, corrupt_everywhere
+from bitkern.transfer.inference import gathered, metrics_of
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.reduction import Reduction
 from bitkern.transfer.report import check_report, write_report
 from bitkern.transfer.run import (
     REPORT,
-    Journal,
     Progress,
     Record,
     Run,
@@ -42,8 +38,9 @@ from bitkern.transfer.run import (
     load_checkpoint,
     read_checkpoint,
 )
-from bitkern.transfer.setup import Setup, TrainingError
-from bitkern.transfer.step import Later
+from bitkern.transfer.selection import Kept, Selection
+from bitkern.transfer.setup import Setup
+from bitkern.transfer.watching import Display, Stopped, deferred_interrupt
 
 
 class TrainResult(NamedTuple):
@@ -87,6 +84,7 @@ def train(
     check: bool | None = None,
     progress: bool = True,
     on_record: Callable[[Record], object] | None = None,
+    selection: Selection | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train ``model`` in place by a recipe: SGD with momentum 0.9 on its trainable part.
@@ -117,10 +115,13 @@ def train(
     is always included. ``out`` is the folder of metrics.jsonl and last.pt, and in the end of
     model.safetensors, curves.png, with ``eval_set`` the files of ``write_report``, and
     summary.json, which begins with ``about``; without it nothing is written. ``resume`` continues
-    from last.pt with the bits of an uninterrupted run. Ctrl-C finishes the step, writes last.pt and
-    raises ``KeyboardInterrupt``. A run that fails before its first checkpoint leaves no file
-    behind. ``on_record`` is called by the first process with each line of metrics.jsonl as it is
-    written; a run that was killed may repeat its last ones.
+    from last.pt with the bits of an uninterrupted run. Ctrl-C finishes the micro-batch (in
+    several processes, and where the model has buffers, the step), writes last.pt and raises
+    ``KeyboardInterrupt``; a second one raises it at once. A run that fails before its first
+    checkpoint leaves no file behind. ``on_record`` is called by the first process with each line
+    of metrics.jsonl as it is written; a run that was killed may repeat its last ones. With
+    ``selection`` another set is evaluated while it trains, by which the best model may be kept and
+    the training end early; ``metrics`` are then those of ``eval_set`` at the end.
 
     With a process group of torch.distributed (one that serves CPU tensors too) all its processes
     make the call. They start from the first one's model, share each batch and the evaluations, and
@@ -140,11 +141,11 @@ def train(
     if rule.sigmoid:
         train_set = train_set.as_multi_label()
     if eval_set is not None:
-        require("sklearn")
-        if train_set.multi_label:
-            eval_set = eval_set.as_multi_label()
-        elif eval_set.multi_label:
-            raise ValueError("eval_set: expected one label an image as train_set has, got several")
+        eval_set = _like(train_set, eval_set, "eval_set")
+    if selection:
+        val_set = _like(train_set, selection.val_set, "val_set")
+        selection = dataclasses.replace(selection, val_set=val_set)
+        eval_set = val_set if eval_set is None else eval_set
     first_split = 1 if batch_split == "auto" else batch_split
     options = seed, first_split, balance, flip, decoder
     setup = Setup(model, train_set, rule, compute, *options)
@@ -169,38 +170,59 @@ def train(
         compute.place(model)
         reduction = Reduction(model)
     scaler = compute.scaler()
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    kept = Kept(model)
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler, "kept": kept}
+    chosen = selection.settings if selection else {"keep": "last"}
     if folder and checkpoint:
         if batch_split == "auto":
             setup = dataclasses.replace(setup, batch_split=checkpoint["settings"]["batch_split"])
         with ranks.together():
-            done = load_checkpoint(folder, checkpoint, state, setup.settings)
+            done = load_checkpoint(folder, checkpoint, state, setup.settings | chosen)
             said = checkpoint["about"]
     if done.corrupt and not skip_corrupt:
         raise ValueError("the run goes on without images that it could not read: skip_corrupt=True")
     train_images = _told(open_for(rule, train_set.images, reading), train_set, "training", shown)
     for i in done.corrupt:  # so that others go on in their place, even if they can be read by now
         train_images.corrupt.setdefault(i, f"{train_set.images[i]}: could not be read before")
-    evaluation = None
+    evaluation = test = None
     if eval_set is not None:
         opened = open_resized(eval_set.images, rule.crop, reading)
-        evaluation = _told(opened, eval_set, "evaluation", shown), eval_set
+        evaluation = test = _told(opened, eval_set, "evaluation", shown), eval_set
+    if selection and selection.val_set is not eval_set:
+        opened = open_resized(selection.val_set.images, rule.crop, reading)
+        val_set = selection.val_set
+        evaluation = _told(opened, val_set, "validation", shown), val_set
     with ranks.together():
         on_device = kept_on(compute.device, train_images)
-    if batch_split == "auto" and not checkpoint:
-        setup = setup.fitted(optimizer, scaler, reduction)
-        if shown:
-            print(f"batch_split {setup.batch_split}, the smallest that fits on {compute.device}")
+    trial, auto = None, batch_split == "auto" and not checkpoint
+    if auto or progress:
+        setup, trial = setup.fitted(optimizer, scaler, reduction, auto)
     del checkpoint
     ranks.copy_from_first(model.state_dict().values())
 
-    run = Run(folder if rank == 0 else None, state, setup.settings, said, done)
+    split = "validation" if selection else said.get("evaluated_on", "test")
+    run = Run(folder if rank == 0 else None, state, setup.settings | chosen, said, done)
     with contextlib.ExitStack() as stack:
         with ranks.together():
             journal = stack.enter_context(run.recording(resume, on_record))
-        interrupted = stack.enter_context(_deferred_interrupt())
         journal.records = ranks.from_first(lambda: journal.records)
-        began = time.perf_counter() - done.seconds
+        display = stack.enter_context(
+            contextlib.closing(Display(done.step, rule.steps, split, shown, done.seconds))
+        )
+        fit = Fit(
+            setup,
+            run,
+            display,
+            stack.enter_context(deferred_interrupt(shown)),
+            train_images,
+            evaluation,
+            Due(rule.steps, eval_every, checkpoint_every),
+            skip_corrupt,
+            selection,
+            kept,
+        )
+        if shown and trial:
+            display.say(fit.estimate(trial))
         batches = TrainBatches(
             train_set,
             train_images,
@@ -212,47 +234,34 @@ def train(
             on_device=on_device,
         )
         loading = stack.enter_context(contextlib.closing(iter(batches)))
-        take_step = setup.stepper(optimizer, scaler, reduction, loading)
-        losses = _Losses(rule, journal)
-        share = None
-        for step, bar in _bar(done.step, rule.steps, shown):
-            losses.add(step, take_step(step, rule.lr(step)), bar)
-            if evaluation and _is_due(step + 1, eval_every, rule.steps):
-                losses.read()
-                share = predict_share(compute, model, *evaluation, setup.micro_batch, skip_corrupt)
-                metrics = metrics_of(share, evaluation[1])
-                _check_finite(metrics["eval_loss"], "evaluation loss", step, rule)
-                journal.add(step=step + 1, **metrics)
-                if progress:
-                    bar.write(f"step {step + 1}: top-1 {metrics['top1']:.4f}")
-            (stop,) = ranks.sums_of(interrupted.is_set())
-            if stop or _is_due(step + 1, checkpoint_every, rule.steps):
-                losses.read()  # so that no checkpoint holds a step that diverged
-                corrupt = _corrupt(train_images)
-                with ranks.together():
-                    seconds = time.perf_counter() - began
-                    run.save(Progress(step + 1, seconds, corrupt=corrupt))
-            if stop:
-                raise KeyboardInterrupt
-        skipped = len(_corrupt(train_images))
-        outcome = None
-        if evaluation:
-            if share is None:  # a run that was stopped between its last step and its end
-                share = predict_share(compute, model, *evaluation, setup.micro_batch, skip_corrupt)
-            skipped += len(evaluation[1].images) - share.readable
-            outcome = gathered(share, evaluation[1]) if folder else None
-        result = _result(journal.records, time.perf_counter() - began, skipped)
+        share = fit.steps(setup.stepper(optimizer, scaler, reduction, loading, fit.between))
+        skipped = len(corrupt_everywhere(train_images))
+        outcome = metrics = None
+        if selection and selection.keep == "best":
+            kept.put_back()
+        if test:
+            if share is None or selection:  # or stopped between its last step and its end
+                try:
+                    share = fit.predict(*test)
+                except Stopped:
+                    raise KeyboardInterrupt from None
+            skipped += len(test[1].images) - share.readable
+            metrics = metrics_of(share, test[1])
+            outcome = gathered(share, test[1]) if folder else None
+        result = TrainResult(metrics, journal.records, fit.seconds, skipped)
         with ranks.together():
             summary = {
                 **said,
                 **(result.metrics or {}),
-                "steps": rule.steps,
+                "steps": fit.step,
+                **(selection.about(journal.records) if selection else {}),
                 "seconds": round(result.seconds, 1),
                 "classes": len(train_set.classes),
                 "training_images": len(train_set.images),
                 "multi_label": train_set.multi_label,
                 "evaluation_images": share.readable if share else 0,
                 "skipped_images": skipped,
+                **({"images": [*notes]} if notes else {}),
                 "rule": dataclasses.asdict(rule),
                 **setup.options,
                 "cuda_graph": compute.cuda_graph,
@@ -284,91 +293,20 @@ def _check_can_be_written(model: nn.Module, about: Mapping[str, Any]) -> None:
             raise TypeError(f"model: expected tensors in its state, got {name}: {type(value)}")
 
 
-@dataclasses.dataclass
-class _Losses:
-    """The losses of the steps, each read when the device has the next step to do."""
-
-    rule: Recipe
-    journal: Journal
-    unread: tuple[int, Later, Any] | None = None
-
-    def add(self, step: int, loss: Tensor, bar: Any) -> None:
-        """Read the loss of the step before; this one will be shown on the bar."""
-        later = Later(loss)
-        self.read()
-        self.unread = step, later, bar
-
-    def read(self) -> None:
-        """Write down the loss that is unread, if any; TrainingError if it is not finite."""
-        if self.unread is None:
-            return
-        step, later, bar = self.unread
-        self.unread = None
-        with ranks.together():
-            own_loss = later.value()
-        (loss,) = ranks.sums_of(own_loss)
-        _check_finite(loss, "loss", step, self.rule)
-        lr = self.rule.lr(step)
-        self.journal.add(step=step + 1, loss=loss, lr=lr)
-        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2g}")
-
-
 def _told(images: Resized, data: ImageSet, name: str, shown: bool) -> Resized:
     """The images that were opened, of which a user is told how."""
     with ranks.together():
         check_classes(data, images)
     if shown:
-        print(f"cache of the {name} images: {images.cache}")
+        print(f"image cache, {name}: {images.cache}")
     return images
 
 
-def _corrupt(images: Resized) -> tuple[int, ...]:
-    """The images that some process could not read."""
-    return tuple(sorted({i for corrupt in ranks.everyones([*images.corrupt]) for i in corrupt}))
-
-
-def _result(records: list[Record], seconds: float, skipped: int) -> TrainResult:
-    evaluated = [record for record in records if "top1" in record]
-    metrics = {k: v for k, v in evaluated[-1].items() if k != "step"} if evaluated else None
-    return TrainResult(metrics, records, seconds, skipped)
-
-
-def _bar(start: int, steps: int, shown: bool) -> Iterator[tuple[int, Any]]:
-    """The steps, each with the progress bar: hidden unless on a terminal."""
-    from tqdm import tqdm
-
-    bar = tqdm(range(start, steps), "training", steps, initial=start, disable=not shown or None)
-    for step in bar:
-        yield step, bar
-
-
-def _check_finite(loss: float, name: str, step: int, rule: Recipe) -> None:
-    if not math.isfinite(loss):
-        base_lr = getattr(rule, "base_lr", None)
-        now = f"{rule.lr(step):g}" if base_lr is None else f"base_lr is {base_lr:g}"
-        raise TrainingError(
-            f"the {name} is {loss} at step {step + 1}: lower the learning rate ({now})"
-        )
-
-
-def _is_due(step: int, every: int | None, steps: int) -> bool:
-    return step == steps or step % (every or max(1, steps // 10)) == 0
-
-
-@contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets instead of raising; the second raises as usual."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # only the main thread may handle signals
-        return
-
-    def handle(number: int, frame: object) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)
+def _like(train_set: ImageSet, data: ImageSet, name: str) -> ImageSet:
+    """A set to evaluate, with labels as those to train on."""
+    require("sklearn")
+    if train_set.multi_label:
+        return data.as_multi_label()
+    if data.multi_label:
+        raise ValueError(f"{name}: expected one label an image as train_set has, got several")
+    return data

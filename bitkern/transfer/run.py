@@ -26,6 +26,7 @@ NAMES = METRICS, CHECKPOINT, SUMMARY, CURVES, WEIGHTS, REPORT = (
     "model.safetensors",
     "report.html",
 )
+OPTIONS = ("seed", "batch_split", "balance", "flip", "decoder")  # of a training, by their names
 Record = dict[str, Any]
 OnRecord = Callable[[Record], object]
 
@@ -59,7 +60,9 @@ def check_out(out: Path, resume: bool) -> None:
     held = [name for name in NAMES if (out / name).exists()]
     if held:
         advice = "continue it with resume=True or" if unfinished else "delete it or"
-        raise RunError(f"{out}: holds a run ({', '.join(held)}); {advice} use another folder")
+        raise RunError(
+            f"{out}: already contains a run ({', '.join(held)}); {advice} use another folder"
+        )
 
 
 class Journal:
@@ -83,8 +86,9 @@ class Journal:
         """Append a record."""
         self.records.append(record)
         if self.file:
-            self.file.write(json.dumps(record).encode() + b"\n")
-            self.file.flush()
+            with files.writing(Path(self.file.name)):
+                self.file.write(json.dumps(record).encode() + b"\n")
+                self.file.flush()
         if self.on_record:
             self.on_record(dict(record))
 
@@ -145,7 +149,8 @@ class Run:
                 for name in (CHECKPOINT, METRICS):
                     (self.out / name).unlink(missing_ok=True)
                 if created:
-                    self.out.rmdir()
+                    with contextlib.suppress(OSError):  # on_record may keep files there
+                        self.out.rmdir()
 
     def save(self, done: Progress) -> None:
         """Write last.pt: what ``load_checkpoint`` needs to go on from there."""
@@ -197,18 +202,20 @@ def load_checkpoint(
     Raises ``RunError`` if the run had other settings, precision apart.
     """
     path, before = out / CHECKPOINT, checkpoint["settings"]
-    before, now = _flat(before), _flat(settings)
+    before, now = {"keep": "last"} | _flat(before), _flat(settings)
     for name, value in now.items():
         had = before.get(name)
         if had != value and name != "precision":
-            name = name.removeprefix("rule.")
+            is_option = name.startswith("rule.") or name in OPTIONS
+            name = name.removeprefix("rule.") + ("=" if is_option else " ")
             raise RunError(
-                f"{path}: the run has {name} {had!r}, got {value!r}: resume with the options it "
+                f"{path}: started with {name}{had!r}, now {value!r}: resume with the options it "
                 "was started with"
             )
     try:
         for name, part in state.items():
-            if name != "scaler" or checkpoint[name]:  # of another precision it has no state
+            # Of another precision a scaler has no state; earlier versions kept no model.
+            if name not in ("scaler", "kept") or checkpoint.get(name):
                 part.load_state_dict(checkpoint[name])
     except (RuntimeError, ValueError, KeyError) as error:
         raise RunError(f"{path}: is of another model: {files.in_a_line(error)}") from None

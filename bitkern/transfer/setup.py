@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,16 @@ from torch import Tensor, nn
 from bitkern.transfer import balance, ranks
 from bitkern.transfer.compute import Compute
 from bitkern.transfer.data.images import ImageSet
-from bitkern.transfer.fitting import fits, smallest_split
+from bitkern.transfer.fitting import (
+    CPU_IMAGES,
+    Trial,
+    attempt,
+    images_that_fit,
+    smallest_split,
+)
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.reduction import Reduction
+from bitkern.transfer.run import OPTIONS
 from bitkern.transfer.schedule import Schedule
 from bitkern.transfer.step import Stepper
 
@@ -79,8 +86,9 @@ class Setup:
     @property
     def options(self) -> dict[str, Any]:
         """What summary.json says of the training, besides its recipe."""
-        names = ("seed", "batch_split", "balance", "flip", "decoder")
-        return {name: getattr(self, name) for name in names} | {"precision": self.compute.precision}
+        return {name: getattr(self, name) for name in OPTIONS} | {
+            "precision": self.compute.precision
+        }
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -126,6 +134,7 @@ class Setup:
         scaler: torch.amp.GradScaler,
         reduction: Reduction,
         batches: Iterator[Sequence[Tensor]],
+        on_micro_batch: Callable[[int], object] = lambda done: None,
     ) -> Stepper:
         """The steps, on these micro-batches."""
         class_weight = None
@@ -133,35 +142,56 @@ class Setup:
             weights = balance.class_weights(self.train_set.labels, len(self.train_set.classes))
             class_weight = torch.from_numpy(weights).float()
         parts = self.model, optimizer, self.schedule, self.compute
-        return Stepper(*parts, batches, scaler, reduction, class_weight)
+        return Stepper(*parts, batches, scaler, reduction, class_weight, on_micro_batch)
 
     def fitted(
         self,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         reduction: Reduction,
-    ) -> "Setup":
-        """The same with the smallest ``batch_split`` for which the memory suffices.
+        auto: bool,
+    ) -> "tuple[Setup, Trial]":
+        """The setup and what a micro-batch of it takes; if ``auto``, one split so that it fits.
 
-        Raises ``TrainingError`` if none does.
+        That is the smallest ``batch_split`` that does, on a CPU for micro-batches of at most
+        ``CPU_IMAGES``. Raises ``TrainingError`` if it does not fit.
         """
+        trials: dict[int, Trial | None] = {}
 
-        def suffices(batch_split: int) -> bool:
-            setup = dataclasses.replace(self, batch_split=batch_split)
-            return fits(setup.stepper(optimizer, scaler, reduction, setup.blank_batches()))
+        def tried(batch_split: int) -> Trial | None:
+            if batch_split not in trials:
+                setup = dataclasses.replace(self, batch_split=batch_split)
+                parts = optimizer, scaler, reduction, setup.blank_batches()
+                trials[batch_split] = attempt(setup.stepper(*parts))
+            return trials[batch_split]
 
-        batch_split = smallest_split(suffices, self.most_splits)
-        if batch_split is None:
+        device, most, few = self.compute.device, self.most_splits, 1
+        fit = limit = self.rule.batch_size
+        if device.type == "cpu":
+            # Batch normalization cannot be trained on one image, where its maps are of one pixel.
+            few += any(hasattr(module, "running_mean") for module in self.model.modules())
+            fit = images_that_fit(lambda images: tried(math.ceil(most / images)), few)
+            limit = min(fit, CPU_IMAGES)
+        batch_split: int | None = self.batch_split
+        if auto:
+            least = math.ceil(most / limit) if limit else most
+            batch_split = smallest_split(lambda split: tried(split) is not None, most, least)
+        too_many = self.micro_batch > fit if not auto else not fit and few == 1
+        trial = None if too_many or batch_split is None else tried(batch_split)
+        if batch_split is None or trial is None:
+            what, advice = "one image", "lower the crop or take a smaller model"
+            if not auto and self.micro_batch > 1:
+                what, advice = f"{self.micro_batch} images", "raise batch_split"
             raise TrainingError(
-                f"the memory of {self.compute.device} does not suffice for one image at a time: "
-                "lower the crop or take a smaller model"
+                f"the memory of {device} does not suffice for {what} at a time: {advice}"
             )
-        return dataclasses.replace(self, batch_split=batch_split)
+        return dataclasses.replace(self, batch_split=batch_split), trial
 
     def blank_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Micro-batches as those of the first step, of black images."""
-        for part in self.schedule.step(0).parts:
-            shape = len(part.rows), 3, self.rule.crop, self.rule.crop
-            rows = np.arange(shape[0]) % len(self.train_set.images)
-            labels = torch.from_numpy(self.train_set.labels_of(rows))
+        """Micro-batches as the first one of a step, of black images."""
+        part = self.schedule.step(0).parts[0]
+        shape = len(part.rows), 3, self.rule.crop, self.rule.crop
+        rows = np.arange(shape[0]) % len(self.train_set.images)
+        labels = torch.from_numpy(self.train_set.labels_of(rows))
+        while True:
             yield torch.zeros(shape, dtype=torch.uint8), labels

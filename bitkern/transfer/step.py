@@ -1,6 +1,7 @@
 """An optimizer step. It reads nothing back from the device, so that the host can run ahead."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -37,8 +38,10 @@ class Stepper:
 
     ``batches`` are the process's micro-batches, (images, labels), in the order of the schedule;
     ``scaler`` is ``Compute.scaler``; ``reduction`` sums the gradients of the processes;
-    ``class_weight`` goes to the recipe's loss. What changes from step to step is in tensors on the
-    device, for a graph to read.
+    ``class_weight`` goes to the recipe's loss. ``on_micro_batch`` is called with the number of
+    micro-batches done after each but the last of a step, which it may break off by an exception;
+    not where a graph is replayed. What changes from step to step is in tensors on the device, for a
+    graph to read.
     """
 
     def __init__(
@@ -51,8 +54,10 @@ class Stepper:
         scaler: torch.amp.GradScaler | None = None,
         reduction: Reduction | None = None,
         class_weight: Tensor | None = None,
+        on_micro_batch: Callable[[int], object] = lambda done: None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
+        self.on_micro_batch = on_micro_batch
         self.scaler = scaler or compute.scaler()
         self.reduction = reduction or Reduction(model)
         self.loss = schedule.recipe.loss
@@ -83,12 +88,20 @@ class Stepper:
         self.model.train()
         return self.update(self._load(part) for part in parts)
 
-    def rehearse(self) -> None:
-        """Compute the gradients of a step's largest micro-batches, and leave it at that."""
+    def rehearse(self) -> float:
+        """Compute gradients of a step's largest micro-batch twice; the seconds of the second time.
+
+        Which adds to gradients that are there, and finds everything made.
+        """
         self.model.train()
+        part = self.schedule.step(0).parts[0]
+        began = 0.0
         with standardized(self.model):
-            for part in self.schedule.step(0).parts[:2]:  # the second adds to gradients
-                self._accumulate(part.own, self._load(part))
+            for _ in range(2):
+                batch = self._load(part)
+                began = time.perf_counter()
+                self._accumulate(part.own, batch).item()  # waits for the device
+        return time.perf_counter() - began
 
     def _load(self, part: Part) -> Batch:
         images, labels = next(self.batches)
@@ -107,6 +120,8 @@ class Stepper:
                     if len(shares) == len(self.own) - 1:
                         self.reduction.begin()
                     shares.append(self._accumulate(own, batch))
+                    if len(shares) < len(self.own):
+                        self.on_micro_batch(len(shares))
                 loss = torch.stack(shares).sum()
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -22,10 +22,10 @@ def test_list_and_clear(folder, tmp_path, capsys):
     finetune = ["finetune", "--data", folder, *SMALL, "--out"]
     assert call(*finetune, tmp_path / "first", "--cache", "disk") == 0
     shown = capsys.readouterr().out
-    assert "cache of the training images: disk, 0.000 GB for 12 images of 40x40, " in shown
-    assert "cache of the evaluation images: disk, 0.000 GB for 6 images of 32x32, " in shown
+    assert "image cache, training: disk, 0.000 GB for 12 images of 40x40, " in shown
+    assert "image cache, evaluation: disk, 0.000 GB for 6 images of 32x32, " in shown
     assert call(*finetune, tmp_path / "second") == 0
-    assert "cache of the training images: disk, made before, " in capsys.readouterr().out
+    assert "image cache, training: disk, made before, " in capsys.readouterr().out
     assert call(*finetune, tmp_path / "third", "--cache", "off", "--no-check") == 0
     weights = {
         digest(tmp_path / name)["model.safetensors"] for name in ("first", "second", "third")

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -19,7 +20,8 @@ from PIL import Image
 
 import bitkern
 from bitkern.models import read_checkpoint
-from bitkern.transfer import step
+from bitkern.transfer import fit, inference, step
+from bitkern.transfer import run as run_files
 from tests.cli.commands import RESULTS, SMALL, call, error_of
 from tests.transfer.images import CLASSES, write_folder
 
@@ -147,32 +149,120 @@ def test_holdout_leaves_test_unread(run, tmp_path):
     assert (summary["training_images"], summary["evaluation_images"]) == (9, 3)
 
 
-def test_interrupted_run_resumes_to_the_same_bits(run, tmp_path, monkeypatch, capsys):
-    arguments = ["--data", run / "data", *SMALL, "--mixup-alpha", 0.2]
-    assert call("finetune", *arguments, "--out", tmp_path / "straight") == 0
-    out = tmp_path / "out"
+@pytest.mark.parametrize(
+    ("place", "number", "step"),
+    [
+        ((step.Stepper, "_accumulate"), 5, 1),  # the second of 3 micro-batches of step 2
+        ((step.Stepper, "_accumulate"), 6, 2),  # the last of them, which ends the step
+        ((inference.eval_batches, None), 2, 2),  # in the second evaluation
+        ((run_files.Journal, "add"), 4, 2),
+    ],
+)
+def test_interrupted_run_resumes_by_itself(run, tmp_path, monkeypatch, capfd, place, number, step):
+    """To the bits of one that was not interrupted, from its folder alone."""
+    arguments = ["--data", run / "data", *SMALL, "--mixup-alpha", 0.2, "--batch-split", 3]
+    arguments += ["--eval-every", 1]
+    straight, out = tmp_path / "straight", tmp_path / "a run"
+    assert call("finetune", *arguments, "--out", straight) == 0
+    owner, name = place
     with monkeypatch.context() as patch:
-        mix = step.mix
+        if name is None:
+            owner, name = inference, owner.__name__
+        method, calls = getattr(owner, name), []
 
-        def interrupted(*batch):
-            signal.raise_signal(signal.SIGINT)
-            return mix(*batch)
+        def interrupted(*batch, **options):
+            calls.append(0)
+            if len(calls) - rehearsed == number:
+                signal.raise_signal(signal.SIGINT)
+            return method(*batch, **options)
 
-        patch.setattr(step, "mix", interrupted)
-        capsys.readouterr()
+        rehearsed = 6 if name == "_accumulate" else 0
+        patch.setattr(owner, name, interrupted)
+        capfd.readouterr()
         assert call("finetune", *arguments, "--out", out) == 130
-    assert capsys.readouterr().err == "bitkern: interrupted; finetune continues with --resume\n"
+    stopping, last = capfd.readouterr().err.split("\n")[-3:-1]
+    assert stopping.startswith("bitkern: stopping, and saving what is done")
+    assert last == f"bitkern: interrupted; to continue: bitkern finetune --resume --out '{out}'"
     assert sorted(path.name for path in out.iterdir()) == ["last.pt", "metrics.jsonl"]
-    assert error_of(capsys, "predict", out, run / "data").endswith(
+    assert torch.load(out / "last.pt", weights_only=True)["progress"]["step"] == step
+    assert error_of(capfd, "predict", out, run / "data").endswith(
         "the run is not finished; continue it with --resume"
     )
-    assert call("finetune", *arguments, "--out", out, "--resume") == 0
+    message = error_of(capfd, "pretrain", "--resume", "--out", out)
+    assert message.endswith("was begun by bitkern finetune; resume it with that")
+    assert call("finetune", "--resume", "--out", out) == 0
     assert sorted(path.name for path in out.iterdir()) == RESULTS
-    straight = tmp_path / "straight"
     assert (out / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
     resumed = read_checkpoint(out / "model.safetensors")
     for name, tensor in read_checkpoint(straight / "model.safetensors").items():
         assert torch.equal(resumed[name], tensor), name
+
+
+def test_what_a_log_is_told(run, tmp_path, capsys):
+    """A line for each evaluation, and in the end all that one wants to know."""
+    out = tmp_path / "out"
+    arguments = ["--data", run / "data", "--out", out, *SMALL, "--eval-every", 1, "--tensorboard"]
+    capsys.readouterr()
+    assert call("finetune", *arguments) == 0
+    said = capsys.readouterr().out
+    number = r"[\d.e+-]+"
+    steps = re.findall(
+        rf"^step (\d)/3, {number} s: train loss {number}, test loss {number}, "
+        r"top-1 \d+\.\d %, balanced \d+\.\d %$",
+        said,
+        re.M,
+    )
+    assert steps == ["1", "2", "3"]
+    *_, scores, best, last = said.splitlines()
+    assert re.fullmatch(
+        r"top-1 \d+\.\d %, balanced \d+\.\d % on 6 test images "
+        r"\(always naming ant: 33\.3 %, balanced 33\.3 %\)",
+        scores,
+    )
+    assert re.fullmatch(rf"{number} s; best top-1 \d+\.\d % at step [123]", best)
+    assert last == f"open {out / 'report.html'}"
+    assert len([path for path in out.iterdir() if path.name.startswith("events.out")]) == 1
+    command = json.loads((out / "summary.json").read_text())["command"]
+    assert command == shlex.join(["bitkern", "finetune", *map(str, arguments)])
+
+
+def test_the_preset_for_small_machines(run, tmp_path):
+    out = tmp_path / "out"
+    small = ["--model", "R26x0.5", "--workers", 0, "--steps", 1, "--crop", 32]
+    arguments = ["--data", run / "data", "--out", out, *small, "--batch-size", 2]
+    assert call("finetune", *arguments, "--preset", "quick") == 0
+    rule = json.loads((out / "summary.json").read_text())["rule"]
+    assert (rule["resize"], rule["crop"], rule["steps"], rule["batch_size"]) == (160, 32, 1, 2)
+
+
+def test_a_long_training_names_a_short_one(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fit, "LONG", 0)
+    arguments = ["--data", run / "data", "--out", tmp_path / "a", *SMALL, "--crop", 30]
+    capsys.readouterr()
+    assert call("finetune", *arguments) == 0
+    said = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in said if "instead, usually less accurate" in line)
+    typed = shlex.join(["bitkern", "finetune", *map(str, arguments)])
+    assert line.endswith(f"steps of 7: {typed} --preset quick --out {tmp_path / 'a'}-quick")
+
+
+def test_evaluate_takes_a_folder_of_classes(run, capsys):
+    capsys.readouterr()
+    arguments = ["--data", run / "data" / "test", "--workers", 0, "--json"]
+    assert call("evaluate", run / "out", *arguments) == 2
+    assert "name the folder above it" in capsys.readouterr().err
+
+
+def test_interrupted_before_there_is_anything_to_resume(run, tmp_path, monkeypatch, capsys):
+    def interrupted(*batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step.Stepper, "_accumulate", interrupted)
+    capsys.readouterr()
+    assert call("finetune", "--data", run / "data", *SMALL, "--out", tmp_path / "out") == 130
+    says = "bitkern: interrupted before a step was saved: nothing is left to resume\n"
+    assert capsys.readouterr().err == says
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -211,7 +301,8 @@ def test_control_c_leaves_a_checkpoint(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130, message
-    assert message == b"bitkern: interrupted; finetune continues with --resume\n"
+    how = f"bitkern: interrupted; to continue: bitkern finetune --resume --out {out}\n"
+    assert message.endswith(how.encode())
     step = torch.load(out / "last.pt", weights_only=True)["progress"]["step"]
     assert step == len((out / "metrics.jsonl").read_text().splitlines()) > 0
 

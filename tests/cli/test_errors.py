@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import bitkern
 from bitkern.models import create_model, save_safetensors
 from bitkern.transfer import step
 from tests.cli.commands import (
@@ -23,6 +24,12 @@ from tests.cli.commands import (
 )
 from tests.transfer.images import write_folder
 
+FIRST = (
+    "the memory of cpu does not suffice for one image at a time: "
+    "lower the crop or take a smaller model"
+)
+LATER = "out of memory: raise --batch-split or lower --batch-size"
+
 
 @pytest.mark.parametrize(
     ("damage", "part", "message"),
@@ -30,7 +37,7 @@ from tests.transfer.images import write_folder
         (remove, "", "data/train: no such folder"),
         (remove, "train", "data/train: no such folder"),
         (remove, "test", "data/test: no such folder"),
-        (remove, "test/bee", "data/train, found 1 missing, such as 'bee' and 1 more"),
+        (remove, "test/bee", "data/train; missing: bee; unexpected: elsewhere"),
         (empty, "train/bee", "data/train/bee: no images; add some or remove the folder"),
         (truncate, "train/bee/0.jpg", "data/train/bee/0.jpg: not a readable image"),
         (truncate, "test/cat/1.png", "data/test/cat/1.png: not a readable image"),
@@ -86,7 +93,7 @@ def test_skip_corrupt_goes_on_with_a_count(run, tmp_path, capsys):
         (["--holdout", "1"], "holdout: expected a fraction between 0 and 1, got 1.0"),
         (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
         (["--device", "abacus"], "--device abacus: cannot be used here"),
-        (["--model", "R51x1"], "unknown model 'R51x1', nearest"),
+        (["--model", "R51x1"], "unknown model 'R51x1'; did you mean"),
         (["--weights", "none.npz"], "none.npz: no such file"),
         (["--resume"], "nothing to resume, no last.pt"),
         (["--base-lr", "1e38", "--warmup-steps", "0"], "loss is nan at step"),
@@ -117,7 +124,7 @@ def test_bad_weights(run, weights, tmp_path, capsys):
 def test_does_not_overwrite_a_run(run, capsys):
     before = digest(run / "out")
     error = error_of(capsys, "finetune", "--data", "digits", "--out", run / "out", *SMALL)
-    assert "out: holds a run (" in error and "use another folder" in error
+    assert "out: already contains a run (" in error and "use another folder" in error
     resumed = ["--out", run / "out", "--resume"]
     error = error_of(capsys, "finetune", "--data", "digits", *resumed, *SMALL)
     assert error.endswith("nothing to resume, the run is finished")
@@ -131,7 +138,7 @@ def test_resume_with_other_options(run, tmp_path, monkeypatch, capsys):
         assert "no space left" in error_of(capsys, *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "metrics.jsonl"]
     error = error_of(capsys, *arguments, "--resume", "--base-lr", 0.5)
-    assert "the run has base_lr 0.003, got 0.5" in error
+    assert "started with --base-lr 0.003, now 0.5" in error
     assert call(*arguments, "--resume") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == RESULTS
 
@@ -170,9 +177,11 @@ def test_bad_images(run, tmp_path, capsys):
 
 
 def test_missing_arguments_and_packages(run, tmp_path, capsys, monkeypatch):
-    assert "required: command" in error_of(capsys)
+    with pytest.raises(SystemExit, match="^0$"):
+        call()
+    assert "fine-tune a BiT model on a folder of images" in capsys.readouterr().out
     assert "invalid choice: 'fintune'" in error_of(capsys, "fintune")
-    assert "required: --data, --out, --model" in error_of(capsys, "finetune")
+    assert "required: --data, --model, --out" in error_of(capsys, "finetune")
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
@@ -181,13 +190,40 @@ def test_missing_arguments_and_packages(run, tmp_path, capsys, monkeypatch):
     assert error == "matplotlib is not installed: pip install 'bitkern[train]'"
 
 
-def test_out_of_gpu_memory_says_what_to_do(run, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "rehearsed", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB"), 0, FIRST),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] can't allocate memory"), 0, FIRST),
+        (MemoryError(), 6, LATER),
+    ],
+)
+def test_out_of_memory_says_what_to_do(
+    run, tmp_path, capsys, monkeypatch, error, rehearsed, message
+):
+    accumulate, calls = step.Stepper._accumulate, []
+
     def exhausted(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB")
+        calls.append(0)
+        if len(calls) > rehearsed:
+            raise error
+        return accumulate(*arguments)
 
     monkeypatch.setattr(step.Stepper, "_accumulate", exhausted)
-    error = finetune_error(capsys, run / "data", tmp_path / "out")
-    assert error == "out of GPU memory: raise --batch-split or lower --batch-size"
+    assert finetune_error(capsys, run / "data", tmp_path / "out") == message
+
+
+def test_the_nearest_option_is_named(capsys):
+    needed = ["finetune", "--data", "digits", "--model", "R26x0.5", "--out", "out"]
+    for given, meant in (("--lr", "--base-lr"), ("--epochs", "--steps"), ("--sed", "--seed")):
+        message = error_of(capsys, *needed, given, 1)
+        assert message == f"unrecognized arguments: {given} 1; did you mean {meant}?"
+    message = error_of(capsys, "finetune", "--resume", "--out", "nowhere")
+    assert message == "nowhere: nothing to resume, no last.pt"
+    assert "did you mean" not in error_of(capsys, *needed, "more")
+    with pytest.raises(SystemExit, match="^0$"):
+        call("--version")
+    assert capsys.readouterr().out == f"bitkern {bitkern.__version__}\n"
 
 
 def test_traceback_free_as_a_process(tmp_path):

@@ -119,7 +119,7 @@ def test_sigmoids(shards, several, tmp_path, capsys):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["multi_label"] and summary["rule"]["sigmoid"]
     precision = summary["mean_average_precision"]
-    assert 0 <= precision <= 1 and f"mean average precision {precision:.4f} on test" in told
+    assert 0 <= precision <= 1 and f"mean average precision {100 * precision:.1f} % on" in told
     report = json.loads((out / "report.json").read_text())
     assert report["mean_average_precision"] == pytest.approx(precision)
     # Three classes, so each begins with the chance of one in four.
@@ -163,8 +163,9 @@ def test_resumed_after_an_interrupt(run, shards, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         patched.setattr(Journal, "add", added)
         assert call(*arguments) == 130
-    assert "pretrain continues with --resume" in capsys.readouterr().err
-    assert call(*arguments, "--resume") == 0
+    out = tmp_path / "out"
+    assert f"to continue: bitkern pretrain --resume --out {out}" in capsys.readouterr().err
+    assert call("pretrain", "--resume", "--out", out) == 0
     kept, expected = digest(tmp_path / "out"), digest(run)
     for name in ("metrics.jsonl", "model.safetensors", "predictions.csv"):
         assert kept[name] == expected[name], name
@@ -190,7 +191,7 @@ def pretrain_error(capsys, data, out, *options):
         (["--base-lr", "nan"], "base_lr: expected a positive finite number, got nan"),
         (["--batch-split", "8"], "batch_split: expected 1 to 7, the batch size, got 8"),
         (["--weights", "none.npz"], "none.npz: no such file"),
-        (["--model", "R26"], "name: unknown model 'R26', nearest: R26x0.5"),
+        (["--model", "R26"], "name: unknown model 'R26'; did you mean R26x0.5"),
     ],
 )
 def test_bad_options(shards, tmp_path, capsys, options, message):
@@ -212,7 +213,7 @@ def test_weights_whose_head_does_not_fit(shards, tmp_path, capsys):
     other = tmp_path / "other.safetensors"
     save_safetensors(create_model("R26x0.5", num_classes=3), other, classes=["ant", "bee", "cow"])
     message = pretrain_error(capsys, shards, tmp_path / "out", "--weights", other)
-    assert message.startswith(f"{other}: expected the 3 classes of {shards}, found 3 missing")
+    assert message.startswith(f"{other}: expected the 3 classes of {shards}; missing: 0, 1, 2")
     (tmp_path / "empty").mkdir()
     message = pretrain_error(capsys, shards, tmp_path / "out", "--weights", tmp_path / "empty")
     assert message.endswith("holds no model.safetensors; expected the folder of a finished run")

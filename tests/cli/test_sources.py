@@ -61,7 +61,7 @@ def test_finetune_and_evaluate(make, tmp_path, capsys):
         assert call("finetune", "--data", train, "--out", out, *SMALL, *options) == 0
         runs.append(digest(out)["model.safetensors"])
     assert runs[0] == runs[1] == runs[2]
-    assert "cache of the training images: disk, made before, " in capsys.readouterr().out
+    assert "image cache, training: disk, made before, " in capsys.readouterr().out
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["training_images"], summary["evaluation_images"]) == (12, 6)
     assert call("evaluate", out, "--data", test, "--json", "--workers", 2) == 0

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from bitkern.cli import main
-from bitkern.transfer import HyperRule, image_folder, inference, loop, ranks
+from bitkern.transfer import HyperRule, TrainingError, image_folder, inference, loop, ranks
 from bitkern.transfer.data import decoders
 from tests.transfer.images import image_set, write_folder
 from tests.transfer.net import Net
@@ -147,7 +147,7 @@ def divergence_of_one_process_stops_all(folder):
             model.on_call = diverge
         try:
             loop.train(model, image_set(), RULE, out=out, checkpoint_every=every, **OPTIONS)
-        except loop.TrainingError as error:
+        except TrainingError as error:
             assert str(error).startswith("the loss is nan at step 7: ")
             assert model.calls == calls
         else:

@@ -54,7 +54,7 @@ def test_unknown_name(name, nearest):
     with pytest.raises(ValueError) as error:
         create_model(name)
     message = str(error.value)
-    assert message.startswith(f"name: unknown model {name!r}, nearest: ")
+    assert message.startswith(f"name: unknown model {name!r}; ")
     assert nearest in message and "\n" not in message
 
 

@@ -9,7 +9,6 @@ import signal
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from bitkern.transfer import DataError, HyperRule, train_batches
 from bitkern.transfer import data as sources
@@ -291,7 +290,7 @@ def test_auto_takes_what_there_is_room_for(free, room, mode, monkeypatch):
     assert chosen.startswith(f"{mode}, 0.000 GB for 15 images of 12x12, 0.0 GB of memory free")
     assert (resized.kept is None) == (mode == "off")
     chosen = open_resized(images, 13, Reading("auto"), again=False).cache
-    assert chosen == "off, images are read once"
+    assert chosen == "not needed, images are read once"
 
 
 def test_ram_that_is_not_there(monkeypatch):
@@ -363,11 +362,8 @@ def test_decoders(folder, monkeypatch):
         assert np.abs(pillow.astype(int) - torchvision).max() <= 3
     broken = folder / "train" / "bee" / "0.jpg"
     broken.write_bytes(b"nothing")
-    deep = folder / "deep.png"
-    Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(deep)
-    for path, reason in ((broken, ""), (deep, r"\(torch.uint16, expected 8 bits per channel\)")):
-        with pytest.raises(DataError, match=f"{path}: torchvision cannot read it.*{reason}"):
-            decoders.torchvision(path, 12)
+    with pytest.raises(DataError, match=f"{broken}: torchvision cannot read it"):
+        decoders.torchvision(broken, 12)
     with monkeypatch.context() as without:
         without.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(ValueError, match="torchvision is not installed: pip install 'torch"):

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 from torch import nn
 
-from bitkern.transfer import TrainingError
+from bitkern.transfer import TrainingError, fitting, setup
 from bitkern.transfer.fitting import smallest_split
 from tests.transfer.net import PLAIN, RULE, Net, assert_same_bits, state_of, stopped, train
 
@@ -56,10 +57,48 @@ def test_auto_is_the_split_given_by_hand(images, split, mixup_alpha):
     assert auto.largest == -(-10 // split)
 
 
-def test_says_what_it_found(capsys):
+def test_says_what_it_takes(capsys):
     train(Hungry(4), PLAIN, batch_split="auto", progress=True)
     said = capsys.readouterr().out.splitlines()
-    assert said[-1] == "batch_split 3, the smallest that fits on cpu"
+    (line,) = (line for line in said if line.startswith("estimate: "))
+    assert re.fullmatch(
+        r"estimate: \d+\.\d GB of memory, \S+ m?s a step, \S+ m?s in all "
+        r"\(6 steps of 10 images of 8x8, 4 at a time\)",
+        line,
+    )
+
+
+@pytest.mark.parametrize(
+    ("free", "images"), [(0, 0), (90, 1), (209, 1), (240, 2), (350, 3), (1000, 8)]
+)
+def test_images_that_fit_are_on_a_line(monkeypatch, free, images):
+    """One takes 90 bytes beside the process's 1000, each more of them 120."""
+    monkeypatch.setattr(fitting, "free_memory", lambda: free / 0.9)
+    monkeypatch.setattr(fitting, "resident_memory", lambda: 1000)
+    trials = {1: fitting.Trial(1090, 1.0), 2: fitting.Trial(1210, 2.0)}
+    assert fitting.images_that_fit(trials.get) == images
+
+
+def test_a_cpu_takes_no_more_than_fit(monkeypatch):
+    monkeypatch.setattr(setup, "images_that_fit", lambda *_: 4)
+    auto = Hungry(10)
+    train(auto, PLAIN, batch_split="auto")
+    assert auto.largest == 4
+    message = "does not suffice for 5 images at a time: raise batch_split"
+    with pytest.raises(TrainingError, match=message):
+        train(Hungry(10), PLAIN, batch_split=2, progress=True)
+    monkeypatch.setattr(setup, "images_that_fit", lambda *_: 10**9)
+    many = Hungry(100)
+    train(many, dataclasses.replace(PLAIN, batch_size=100, steps=1), batch_split="auto")
+    assert many.largest == 15, "of up to 16, seven parts of a hundred"
+
+
+def test_what_a_micro_batch_takes_is_measured():
+    with fitting._peak(torch.device("cpu")) as peak:
+        before = fitting.resident_memory()
+        held = torch.ones(50_000_000)
+        held += held.square()
+    assert 200e6 < peak() - before + 1e6 < 600e6
 
 
 def test_nothing_fits(tmp_path):
@@ -73,7 +112,7 @@ def test_nothing_fits(tmp_path):
 
 def test_resuming_takes_what_the_run_began_with(tmp_path):
     model = Hungry(4)
-    model.on_call = lambda call: call == 30 and exec("raise ZeroDivisionError")
+    model.on_call = lambda call: call == 36 and exec("raise ZeroDivisionError")
     with pytest.raises(ZeroDivisionError):
         train(model, out=tmp_path, batch_split="auto", checkpoint_every=5)
     resumed = Hungry(10)

@@ -134,3 +134,11 @@ def test_is_immutable_and_comparable():
     assert isinstance(rule, HyperRule) and rule == hyperrule(19_999, (8, 8))
     with pytest.raises(dataclasses.FrozenInstanceError):
         rule.steps = 1
+
+
+def test_quick_is_smaller_in_all_and_no_larger_in_anything():
+    rule = hyperrule(1000, (480, 480)).quick()
+    assert (rule.resize, rule.crop, rule.steps, rule.batch_size) == (160, 128, 100, 64)
+    assert (rule.warmup_steps, rule.decay_steps, rule.base_lr) == (20, (40, 60, 80), 0.003)
+    small = dataclasses.replace(rule.with_steps(10), resize=40, crop=32, batch_size=7)
+    assert small.quick() == small

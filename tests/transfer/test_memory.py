@@ -1,5 +1,8 @@
 """How much memory is free, in containers and jobs too."""
 
+import subprocess
+import sys
+
 import pytest
 
 from bitkern.transfer.data import memory
@@ -32,3 +35,11 @@ def test_free_memory(tmp_path, monkeypatch, files, free):
     monkeypatch.setattr(memory, "OWN", tmp_path / "own")
     monkeypatch.setattr(memory, "CGROUPS", {"": tmp_path / "v2", "memory": tmp_path / "v1"})
     assert memory.free_memory() == free
+
+
+@pytest.mark.parametrize(("option", "gigabytes"), [("-v", 8), ("-d", 2)])
+def test_within_ulimit(option, gigabytes):
+    script = "from bitkern.transfer.data.memory import free_memory; print(free_memory())"
+    command = f"ulimit {option} {gigabytes * 10**6}; exec {sys.executable} -c '{script}'"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < gigabytes * 1024e6

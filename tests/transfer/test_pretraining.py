@@ -303,7 +303,7 @@ def test_sigmoids_that_diverge(tmp_path):
 
     model.on_call = diverge
     rule = dataclasses.replace(RULE, sigmoid=True)
-    with pytest.raises(TrainingError, match="loss is nan at step 6: lower the learning rate"):
+    with pytest.raises(TrainingError, match="loss is nan at step 6: try a lower base_lr"):
         train(model, rule, eval_set=image_set(2), eval_every=6)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bitkern.models import read_metadata
-from bitkern.transfer import RunError, compute, loop
+from bitkern.transfer import RunError, TrainingError, compute, loop
 from tests.transfer.images import CLASSES, image_set
 from tests.transfer.net import (
     FILES,
@@ -30,7 +30,7 @@ from tests.transfer.net import (
 
 
 def interrupt(call):
-    if call == 3 * 10 - 1:  # within the tenth step of three micro-batches
+    if call == 3 * 10 - 1:  # within the tenth step of three micro-batches, which is broken off
         signal.raise_signal(signal.SIGINT)
 
 
@@ -40,7 +40,7 @@ def crash(call):
 
 
 @pytest.mark.parametrize(
-    ("stop", "error", "resumed_at"), [(interrupt, KeyboardInterrupt, 10), (crash, Crash, 10)]
+    ("stop", "error", "resumed_at"), [(interrupt, KeyboardInterrupt, 9), (crash, Crash, 10)]
 )
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_continues_with_the_same_bits(tmp_path, stop, error, resumed_at, workers):
@@ -97,7 +97,7 @@ def test_no_checkpoint_holds_a_step_that_diverged(tmp_path, every, also_interrup
 
     model.on_call = diverge
     options = dict(eval_set=image_set(2), checkpoint_every=every, eval_every=every)
-    with pytest.raises(loop.TrainingError, match="the loss is nan at step 14: lower"):
+    with pytest.raises(TrainingError, match="the loss is nan at step 14: try a lower"):
         train(model, out=tmp_path, **options)
     due = also_interrupted or 14 % every == 0
     assert model.calls == (14 if due else 15)
@@ -203,18 +203,18 @@ def test_what_cannot_be_written_is_told_before_the_training(tmp_path, change, me
     [
         (
             {"rule": dataclasses.replace(RULE, base_lr=0.2)},
-            "the run has base_lr 0.1, got 0.2",
+            "started with base_lr=0.1, now 0.2",
         ),
-        ({"seed": 1}, "the run has seed 0, got 1"),
-        ({"batch_split": 2}, "the run has batch_split 1, got 2"),
+        ({"seed": 1}, "started with seed=0, now 1"),
+        ({"batch_split": 2}, "started with batch_split=1, now 2"),
         (
             {"rule": dataclasses.replace(RULE, weight_decay=0.1)},
-            "the run has weight_decay 0.0, got 0.1",
+            "started with weight_decay=0.0, now 0.1",
         ),
-        ({"flip": False}, "the run has flip True, got False"),
-        ({"train_set": image_set(4)}, "the run has training images 15, got 12"),
-        ({"train_set": image_set()._replace(classes=("x", "y", "z"))}, "the run has classes"),
-        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 3))}, "the run has parameters"),
+        ({"flip": False}, "started with flip=True, now False"),
+        ({"train_set": image_set(4)}, "started with training images 15, now 12"),
+        ({"train_set": image_set()._replace(classes=("x", "y", "z"))}, "started with classes"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 3))}, "started with parameters"),
     ],
 )
 def test_resume_needs_the_settings_of_the_run(tmp_path, change, message):
@@ -243,7 +243,9 @@ def test_damaged_run_folders(tmp_path):
 
 def test_does_not_overwrite_a_run(tmp_path):
     stopped(tmp_path)
-    with pytest.raises(RunError, match="holds a run .*continue it with resume=True or use another"):
+    with pytest.raises(
+        RunError, match="already contains a run .*continue it with resume=True or use another"
+    ):
         train(Net(), PLAIN, out=tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="expected a folder, found a file"):

@@ -84,7 +84,7 @@ def test_given_classes(tmp_path):
         ("image,label\n0.png,a\n ,b\n", "line 3: image: expected a path, got none"),
         ("image,label\n0.png,a\n9.png,b\n", "line 3: .*9.png: no such file"),
         ("image,label\n0.png,a\n0.png,b\n", "line 3: .*0.png is named twice"),
-        ("image,label,split\n0.png,a,val\n1.png,b,test", "line 2: split: expected train or test"),
+        ("image,label,split\n0.png,a,dev\n1.png,b,test", "line 2: split: expected train, test"),
         ("image,label,split\n0.png,a,test\n1.png,b,test", "no images of the split train"),
         ('image,label\n0.png,"a\n', "truncated or not a CSV file"),
     ],
@@ -97,7 +97,7 @@ def test_bad_files(tmp_path, text, message):
 def test_not_text(tmp_path):
     path = table(tmp_path, "")
     path.write_bytes(b"image,label\n0.png,\xff\xfe\n")
-    with pytest.raises(DataError, match="truncated or not a CSV file"):
+    with pytest.raises(DataError, match="not UTF-8: save it as CSV UTF-8"):
         data.image_table(path, "train")
     with pytest.raises(DataError, match="none.csv: no such file"):
         data.image_table(tmp_path / "none.csv", "train")

@@ -1,21 +1,28 @@
 """Decoders: a function and a line each. Pixels differ between them, so a run keeps to one."""
 
 import importlib.metadata
+import io
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from bitkern import files
 from bitkern.transfer.compute import require
 from bitkern.transfer.data.images import (
+    SCALED,
     DataError,
     Pixels,
     Region,
     Source,
+    note,
+    orientation_of,
     read_image,
     read_region,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Decoder(Protocol):
@@ -52,6 +59,11 @@ def torchvision(source: Source, size: int, region: Region | None = None) -> Pixe
             data = Path(source).read_bytes() if isinstance(source, str | Path) else source.read()
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             pixels = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+            if data[8:12] == b"WEBP":  # of which it ignores the orientation
+                pixels = _upright(pixels, data)
+        if pixels.dtype == torch.uint16:
+            note(SCALED)
+            pixels = (pixels.float() / 257).round().byte()
         if pixels.dtype != torch.uint8:
             raise ValueError(f"{pixels.dtype}, expected 8 bits per channel")
         pixels = pixels[0] if pixels.ndim == 4 else pixels  # the first picture of a GIF
@@ -63,6 +75,18 @@ def torchvision(source: Source, size: int, region: Region | None = None) -> Pixe
     except (OSError, RuntimeError, ValueError) as error:
         reason = files.in_a_line(error)
         raise DataError(f"{source}: torchvision cannot read it ({reason})") from None
+
+
+def _upright(pixels: "Tensor", data: bytes) -> "Tensor":
+    """Turn (3, H, W) as the EXIF orientation of its file says."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        orientation = orientation_of(image)
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 2)
+    across, down = orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
+    return pixels.flip([1] * down + [2] * across)
 
 
 DECODERS: dict[str, Decoder] = {"pillow": pillow, "torchvision": torchvision}

@@ -1,45 +1,152 @@
 """Images in folders, one for each class."""
 
 import os
+import stat
+import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from bitkern.transfer.data.images import DataError, ImageSet
+from bitkern.transfer.data.images import (
+    VALIDATION,
+    DataError,
+    ImageSet,
+    NoSplitError,
+    image_formats,
+    listing,
+)
 
-EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# Folders that hold a split, the first there is.
+SPLITS = {"train": ("train",), "test": ("test", *VALIDATION), "validation": VALIDATION}
+
+
+class _Found:
+    """The image files below folders, and what was left out."""
+
+    def __init__(self) -> None:
+        self.left_out: Counter[str] = Counter()
+        self.linked = 0  # folders that were met before
+
+    def images(self, folder: Path) -> list[str]:
+        """The image files below a folder, sorted; each folder is read once, hidden ones never."""
+        found, seen = [], set[tuple[int, int]]()
+        for parent, folders, names in os.walk(folder, followlinks=True):
+            status = os.stat(parent)
+            if (status.st_dev, status.st_ino) in seen:
+                self.linked += 1
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in names:
+                suffix = os.path.splitext(name)[1].lower()
+                path = os.path.join(parent, name)
+                if name.startswith("."):
+                    continue
+                if suffix not in image_formats():
+                    self.left_out[suffix or "without a suffix"] += 1
+                elif not _is_regular(path):
+                    self.left_out["that are no files"] += 1
+                else:
+                    found.append(path)
+        return sorted(found)
+
+    def tell(self, folder: Path) -> None:
+        """Say what was left out, each in a line."""
+        if self.left_out:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in self.left_out.most_common())
+            print(f"{folder}: not images, left out: {kinds}", file=sys.stderr)
+        if self.linked:
+            times = "1 folder that is" if self.linked == 1 else f"{self.linked} folders that are"
+            print(f"{folder}: {times} linked more than once, read once", file=sys.stderr)
+
+
+def _is_regular(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:  # a link that leads nowhere
+        return False
 
 
 def find_images(folder: Path) -> list[str]:
-    """The image files below ``folder``, sorted; hidden ones are left out."""
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            os.path.join(parent, name)
-            for name in files
-            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS
-        ]
-    return sorted(found)
+    """The image files below ``folder``, sorted; hidden ones are left out, others told of."""
+    found = _Found()
+    images = found.images(folder)
+    found.tell(folder)
+    return images
 
 
-def image_folder(root: str | os.PathLike[str], split: str) -> ImageSet:
-    """The images ``root/split/CLASS/*.jpg`` (png, webp, …).
+def image_folder(
+    root: str | os.PathLike[str],
+    split: str,
+    classes: Sequence[str] | None = None,
+    *,
+    flat: bool = False,
+) -> ImageSet:
+    """The images ``root/split/CLASS/*.jpg`` (png, webp, …: all that Pillow reads).
 
-    Classes are the names of the folders, sorted. Raises ``DataError`` for a missing or empty
-    folder and for a class without images. Whether images can be read shows when they are.
+    ``root/val``, ``validation`` or ``valid`` serves as split "test" where there is none of that
+    name. With ``flat`` also ``root/CLASS/*.jpg`` where there are no splits. Classes are the names
+    of the folders, sorted, or ``classes``, which need not all have images.
+
+    Raises ``DataError`` for a missing or empty folder, a class without images and a folder that is
+    none of ``classes``. Whether images can be read shows when they are.
     """
-    folder = Path(root) / split
-    expected = f"expected images in {Path(root)}/{split}/CLASS/"
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; {expected}")
-    folders = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-    if len(folders) < 2:
-        raise DataError(f"{folder}: holds {len(folders)} class folders, need two; {expected}")
-    found = [find_images(class_folder) for class_folder in folders]
-    for class_folder, paths in zip(folders, found, strict=True):
-        if not paths:
-            raise DataError(f"{class_folder}: no images; add some or remove the folder")
-    labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found])
-    images = [path for paths in found for path in paths]
-    return ImageSet(images, labels.astype(np.int64), tuple(f.name for f in folders))
+    folder = split_folder(Path(root), split, flat)
+    folders = {f.name: f for f in class_folders(folder)}
+    if classes is None and len(folders) < 2:
+        count = f"{len(folders)} class folder{'s' * (len(folders) != 1)}"
+        raise DataError(
+            f"{folder}: has {count}, at least 2 are needed; expected images in {folder}/CLASS/"
+        )
+    found = _Found()
+    paths = {name: found.images(class_folder) for name, class_folder in folders.items()}
+    found.tell(folder)
+    names = tuple(folders)
+    if classes is None:
+        for name in names:
+            if not paths[name]:
+                raise DataError(f"{folders[name]}: no images; add some or remove the folder")
+    elif not any(paths.values()):
+        raise DataError(f"{folder}: no images; expected some in {folder}/CLASS/")
+    elif {*names} <= {*classes}:  # else the classes are others, which whoever compares them says
+        names = tuple(classes)
+        missing = [name for name in names if not paths.get(name)]
+        if missing:
+            of = f"{len(missing)} of {len(names)} classes: {listing(missing)}"
+            print(f"{folder}: no images of {of}", file=sys.stderr)
+    counts = [len(paths.get(name, ())) for name in names]
+    labels = np.repeat(np.arange(len(names)), counts).astype(np.int64)
+    return ImageSet([path for name in names for path in paths.get(name, ())], labels, names)
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted; hidden ones are left out."""
+    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+
+
+def split_folder(root: Path, split: str, flat: bool) -> Path:
+    """The folder of a split; raises ``DataError``, saying what else the folder may be."""
+    for name in SPLITS.get(split, (split,)):
+        if (root / name).is_dir():
+            if split == "test" and name != split:
+                print(f"{root / name}: taken for test images", file=sys.stderr)
+            return root / name
+    wanted = f"{root / split}: no such folder"
+    expected = f"expected images in {root}/{split}/CLASS/"
+    every = {name for names in SPLITS.values() for name in names}
+    if root.name in every and any((root.parent / name).is_dir() for name in every - {root.name}):
+        raise DataError(f"{wanted}; name the folder above it: --data {root.parent}")
+    is_flat = root.is_dir() and not any((root / name).is_dir() for name in every)
+    if is_flat and len(class_folders(root)) > 1:
+        if flat:
+            return root
+        if split == "train":
+            raise DataError(
+                f"{wanted}; if {root} holds a folder for each class, --holdout 0.2 tests on a "
+                f"fifth of it and trains on the rest; else {expected}"
+            )
+    hint = "" if split == "train" else ", or holdout"
+    raise NoSplitError(f"{wanted}; {expected}{hint}")

@@ -11,13 +11,13 @@ import numpy as np
 
 from bitkern import files
 from bitkern.transfer.compute import require
-from bitkern.transfer.data.images import DataError, ImageSet
+from bitkern.transfer.data.images import DataError, ImageSet, NoSplitError
 from bitkern.transfer.data.members import Labels, Members, image_set
 
 PREFIX = "hfds:"
 LABEL_COLUMNS = ("label", "labels")
 # Splits that serve one, the best first.
-SPLITS = {"train": ("train",), "test": ("test", "validation")}
+SPLITS = {"train": ("train",), "test": ("test", "validation"), "validation": ("validation",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _chosen(splits: Any, source: str, split: str) -> str:
         if name in splits:
             return name
     hint = ", or holdout" if split == "test" else ""
-    raise DataError(
+    raise NoSplitError(
         f"{source}: expected a saved dataset, Parquet or Arrow files with the split "
         f"{' or '.join(SPLITS[split])}{hint}, found {', '.join(splits) or 'none'}"
     )

@@ -1,7 +1,13 @@
 """Labelled images, and reading one."""
 
+import functools
+import importlib
+import importlib.util
 import io
+import re
 import struct
+import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -33,8 +39,18 @@ Region = Callable[[int, int], tuple[int, int, int, int]]
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as Pillow has it
 
 
+# Which Pillow only recognizes, or has other programs read.
+_NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+VALIDATION = ("val", "validation", "valid")  # what the split is called, the first there is
+_SHOWN = 20  # names in a message
+
+
 class DataError(ValueError):
     """The data set cannot be used; the message names the file or folder and what to do."""
+
+
+class NoSplitError(DataError):
+    """The data set has no images of that split."""
 
 
 class ImageSet(NamedTuple):
@@ -78,14 +94,39 @@ class ImageSet(NamedTuple):
         return ImageSet(take(indices), self.labels[indices], self.classes)
 
 
+@functools.cache
+def image_formats() -> dict[str, str]:
+    """Suffixes of image files, in small letters, and the formats of Pillow that they stand for.
+
+    All that Pillow reads, with those of ``pillow_heif`` where it is installed.
+    """
+    from PIL import Image
+
+    if importlib.util.find_spec("pillow_heif"):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    known = Image.registered_extensions().items()
+    return {end: name for end, name in known if name in {*Image.OPEN} - _NOT_READ}
+
+
+SCALED = "16-bit images are scaled to 8 bits by their full range"
+notes: dict[str, object] = {}  # what a user was told of the images that the process has read
+
+
+def note(what: str) -> None:
+    """Tell a user what is done to images, once; ``notes`` keeps it for the record."""
+    own = object()
+    if notes.setdefault(what, own) is own:  # in one thread alone
+        print(what, file=sys.stderr)
+
+
 def read_image(
     source: Source, before: "Callable[[Image.Image], object]" = lambda image: None
 ) -> "Image.Image":
     """The image of a path, member or uint8 array (H, W) or (H, W, 3) as an RGB ``PIL.Image``.
 
-    A file's is turned upright, as its EXIF orientation says. ``before`` is called with the image
-    that is opened, but not decoded. Raises ``DataError``, naming the file, if it cannot be
-    decoded.
+    A file's is turned upright, as its EXIF orientation says; 16 bits of grey are scaled to 8 by
+    their full range. ``before`` is called with the image that is opened, but not decoded. Raises
+    ``DataError``, naming the file, if it cannot be decoded.
     """
     from PIL import Image
 
@@ -94,19 +135,44 @@ def read_image(
         before(image)
         return image
     try:
-        file = source if isinstance(source, str | Path) else io.BytesIO(source.read())
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
+        # Never by name: then Pillow maps an uncompressed TIFF, and turns it wrongly.
+        with (
+            (
+                open(source, "rb") if isinstance(source, str | Path) else io.BytesIO(source.read())
+            ) as file,
+            Image.open(file, formats=[*{*image_formats().values()}]) as image,
+        ):
+            wide = image.mode.startswith("I;16") or (image.format, image.mode) == ("PNG", "I")
+            if image.mode.startswith(("I", "F")) and not wide:
                 # Pillow would clip these to 255 instead of scaling them.
-                raise ValueError(f"mode {image.mode}, expected 8 bits per channel")
+                raise ValueError(f"mode {image.mode}, expected 8 bits per channel, or 16 of grey")
             before(image)
             _turn_upright(image)
+            if wide:
+                note(SCALED)
+                grey = np.rint(np.asarray(image, np.float32) / 257).astype(np.uint8)
+                return Image.fromarray(grey).convert("RGB")
             return image.convert("RGB")
     # What Pillow's decoders raise for broken files.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise DataError(f"{source}: not a readable image ({error})") from None
+        raise DataError(f"{source}: not a readable image ({_reason(error)})") from None
     except Image.DecompressionBombError as error:
         raise DataError(f"{source}: image too large ({error})") from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return re.sub(r" <_io\..*", " the file", str(error))
+
+
+def several(errors: Sequence[str]) -> str:
+    """The messages of images that cannot be read, in one."""
+    if len(errors) == 1:
+        return errors[0]
+    rest = len(errors) - _SHOWN
+    more = f"; and {rest} more" * (rest > 0)
+    return f"{len(errors)} images cannot be read: {'; '.join(errors[:_SHOWN])}{more}"
 
 
 def read_region(source: Source, size: int, region: Region) -> "tuple[Image.Image, Box]":
@@ -115,11 +181,13 @@ def read_region(source: Source, size: int, region: Region) -> "tuple[Image.Image
     Of a JPEG Pillow decodes an eighth, a quarter or half of the pixels along a side, where that
     leaves as many; not of an image with fewer. Raises as ``read_image``.
     """
-    box: Box = (0, 0, 0, 0)
+    box: Box | None = None
 
     def choose(image: "Image.Image") -> None:
         nonlocal box
-        orientation = _orientation(image)
+        if image.format not in ("JPEG", "MPO"):
+            return  # of other formats it is not the same in all which size there is before
+        orientation = orientation_of(image)
         turned = orientation in (5, 6, 7, 8)
         width, height = image.size[::-1] if turned else image.size
         top, left, tall, wide = region(height, width)
@@ -137,10 +205,13 @@ def read_region(source: Source, size: int, region: Region) -> "tuple[Image.Image
         box = x, y, x + wide * scale, y + tall * scale
 
     image = read_image(source, choose)
+    if box is None:
+        top, left, tall, wide = region(image.height, image.width)
+        box = left, top, left + wide, top + tall
     return image, (*box[:2], min(box[2], image.width), min(box[3], image.height))
 
 
-def _orientation(image: "Image.Image") -> int:
+def orientation_of(image: "Image.Image") -> int:
     """How the camera was held, of the numbers of EXIF; 1 is upright."""
     try:
         return int(image.getexif().get(0x0112, 1))
@@ -182,14 +253,28 @@ def check_same_classes(
     """Raise ``DataError`` unless both have the same classes in the same order."""
     if tuple(classes) == tuple(expected):
         return
-    extra = [c for c in classes if c not in expected]
+    unexpected = [c for c in classes if c not in expected]
     missing = [c for c in expected if c not in classes]
-    differences = [f"{len(missing)} missing, such as {missing[0]!r}"] if missing else []
-    differences += [f"{len(extra)} more, such as {extra[0]!r}"] if extra else []
+    kinds = ("missing", missing), ("unexpected", unexpected)
+    listed = "; ".join(f"{kind}: {listing(names)}" for kind, names in kinds if names)
+    if {*map(_composed, missing)} & {*map(_composed, unexpected)}:
+        kinds = ("missing", [*map(ascii, missing)]), ("unexpected", [*map(ascii, unexpected)])
+        listed = "; ".join(f"{kind}: {listing(names)}" for kind, names in kinds if names)
+        listed += ", which look alike in two forms of Unicode: rename one of them"
     raise DataError(
-        f"{name}: expected the {len(expected)} classes of {expected_name}, found "
-        f"{' and '.join(differences) or 'another order'}"
+        f"{name}: expected the {len(expected)} classes of {expected_name}; "
+        f"{listed or 'found another order'}"
     )
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def listing(names: Sequence[str], limit: int = 10) -> str:
+    """Name the first few of many."""
+    more = f" and {len(names) - limit} more" * (len(names) > limit)
+    return f"{', '.join(names[:limit])}{more}"
 
 
 def check_apart(train_set: ImageSet, test_set: ImageSet, source: str) -> None:

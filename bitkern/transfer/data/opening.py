@@ -11,7 +11,7 @@ from bitkern.transfer.data.decoders import find_decoder
 from bitkern.transfer.data.entries import entries, room
 from bitkern.transfer.data.images import DataError, Source
 from bitkern.transfer.data.memory import free_memory
-from bitkern.transfer.data.resized import ADVICE, Resized
+from bitkern.transfer.data.resized import Resized
 
 CACHE = ("auto", "ram", "disk", "off")
 CHECKED = 100_000  # images that are checked before they are used unless told otherwise, at most
@@ -72,8 +72,8 @@ def open_resized(
         if found.path:
             with open(found.path, "rb") as file:
                 resized.kept = cache.mapped(file, resized)
-        for error in [] if reading.skip_corrupt else found.corrupt.values():
-            raise DataError(f"{error}: {ADVICE}")
+        if not reading.skip_corrupt:
+            resized.refuse_corrupt()
     return resized
 
 
@@ -123,7 +123,7 @@ def _chosen(resized: Resized, reading: Reading, again: bool) -> tuple[str, str]:
             raise DataError(f"cache: expected disk, off or auto, got ram: needs {need}, {memory}")
         return "ram", need
     if not again:
-        return "off", "images are read once"
+        return "not needed", "images are read once"
     if not reading.checks(len(resized)):
         return "off", f"{len(resized)} images are not all read before the training"
     if needed <= free / 2:

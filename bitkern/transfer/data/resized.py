@@ -7,7 +7,14 @@ from typing import BinaryIO
 import numpy as np
 
 from bitkern.transfer.data.decoders import Decoder
-from bitkern.transfer.data.images import DataError, ImageSet, Pixels, Region, Source
+from bitkern.transfer.data.images import (
+    DataError,
+    ImageSet,
+    Pixels,
+    Region,
+    Source,
+    several,
+)
 from bitkern.transfer.data.threads import begun_ahead, thread_pool
 
 ADVICE = "repair or delete it, or pass skip_corrupt=True"
@@ -74,8 +81,8 @@ class Resized:
         """Decode the images from ``start`` on, on all cores, and have ``take`` take their pixels.
 
         ``progress`` is told how many have been taken, counted from the set's first. What cannot be
-        read is added to ``corrupt``; unless ``skip_corrupt``, ``DataError`` is raised for the
-        first.
+        read is added to ``corrupt``; unless ``skip_corrupt``, ``DataError`` is raised for all of
+        it at the end.
         """
         from tqdm import tqdm
 
@@ -94,12 +101,18 @@ class Resized:
             try:
                 for span in begun_ahead(lambda s: pool.submit(read, s).result, spans, 4 * cores):
                     for index in span:
-                        if index in self.corrupt and not skip_corrupt:
-                            raise DataError(f"{self.corrupt[index]}: {ADVICE}")
                         progress(index + 1)
                     bar.update(len(span))
             finally:
                 pool.shutdown(cancel_futures=True)
+        if not skip_corrupt:
+            self.refuse_corrupt()
+
+    def refuse_corrupt(self) -> None:
+        """Raise ``DataError`` for the images that are known to be corrupt, all at once."""
+        if self.corrupt:
+            errors = [self.corrupt[index] for index in sorted(self.corrupt)]
+            raise DataError(f"{several(errors)}: {ADVICE}")
 
 
 def check_classes(data: ImageSet, resized: Resized) -> None:

@@ -21,14 +21,12 @@ from bitkern import files
 from bitkern.models.weights import cache_folder
 from bitkern.transfer.compute import require
 from bitkern.transfer.data import tar
-from bitkern.transfer.data.folder import EXTENSIONS
-from bitkern.transfer.data.images import DataError, ImageSet
+from bitkern.transfer.data.images import DataError, ImageSet, NoSplitError, image_formats
 from bitkern.transfer.data.members import Labels, Members, check_number, image_set
 
 FORMAT = 1  # of the index in the cache
 OPEN_SHARDS = 64  # in each process; systems allow 256 files and more
 LONGEST_LABEL = 1 << 20  # bytes
-_IMAGES = {extension[1:].encode() for extension in EXTENSIONS}
 
 
 class Shard(NamedTuple):
@@ -148,6 +146,8 @@ def image_shards(
 def _shards(source: str, split: str) -> list[Shard]:
     """The shards of a split."""
     folder, name = os.path.split(source)
+    if split == "validation":
+        raise NoSplitError(f"{source}: no shards to choose by: expected holdout")
     if split != "test" or "train" not in name:
         found = _expanded(source)
         if not found:
@@ -156,7 +156,7 @@ def _shards(source: str, split: str) -> list[Shard]:
     beside = os.path.join(folder, re.sub(r"\{[^{}]*\}", "*", name.replace("train", "test")))
     found = [path for path in _expanded(beside) if os.path.exists(path)]
     if not found:
-        raise DataError(f"{source}: no shards to test with: expected {beside}, or holdout")
+        raise NoSplitError(f"{source}: no shards to test with: expected {beside}, or holdout")
     return [_shard(path) for path in found]
 
 
@@ -259,6 +259,7 @@ class _Scan:
     def __init__(self) -> None:
         self.parts: list[_Index] = []
         self.names: dict[str, int] = {}  # of labels, numbered as they are found
+        self.images = {suffix[1:].encode() for suffix in image_formats()}
         self.forms: dict[str, str] = {}  # in which labels are given, all of them alike
 
     def add(self, shard: Shard) -> None:
@@ -279,7 +280,7 @@ class _Scan:
                 if sample is None:
                     sample = samples[key] = _Sample()
                 try:
-                    if suffix in _IMAGES:
+                    if suffix in self.images:
                         if sample.name:
                             raise ValueError(f"two images, .{tar.shown(suffix)} the second")
                         sample.name, sample.offset, sample.length = name, offset, length
@@ -299,8 +300,8 @@ class _Scan:
         if not any(sample.name for sample in samples.values()):
             found = ", ".join(sorted(tar.shown(suffix) for suffix in suffixes)) or "no files"
             raise DataError(
-                f"{shard.name}: no images: expected names that end in .jpg, .png, .webp or the "
-                f"like, found {files.in_a_line(found)}"
+                f"{shard.name}: no images: expected .jpg, .png, .webp or the like behind the first "
+                f"dot of a name, as in 0.jpg, found {files.in_a_line(found)}"
             )
         for key, sample in samples.items():
             if not sample.name or sample.labels is None:

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from bitkern import files
-from bitkern.transfer.data.images import DataError, ImageSet
+from bitkern.transfer.data.images import VALIDATION, DataError, ImageSet, NoSplitError
 
 SEPARATOR = ";"  # between the labels of an image that may have several
-SPLITS = ("train", "test")
+SPLITS = {"train": "train", "test": "test", **dict.fromkeys(VALIDATION, "validation")}
 
 
 class _Row(NamedTuple):
@@ -34,8 +34,8 @@ def image_table(
 
     Columns: ``image``, a path, from the file's folder on; ``label``, or ``labels``, which holds
     several separated by ";", or none, and makes a multi-label set; and, if there is one, ``split``,
-    "train" or "test": without it every row belongs to both. Other columns are ignored. Classes are
-    the labels of all rows, sorted, unless they are given as ``classes``.
+    "train", "test" or "val": without it every row belongs to all. Other columns are ignored.
+    Classes are the labels of all rows, sorted, unless they are given as ``classes``.
 
     Raises ``DataError``, naming the line, for a missing column, an empty label, one that is
     not among ``classes``, an image named twice and a missing image.
@@ -50,7 +50,7 @@ def image_table(
         raise DataError(f"{path}: holds labels of {len(names)} classes, need two")
     rows = [row for row in rows if row.split in (None, split)]
     if not rows:
-        raise DataError(f"{path}: holds no images of the split {split}")
+        raise NoSplitError(f"{path}: holds no images of the split {split}")
     for row in rows:
         if not os.path.isfile(row.image):
             raise DataError(f"{row.where}: {row.image}: no such file")
@@ -75,6 +75,8 @@ def _read(path: Path) -> tuple[Sequence[str], list[tuple[int, dict[str, str]]]]:
             reader = csv.DictReader(file, strict=True, restval="")
             return reader.fieldnames or (), [(reader.line_num, row) for row in reader]
     except (FileNotFoundError, ValueError) as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise DataError(f"{path}: not UTF-8: save it as CSV UTF-8") from None
         raise DataError(str(error)) from None
 
 
@@ -98,8 +100,10 @@ def _rows(
             raise DataError(f"{where}: image: expected a path, got none")
         split = cells["split"].strip() if "split" in columns else None
         if split not in (None, *SPLITS):
-            raise DataError(f"{where}: split: expected {' or '.join(SPLITS)}, got {split!r}")
-        yield _Row(where, os.path.join(path.parent, image), labels, split)
+            expected = "train, test or val"
+            raise DataError(f"{where}: split: expected {expected}, got {split!r}")
+        of = None if split is None else SPLITS[split]
+        yield _Row(where, os.path.join(path.parent, image), labels, of)
 
 
 def _check(rows: Sequence[_Row], classes: Sequence[str] | None) -> None:

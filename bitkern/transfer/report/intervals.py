@@ -1,4 +1,4 @@
-"""Intervals of 95 %: how far a value may be from that of endlessly many images of the same kind."""
+"""95 % confidence intervals: what to expect on more images like these."""
 
 import math
 

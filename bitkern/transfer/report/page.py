@@ -122,9 +122,9 @@ def _headline(report: Report) -> str:
             _card(report, "Exact match", "exact_match", "All labels of an image, and no others."),
         ]
     words = (
-        "An interval holds the value for endlessly many images of the same kind, in about 19 of 20 "
-        "evaluations; it knows nothing of images of another kind. Where there is none, the images "
-        "are too few or too alike to tell."
+        "Ranges are 95 % confidence intervals: what to expect on more images like these. They say "
+        "nothing about images of another kind. Where there is none, the images are too few or too "
+        "alike to tell."
     )
     return _section("How good it is", f'<dl class="cards">{"".join(cards)}</dl>', f"<p>{words}</p>")
 
@@ -144,7 +144,7 @@ def _classes(report: Report) -> str:
     words = (
         "<p>Precision: of the images for which a class was predicted, the share that have it. "
         "Recall: of the images that have it, the share for which it was predicted. "
-        f"{NONE} means not defined, for want of such images.</p>"
+        f"{NONE}: undefined (no such images).</p>"
     )
     whole = _class_table("All classes", rows)
     if len(rows) <= WORST:
@@ -208,7 +208,7 @@ def _confusion(report: Report, svg: str) -> str:
 def _mistakes(report: Report, thumbnails: Sequence[str | None]) -> str:
     pairs = list(zip(report["mistakes"], thumbnails, strict=True))
     groups = {
-        "false positive": "Named with the highest probability, and wrong",
+        "false positive": "Most confident wrong predictions",
         "false negative": "Labels given the lowest probability",
     }
     parts = []
@@ -217,9 +217,9 @@ def _mistakes(report: Report, thumbnails: Sequence[str | None]) -> str:
         if cards:
             parts += [f"<h3>{title}</h3>", f'<div class="pictures">{"".join(cards)}</div>']
     if not parts:
-        return _section("The surest mistakes", "<p>There are no mistakes.</p>")
-    words = "<p>Look at the labels first: what the model is sure of may be right.</p>"
-    return _section("The surest mistakes", words, *parts)
+        return _section("Most confident mistakes", "<p>There are no mistakes.</p>")
+    words = "<p>Look at the labels first: a confident mistake may be a wrong label.</p>"
+    return _section("Most confident mistakes", words, *parts)
 
 
 def _mistake(mistake: Mapping[str, Any], picture: str | None) -> str:
@@ -244,8 +244,9 @@ def _calibration(report: Report, svg: str) -> str:
     values = report["calibration"]
     what = "a class of an image" if report["multi_label"] else "the predicted class"
     words = (
-        f"Of all that was said of {what} with a probability, the share that is right. On the "
-        "dashed line the probabilities can be taken at their word; below it they promise too much. "
+        f"For each predicted probability of {what}, how often the prediction was right. On the "
+        "dashed line probabilities are as high as they should be; below it the model is "
+        "overconfident, above it underconfident. "
         f"The mean distance (expected calibration error) is {_percent(values['ece'])}, "
         f"the Brier score {values['brier']:.4f}, the loss {report['loss']:.4f}."
     )

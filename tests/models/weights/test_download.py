@@ -227,3 +227,12 @@ def test_one_of_several_downloads(server, path, kind):
         each.join()
     assert path.read_bytes() == BODY and parts(path) == [len(BODY)]
     assert len(server.requests) == 1
+
+
+def test_says_that_it_tries_again_and_what_else_there_is(server, path, capsys):
+    message = error_of(server, path, *["close"] * 4)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition("; again in ")[2] for line in said] == [f"{w} s" for w in module.WAITS]
+    assert all(f"x.npz: attempt {i} of 4: " in line for i, line in enumerate(said, 1))
+    for way in (f"put the file at {path} by hand", "BITKERN_WEIGHTS_URL", "--weights none"):
+        assert way in message
