@@ -15,7 +15,8 @@ from torch import nn
 
 import bitkern
 from tests.compile.nodes import fused
-from tests.peers import distance, gradients, randomize, relative
+from tests.peers import distance, from_timm, gradients, randomize, relative
+from tests.test_convert_models import TIMM
 
 
 class StdConv2d(nn.Conv2d):
@@ -229,3 +230,25 @@ def test_heads_and_features():
         torch.testing.assert_close(compiled(x), peer(x), rtol=1e-4, atol=1e-4)
         norms = [row for row in bitkern.explain(compiled) if row.layer == "norm"]
         assert norms and not any("alone" in row.reason for row in norms)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", sorted(TIMM))
+def test_timm(name):
+    """Every norm and standardized weight runs on the kernels; results, features and gradients."""
+    torch._dynamo.reset()
+    side, convs, norms = TIMM[name]
+    model = from_timm(name, **({"img_size": side} if "vit" in name else {})).double().eval()
+    run = torch.compile(model, backend="bitkern", fullgraph=True)
+    x = torch.randn(2, 3, side, side + 3 * ("vit" not in name), dtype=torch.float64)
+    result, grads = gradients(model, x, forward=run)
+    peer = copy.deepcopy(model)
+    expected, expected_grads = gradients(peer, x)
+    assert relative(result, expected) < 1e-11
+    assert distance(grads, expected_grads) < 1e-10 and len(grads) == len([*model.parameters()])
+    rows = bitkern.explain(run)
+    assert all(row.converted for row in rows)
+    assert [row.layer for row in rows].count("weight standardization") == convs
+    assert [row.layer for row in rows].count("norm") >= norms
+    features = torch.compile(model.forward_features, backend="bitkern")
+    assert relative(features(x), peer.forward_features(x)) < 1e-11
