@@ -1,4 +1,5 @@
-"""Without a GPU the kernels run under Triton's interpreter, on CPU tensors.
+"""Without a GPU the kernels run under Triton's interpreter, on CPU tensors; or, compiled, on the
+machine of ``tests/ptx``, which runs these tests in processes of its own.
 
 Triton decides at import whether its functions are interpreted: TRITON_INTERPRET is set before the
 process first imports Triton, and in these tests, but not in others, which see the package as it
@@ -15,7 +16,8 @@ import torch
 
 from tests.kernels import tritons
 
-INTERPRETED = not torch.cuda.is_available()
+EXECUTED = "BITKERN_PTX" in os.environ
+INTERPRETED = not (torch.cuda.is_available() or EXECUTED)
 _MODULES = (
     "triton",
     "bitkern.backends.triton.group_norm_act",
@@ -84,7 +86,7 @@ def other_triton(request):
 
 @pytest.fixture
 def device():
-    return "cpu" if INTERPRETED else "cuda"
+    return "cpu" if INTERPRETED or EXECUTED else "cuda"
 
 
 @pytest.fixture
