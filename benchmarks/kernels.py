@@ -177,7 +177,7 @@ def main():
                     device,
                 )
                 compiled = [
-                    c for key, c in launch._compiled.items() if key[2:4] == (kernel, rest[1])
+                    c for key, c in launch._compiled.items() if key[1:3] == (kernel, rest[1])
                 ]
                 registers = [[c.n_regs, c.n_spills] for c in compiled]
                 fields |= {"kernel": kernel.__name__, "programs": programs, "us": took * 1e6}

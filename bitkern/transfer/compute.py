@@ -28,7 +28,8 @@ def default_precision(device: str | torch.device) -> tuple[str, str]:
     """
     device = torch.device(device)
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # it is asked of the current one
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "which the GPU has") if native else ("fp16", "the GPU has no bf16")
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()

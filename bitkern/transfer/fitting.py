@@ -25,6 +25,15 @@ def smallest_split(suffices: Callable[[int], bool], most: int) -> int | None:
     return split
 
 
+# Libraries say in their own words that there was no memory for their buffers.
+_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    message = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(s in message for s in _OUT_OF_MEMORY)
+
+
 def fits(step: Stepper) -> bool:
     """Whether the memory of every process suffices for a step, which is tried.
 
@@ -37,7 +46,9 @@ def fits(step: Stepper) -> bool:
     with torch.random.fork_rng(gpus):
         try:
             step.rehearse()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             failed = True
     # Here, where the error no longer holds on to what it was raised in.
     step.optimizer.zero_grad()

@@ -187,12 +187,13 @@ def train(
         evaluation = _told(opened, eval_set, "evaluation", shown), eval_set
     with ranks.together():
         on_device = kept_on(compute.device, train_images)
+    # Before the memory is tried: with its first message NCCL takes its buffers.
+    ranks.copy_from_first(model.state_dict().values())
     if batch_split == "auto" and not checkpoint:
         setup = setup.fitted(optimizer, scaler, reduction)
         if shown:
             print(f"batch_split {setup.batch_split}, the smallest that fits on {compute.device}")
     del checkpoint
-    ranks.copy_from_first(model.state_dict().values())
 
     run = Run(folder if rank == 0 else None, state, setup.settings, said, done)
     with contextlib.ExitStack() as stack:

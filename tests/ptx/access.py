@@ -8,7 +8,7 @@ import numpy as np
 from tests.ptx.arithmetic import UNSIGNED, UnknownOpcode
 from tests.ptx.memory import FILL, WARP, Fault
 from tests.ptx.operands import expect, source
-from tests.ptx.parser import SIZES, members
+from tests.ptx.parser import SIZES, members, width
 
 
 class Copy(NamedTuple):
@@ -56,6 +56,9 @@ def _shape(opcode, *, stores):
 def _load(instruction, kernel):
     space, count, size = _shape(instruction.opcode, stores=False)
     registers = members(instruction.operands[0])
+    # A wider register is filled up with zeros, or with the sign.
+    dtypes = [UNSIGNED[width(register, kernel)] for register in registers]
+    part = np.dtype(f"{'i' if instruction.opcode[-3] == 's' else 'u'}{size}")
     if space == "param":
         name = instruction.operands[1].strip("[] ")
         expect(name in dict(kernel.parameters) and count == 1, instruction)
@@ -63,7 +66,7 @@ def _load(instruction, kernel):
 
         def parameter(group, mask):
             value = np.full(1, group.launch.arguments[name], UNSIGNED[size])
-            group.write(registers[0], value, mask)
+            group.write(registers[0], value.view(part).astype(dtypes[0]), mask)
 
         return parameter
     expect(space in ("global", "shared") and len(registers) == count, instruction)
@@ -72,12 +75,10 @@ def _load(instruction, kernel):
     def load(group, mask):
         lanes = group.lanes(mask)
         got = _fetch(group, space, lanes, address(group)[lanes], size, count)
-        for i, register in enumerate(registers):
-            value = got[:, i]
-            if mask is not None:
-                value = np.zeros(len(group.tid), UNSIGNED[size])
-                value[lanes] = got[:, i]
-            group.write(register, np.ascontiguousarray(value), mask)
+        for i, (register, dtype) in enumerate(zip(registers, dtypes, strict=True)):
+            value = np.zeros(len(group.tid), dtype)
+            value[lanes] = np.ascontiguousarray(got[:, i]).view(part).astype(dtype)
+            group.write(register, value, mask)
 
     return load
 

@@ -8,6 +8,7 @@ SIZES |= {f"{kind}{bits}": bits // 8 for kind in "busf" for bits in (16, 32, 64)
 SIZES |= {"bf16": 2, "bf16x2": 4, "f16x2": 4, "f32x2": 8}
 
 _PARAMETER = re.compile(r"\.param\s+\.(\w+)\s+(?:\.ptr\s+\.\w+\s+\.align\s+\d+\s+)?(\w+)")
+_REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%[a-z]+)<")
 _LINE = re.compile(r"\s*\.loc\b[^/]*(?://\s*(\w+\.py:\d+))?")
 _GUARDED = re.compile(r"@(!?)(%\w+)\s+(.*)")
 
@@ -31,6 +32,12 @@ class Kernel(NamedTuple):
     code: list[Instruction]
     labels: dict[str, int]  # of the instruction that follows
     tables: dict[str, list[str]]  # labels that a branch by an index may go to
+    widths: dict[str, int]  # bytes of registers, by what their names begin with
+
+
+def width(register: str, kernel: Kernel) -> int:
+    """Bytes."""
+    return kernel.widths[register.rstrip("0123456789")]
 
 
 def split_operands(text: str) -> tuple[str, ...]:
@@ -55,6 +62,7 @@ def parse(text: str) -> Kernel:
         [],
         {},
         {},
+        {name: SIZES[kind] for kind, name in _REGISTERS.findall(body)},
     )
     source, pending = "?", ""
     for line in body.splitlines():

@@ -20,7 +20,9 @@ MODULE = """
 )
 .reqntid {threads}
 {{
+    .reg .pred %p<9>;
     .reg .b32 %r<9>;
+    .reg .b64 %rd<9>;
     .loc 1 3 5  // wrong.py:3:5
     ld.param.b64 %rd1, [x];
     ld.param.b64 %rd2, [y];

@@ -63,6 +63,8 @@ DO(cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device), *context = (CU
 DO(cuModuleUnload(CUmodule module), )
 DO(cuFuncSetAttribute(CUfunction f, CUfunction_attribute attribute, int value), )
 DO(cuFuncSetCacheConfig(CUfunction f, CUfunc_cache config), )
+DO(cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status),
+   *status = CU_STREAM_CAPTURE_STATUS_NONE)
 DO(cuGetErrorString(CUresult result, const char** text), *text = error)
 DO(cuOccupancyMaxActiveClusters(int* n, CUfunction f, const CUlaunchConfig* config), *n = 1)
 DO(cuPointerGetAttribute(void* data, CUpointer_attribute attribute, CUdeviceptr pointer),
