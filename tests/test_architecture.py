@@ -18,7 +18,7 @@ PARTS = (
     ("reference",),
     ("backends",),
     ("ops",),
-    ("nn",),
+    ("nn", "selftest"),
     ("convert", "models"),
     ("transfer",),
     ("export",),

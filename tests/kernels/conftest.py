@@ -9,6 +9,7 @@ is without a GPU. Interpreted kernels cannot be compiled; test_compiled.py uses 
 import importlib
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from tests.kernels import tritons
 
+HERE = Path(__file__).parent
 EXECUTED = "BITKERN_PTX" in os.environ
 INTERPRETED = not (torch.cuda.is_available() or EXECUTED)
 _MODULES = (
@@ -68,6 +70,15 @@ def _compute_like_a_gpu():
 if INTERPRETED:
     _interpret()
     _compute_like_a_gpu()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """On a GPU all tests of kernels are such as need one."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.parent == HERE and "device" in getattr(item, "fixturenames", ()):
+                item.add_marker("gpu")
 
 
 @pytest.fixture(autouse=True)

@@ -185,15 +185,16 @@ def test_parameters(device, weight, bias):
 
 @ways
 def test_gradients_not_needed(way, device):
+    """Those that are may differ by roundings: other code computes them."""
     case = problem(device, (2, 24, 7, 9), 4, residual=True)
     every = case.ours()
     without_dx = case.ours(need_dx=False)
     assert without_dx["dx"] is None
     without_dparams = case.ours(need_dparams=False)
     assert without_dparams["dweight"] is without_dparams["dbias"] is None
-    assert torch.equal(without_dparams["dx"], every["dx"])
+    torch.testing.assert_close(without_dparams["dx"], every["dx"], rtol=1e-5, atol=1e-5)
     for name in ("dweight", "dbias"):
-        assert torch.equal(without_dx[name], every[name])
+        torch.testing.assert_close(without_dx[name], every[name], rtol=1e-5, atol=1e-5)
 
 
 @formats
