@@ -159,6 +159,12 @@ def test_map_sizes(device, format, shape):
     problem(device, shape, 2, torch.float16, format, residual=True).check()
 
 
+@formats
+def test_groups_wider_than_a_tile(device, format):
+    """Several rows of such a group do not fit into shared memory."""
+    problem(device, (1, 8192, 2, 3), 1, torch.float32, format, residual=True).check()
+
+
 @pytest.mark.parametrize("shape", [(3, 12), (2, 12, 5), (2, 12, 3, 2, 5)])
 def test_other_dimensions(device, shape):
     problem(device, shape, 3).check()

@@ -18,6 +18,7 @@ from tests.ptx.memory import WARP, Clock, Fault, Global, Shared
 from tests.ptx.operands import UNWRITTEN, expect, source
 from tests.ptx.parser import SIZES, Instruction, Kernel, members
 
+
 class LaunchFault(AssertionError):
     """What a launch did wrong: kernel, program, thread, instruction, line of the source."""
 

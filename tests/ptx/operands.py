@@ -18,7 +18,7 @@ def expect(known, instruction):
 
 
 def source(operand: str, kind: str, relaxed: bool = False) -> Callable:
-    """A function of the group: the bits of an operand. ``relaxed``: the lower ones of a register."""
+    """A function of the group: an operand's bits; ``relaxed``, the lower ones of a register."""
     size = SIZES[kind]
     dtype = np.bool_ if kind == "pred" else UNSIGNED[size]
     if operand in ("%tid.x", "%ctaid.x"):

@@ -144,7 +144,9 @@ def test_what_is_wrong_is_named(fault):
 
 def test_threads_that_part_meet_again():
     """Also where the code that some go through lies after that of all."""
-    body = EVEN + """
+    body = (
+        EVEN
+        + """
         @%p1 bra $L2;
     $L1:
         bar.sync 0;
@@ -153,6 +155,7 @@ def test_threads_that_part_meet_again():
     $L2:
         add.s32 %r1, %r1, 100;
         bra.uni $L1;"""
+    )
     y, _ = run(body)
     thread = np.arange(2 * THREADS) % THREADS
     assert (y == thread + 100 * (thread % 2 == 0)).all()

@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 
 from bitkern.transfer import HyperRule, ImageSet, train_batches
 from bitkern.transfer.compute import Compute

@@ -34,7 +34,9 @@ def _layer(own, other, tensors, scale):
     for tensor in tensors:
         if tensor is not None:
             addresses |= tensor.data_ptr()
-    return _Layer(own.shape[0], length, minor, length % 8 == 0 and addresses % 16 == 0, float(scale))
+    return _Layer(
+        own.shape[0], length, minor, length % 8 == 0 and addresses % 16 == 0, float(scale)
+    )
 
 
 @functools.cache  # unbounded: a captured CUDA graph goes on reading them

@@ -1,8 +1,8 @@
 """Our launchers on CPU tensors under the fake driver, which never touches what they hold.
 
-``python -m tests.kernels.fake_driver launches | numbers | capture | time | step`` prints JSON: every
-launch of each case; which types of numbers gave a wrong launch; what was refused while capturing;
-microseconds of host time per call; launches and host time of a training step's operators.
+``python -m tests.kernels.fake_driver launches | numbers | capture | time | step`` prints JSON:
+every launch of each case; which types of numbers gave a wrong launch; what was refused while
+capturing; microseconds of host time per call; launches and host time of a training step's operators.
 """
 
 import ctypes
@@ -154,7 +154,10 @@ def numbers():
     x, w, wrong = CASES["on chip"].x, [torch.empty(64, 64, 3, 3)], []
     for first in given:
         launch._compiled.clear()
-        for jit in (*vars(group_norm_act.forward).values(), *vars(weight_standardize.kernels).values()):
+        for jit in (
+            *vars(group_norm_act.forward).values(),
+            *vars(weight_standardize.kernels).values(),
+        ):
             getattr(jit, "device_caches", {}).clear()
         for kind in (first, *given):
             eps, scale = given[kind]

@@ -1,6 +1,6 @@
 // A libcuda.so.1 without a GPU: Triton's real launcher loads it, packs its arguments and
 // "launches". Every launch is recorded, and handed to an executor if there is one. An H100, as far
-// as Triton asks.
+// as Triton asks, but with the shared memory of sm_86, 89 and 120.
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -78,8 +78,8 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
     case CU_DEVICE_ATTRIBUTE_WARP_SIZE: *value = 32; break;
     case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK: *value = 65536; break;
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK: *value = 49152; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = 232448; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = 233472; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = 101376; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = 102400; break;
     default: *value = 1;
   }
   return CUDA_SUCCESS;

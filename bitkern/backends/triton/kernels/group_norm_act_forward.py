@@ -92,7 +92,7 @@ def _moments(
     offsets = tile_offsets(pixel, channels, pixels, CHANNELS_LAST, LANES, WIDE)
     sum_d = tl.zeros([ROWS, LANES], tl.float32)
     sum_dd = tl.zeros([ROWS, LANES], tl.float32)
-    for i in tl.range(tl.cdiv(left, TILE), num_stages=STAGES):
+    for i in tl.range(tl.cdiv(left, TILE), num_stages=STAGES if TILE > 1 else 1):
         mask = (pixel < left - i * TILE)[:, None] & in_block[None, :]
         value = _load_total(x, residual, total, at + offsets, mask)
         d = split_depth(value, CHANNELS_LAST, DEPTH, ROWS, LANES)
@@ -168,7 +168,7 @@ def _apply_tiles(
     offsets = tile_offsets(pixel, channels, pixels, CHANNELS_LAST, LANES, WIDE)
     stride = pixel_stride(channels, CHANNELS_LAST)
     at = start + first * stride
-    for i in tl.range(tl.cdiv(left, TILE), num_stages=STAGES):
+    for i in tl.range(tl.cdiv(left, TILE), num_stages=STAGES if TILE > 1 else 1):
         mask = (pixel < left - i * TILE)[:, None] & in_block[None, :]
         z = (load(total + at + offsets, mask) - mean[None, :]) * scale[None, :] + shift[None, :]
         if addend is not None:
