@@ -2,7 +2,8 @@
 
 ``python -m tests.kernels.fake_driver launches | numbers | capture | time | step`` prints JSON:
 every launch of each case; which types of numbers gave a wrong launch; what was refused while
-capturing; microseconds of host time per call; launches and host time of a training step's operators.
+capturing; microseconds of host time per call; launches and host time of the operators of a training
+step.
 """
 
 import ctypes
