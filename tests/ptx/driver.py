@@ -21,6 +21,8 @@ Executor = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_void_p),
 )  # fmt: skip
 executed: dict[str, list] = {}  # by kernel: launches, instructions, bytes read, bytes written
+# Of every launch: kernel; of each tensor its size, what was read and what was written, in bytes.
+log: list[tuple[str, list[tuple[int, int, int]]]] = []
 _tensors: list[tuple[int, int]] = []  # of the launch under way
 _in_tables: list = []  # of the next launch for many layers
 
@@ -55,6 +57,10 @@ def _execute(image, programs, threads, shared, parameters):
     ]
     done = Launch(program, programs, shared, arguments, _tensors)
     memory = done.memory
+    sizes = memory.ends - memory.starts
+    log.append(
+        (program.kernel.name, list(zip(sizes, memory.bytes_read, memory.bytes_written, strict=True)))
+    )
     counts = [1, done.instructions, int(memory.bytes_read.sum()), int(memory.bytes_written.sum())]
     before = executed.get(program.kernel.name, [0, 0, 0, 0])
     executed[program.kernel.name] = [a + b for a, b in zip(before, counts, strict=True)]

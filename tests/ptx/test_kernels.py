@@ -17,9 +17,10 @@ pytestmark = pytest.mark.skipif(
 NORMS = ("group_norm_act", "group_norm_add_relu")
 OPERATORS = (*NORMS, "activations", "weight_standardize", "ws_conv2d", "group_norm_act_conv")
 KERNELS = [f"tests/kernels/test_{name}.py" for name in (*NORMS, "weight_standardize")]
+KERNELS += ["tests/ptx/counted.py"]
 OPS = [f"tests/ops/test_{name}.py" for name in OPERATORS]
 # Inductor's own code does not run on the machine.
-ALL = "kernels or (ptx and not compile)"
+ALL = "kernels or test_bytes or (ptx and not compile)"
 # Each kernel once.
 SELECTION = (
     "(test_dtypes_and_formats and bfloat16 and channels_last and not alone)"
