@@ -1,5 +1,7 @@
-"""Bytes that kernels read and write, as the machine counts them, against what ``benchmarks/cost.py``
-reckons with. ``test_kernels.py`` runs this, in a process where kernels are executed."""
+"""Bytes that kernels read and write, as the machine counts them, against those of the cost model.
+
+``test_kernels.py`` runs this, in a process where kernels are executed.
+"""
 
 import itertools
 

@@ -57,10 +57,8 @@ def _execute(image, programs, threads, shared, parameters):
     ]
     done = Launch(program, programs, shared, arguments, _tensors)
     memory = done.memory
-    sizes = memory.ends - memory.starts
-    log.append(
-        (program.kernel.name, list(zip(sizes, memory.bytes_read, memory.bytes_written, strict=True)))
-    )
+    tensors = memory.ends - memory.starts, memory.bytes_read, memory.bytes_written
+    log.append((program.kernel.name, list(zip(*tensors, strict=True))))
     counts = [1, done.instructions, int(memory.bytes_read.sum()), int(memory.bytes_written.sum())]
     before = executed.get(program.kernel.name, [0, 0, 0, 0])
     executed[program.kernel.name] = [a + b for a, b in zip(before, counts, strict=True)]
