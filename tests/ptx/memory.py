@@ -120,14 +120,19 @@ class Space:
         if copying or self.copying.any():
             self.copying[cells] = copying
         self.bytes.view(UNSIGNED[size])[at[:, None] // size + np.arange(count)] = values
-        # Of lanes of a warp one is heard, by PTX; nothing is said of several warps.
+        # Others that stored there meanwhile. Of lanes of a warp one is heard, by PTX; threads of a
+        # program may store the same value, those of several may not.
         last = self.writers[cells] & _LOWER
-        lost = (last != threads).any(1) & (self.peek(at, size, count) != values).any(1)
+        differs = (self.peek(at, size, count) != values).any(1)
+        lost = ((last // WARP != threads // WARP).any(1) & differs) | (
+            last // self.threads != threads // self.threads
+        ).any(1)
         if lost.any():
             lane = np.flatnonzero(lost)[0]
-            who = int(last[lane][0])
-            if (last[lane] // WARP != threads[lane] // WARP).any():
-                raise Fault(lane, f"race: thread {who % self.threads} stores to the same place")
+            program, thread = divmod(int(last[lane][0]), self.threads)
+            raise Fault(
+                lane, f"race: thread {thread} of program {program} stores to the same place"
+            )
 
 
 class Shared(Space):

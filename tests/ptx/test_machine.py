@@ -114,6 +114,8 @@ WRONG = {
         "setp.eq.b32 %p1, %r4, 0; @%p1 st.global.b32 [%rd2], %r1; bar.sync 0;"
         "@!%p1 ld.global.b32 %r4, [%rd2];", "program 1, thread 0: race: thread 0 of program 0",
         "ld.global.b32"),
+    "two programs store the same": ("ld.param.b64 %rd2, [y]; st.global.b32 [%rd2], 7;",
+                                    "of program 1 stores to the same place", "st.global.b32"),
     "two warps store to one place": ("st.shared.b32 [global_smem], %r1;", "race: thread",
                                      "st.shared.b32"),
     "missing wait": (ASYNC + BACK, "thread 0: reads what an asynchronous copy brings",
