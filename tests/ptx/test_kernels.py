@@ -53,8 +53,7 @@ targets = pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 both_tritons = pytest.mark.parametrize("triton", ["3.6.0", "installed"])
 
 
-@targets
-@both_tritons
+@pytest.mark.parametrize("target, triton", [("sm_80", "installed"), ("sm_90", "3.6.0")])
 def test_a_selection(target, triton):
     assert execute(KERNELS, SELECTION, target, triton).keys() >= {"weight_standardize_forward_all"}
 
