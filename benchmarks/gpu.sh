@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu.sh kernels|sweep|full|sanitize OUT_DIR [--tiny]
 #
-#   kernels   a selection of the correctness tests; every Triton kernel alone
+#   kernels   the self-test, a selection of the correctness tests; every Triton kernel alone
 #   sweep     the kernels with other constants than those shipped; four of them under ncu
 #   full      all GPU tests; operators and models against their peers; a profile of a training step
 #   sanitize  memcheck and racecheck
@@ -23,6 +23,8 @@ python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
 status=0
 parallel=()
+# By name: others need packages that a machine with a GPU may lack.
+with_gpu_tests=(tests/kernels tests/ops tests/transfer/test_{graphs,loop,step}.py)
 "$python" -c "import xdist" 2>/dev/null && parallel=(-n $(($(nproc) * 3 / 4)))
 
 section() { # section NAME SECONDS COMMAND…
@@ -43,13 +45,15 @@ section() { # section NAME SECONDS COMMAND…
 gpu_tests() { # gpu_tests NAME SECONDS PYTEST-OPTION…
   local name=$1 limit=$2
   shift 2
-  section "$name" "$limit" "$python" -m pytest -q -m gpu tests "${parallel[@]}" "$@"
+  section "$name" "$limit" "$python" -m pytest -q -m gpu "${with_gpu_tests[@]}" \
+    "${parallel[@]}" "$@"
 }
 
 case $step in
   kernels)
     section build 60 "$python" setup.py build_ext --inplace
     rm -f "$out/kernels.jsonl"
+    section selftest 60 "$python" -m bitkern.selftest
     gpu_tests tests 150 -k "bfloat16 or graph or stream or weights"
     section kernels 240 "$python" -m benchmarks.kernels "$out/kernels.jsonl" "$@"
     ;;

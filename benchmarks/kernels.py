@@ -92,9 +92,15 @@ def record(module, call):
     return launched, returned
 
 
-def check(ours, exact):
-    """The correctness gate, before a time is taken."""
-    error = (ours.float() - exact).abs().max().item()
+def check(ours, exact, z=None):
+    """The correctness gate, before a time is taken.
+
+    z: what ReLU was given, where it decides over a gradient. Near 0 its sign is up to rounding.
+    """
+    error = (ours.float() - exact).abs()
+    if z is not None:
+        error = torch.where(z.abs() < 1e-3, 0.0, error)
+    error = error.max().item()
     assert error <= 0.02 * exact.abs().max().item() + 1e-3, f"wrong by {error}"
 
 
@@ -108,12 +114,12 @@ def group_norms(module, shape, device):
     of = 32, weight, bias
     _, y, mean, rstd = module.group_norm_act_forward(x, None, *of, 1e-5, "relu")
     leaf = x.float().requires_grad_()
-    exact = torch.group_norm(leaf, 32, weight, bias, 1e-5).relu()
-    exact.backward(dy.float())
+    z = torch.group_norm(leaf, 32, weight, bias, 1e-5)
+    z.relu().backward(dy.float())
     back = (*of, mean, rstd, "relu", True, True)
     dx = module.group_norm_act_backward(dy, None, x, *back)[0]
-    check(y, exact.detach())
-    check(dx, leaf.grad)
+    check(y, z.detach().relu())
+    check(dx, leaf.grad, z.detach())
     calls = {
         "forward": lambda: module.group_norm_act_forward(x, None, *of, 1e-5, "relu"),
         "forward, residual": lambda: module.group_norm_act_forward(x, residual, *of, 1e-5, "relu"),
@@ -177,7 +183,7 @@ def main():
                     device,
                 )
                 compiled = [
-                    c for key, c in launch._compiled.items() if key[2:4] == (kernel, rest[1])
+                    c for key, c in launch._compiled.items() if key[1:3] == (kernel, rest[1])
                 ]
                 registers = [[c.n_regs, c.n_spills] for c in compiled]
                 fields |= {"kernel": kernel.__name__, "programs": programs, "us": took * 1e6}

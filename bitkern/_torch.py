@@ -26,6 +26,19 @@ def transformed() -> str | None:
     return None
 
 
+_BACKEND = "bitkern.backend"
+
+
+def carry_backend(name: str | None) -> None:
+    """Tell the threads in which autograd runs what this one begins, too."""
+    torch._C._stash_obj_in_tls(_BACKEND, name)
+
+
+def carried_backend() -> str | None:
+    """What ``carry_backend`` was given, in the thread that began the backward pass or in this."""
+    return torch._C._get_obj_in_tls(_BACKEND) if torch._C._is_key_in_tls(_BACKEND) else None
+
+
 def saved_tensors_hooks() -> Any:
     """The innermost hooks on tensors saved for backward; None where there are none."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)

@@ -19,7 +19,7 @@ PARTS = (
     ("reference",),
     ("backends",),
     ("ops",),
-    ("nn",),
+    ("nn", "selftest"),
     ("compile",),
     ("convert", "models"),
     ("transfer",),

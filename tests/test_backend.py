@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import bitkern
 from bitkern import backends, ops
+from bitkern.backends import triton
 
 
 def python(code, **env):
@@ -178,3 +181,51 @@ def test_info_names_every_operator():
     rows = collect()["operators"]
     assert {r["operator"] for r in rows} == set(backends.OPERATORS)
     assert all(r["reason"] for r in rows)
+
+
+class _Nested(torch.autograd.Function):
+    """Autograd goes into another thread where backward passes are nested deeply."""
+
+    @staticmethod
+    def forward(ctx, x, depth, seen):
+        ctx.depth, ctx.seen = depth, seen
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.seen.append((threading.get_ident(), backends.requested()))
+        if ctx.depth:
+            with torch.enable_grad():
+                x = torch.ones(1, requires_grad=True)
+                _Nested.apply(x, ctx.depth - 1, ctx.seen).sum().backward()
+        return grad, None, None
+
+
+@pytest.mark.parametrize("name", ["reference", "auto"])
+def test_use_backend_holds_in_the_threads_of_backward(name):
+    """A GPU's backward pass runs in one, and with checkpoints forward passes do."""
+    seen = []
+    with bitkern.use_backend(name):
+        _Nested.apply(torch.ones(1, requires_grad=True), 70, seen).sum().backward()
+    assert {asked for _, asked in seen} == {name}
+    assert len({thread for thread, _ in seen}) > 1
+    with bitkern.use_backend("reference"):
+        pass
+    seen.clear()
+    _Nested.apply(torch.ones(1, requires_grad=True), 70, seen).sum().backward()
+    assert {asked for _, asked in seen} == {"auto"}
+
+
+def test_triton_that_does_not_start_says_why(monkeypatch):
+    """It needs a C compiler when it first talks to a GPU."""
+
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    fake = SimpleNamespace(runtime=SimpleNamespace(driver=Driver()))
+    monkeypatch.setattr(triton, "load", lambda: (fake, ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reason = backends.BACKENDS["triton"].unavailable()
+    assert reason == "triton did not start (Failed to find C compiler)"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import bitkern
-from benchmarks import measure, networks, operators, record
+from benchmarks import kernels, measure, networks, operators, record
 
 ROOT = Path(__file__).parents[1]
 ROW = {
@@ -355,3 +355,15 @@ def test_record_is_whole_after_every_row(tmp_path):
     assert written["stopped"] == "no time"
     shown = record.table(written)
     assert "1.50 compile" in shown and "FAILED" in shown and "result 0: far off" in shown
+
+
+def test_the_gate_of_kernels_lets_signs_near_zero_pass():
+    """In millions of elements ReLU takes some for positive that others take for negative."""
+    z = torch.linspace(-1, 1, 2001)
+    exact = (z > 0) * 5.0
+    ours = exact.clone()
+    ours[1000] = 5.0
+    kernels.check(ours, exact, z)
+    ours[1010] = 0.0
+    with pytest.raises(AssertionError, match="wrong by 5"):
+        kernels.check(ours, exact, z)

@@ -92,3 +92,21 @@ def test_profile_of_a_step(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "as a graph" in done.stdout
     assert "aten::convolution" in (tmp_path / "profile.txt").read_text()
+
+
+def test_gpu_tests_need_no_optional_packages(tmp_path):
+    """A machine with a GPU may lack them; a file that cannot be imported stops all tests."""
+    script = (ROOT / "benchmarks/gpu.sh").read_text()
+    named = re.search(r"^with_gpu_tests=\((.*)\)$", script, re.M)[1]
+    files = subprocess.run(["bash", "-c", f"echo {named}"], capture_output=True, text=True).stdout
+    for package in ("datasets", "diffusers", "webdataset", "timm", "transformers", "monai"):
+        (tmp_path / f"{package}.py").write_text("raise ImportError('not here')\n")
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-n", "0"]
+    done = subprocess.run(
+        [*command, *files.split()], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        if re.search(r"mark\.gpu$", path.read_text(), re.M):
+            assert str(path.relative_to(ROOT)) in done.stdout

@@ -52,11 +52,13 @@ class Choice(NamedTuple):
 
 
 class _Requested(threading.local):
-    # Read once: at each call it was a twentieth of a small one.
-    name = os.environ.get("BITKERN_BACKEND", "auto")
+    name: str | None = None  # by use_backend, in this thread
+    anywhere = False  # whether anybody ever did: else threads of autograd need not look
 
 
 _requested = _Requested()
+# Read once: at each call it was a twentieth of a small one.
+_default = os.environ.get("BITKERN_BACKEND", "auto")
 
 
 def _checked(name: str, source: str) -> str:
@@ -67,7 +69,10 @@ def _checked(name: str, source: str) -> str:
 
 def requested() -> str:
     """The backend asked for by ``use_backend`` or ``BITKERN_BACKEND``; else ``"auto"``."""
-    return _checked(_requested.name, "BITKERN_BACKEND")
+    name = _requested.name
+    if name is None and _Requested.anywhere and not torch.compiler.is_compiling():
+        name = _torch.carried_backend()  # into a thread of autograd
+    return _checked(name or _default, "BITKERN_BACKEND")
 
 
 @contextlib.contextmanager
@@ -76,12 +81,23 @@ def use_backend(name: str) -> Iterator[None]:
 
     ``"auto"`` picks the fastest that supports the tensors. Any other name is a demand: a call that
     it cannot serve raises ``RuntimeError`` with the reason, it never falls back in silence.
+
+    It holds for the thread that enters it, and for the backward passes that this thread begins
+    meanwhile, in whatever threads autograd runs them.
     """
     before, _requested.name = _requested.name, _checked(name, "use_backend")
+    _carry(name)
     try:
         yield
     finally:
         _requested.name = before
+        _carry(before)
+
+
+def _carry(name: str | None) -> None:
+    if not torch.compiler.is_compiling():
+        _Requested.anywhere = True
+        _torch.carry_backend(name)
 
 
 @functools.cache

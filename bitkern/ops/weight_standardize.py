@@ -75,11 +75,17 @@ def _format(channels_last: bool) -> torch.memory_format:
 # The registered operators, for torch.compile and torch.export. An empty list of gains is none.
 
 
+# The first call of a set of layers leaves tables on the device, which must not lie in the memory of
+# a CUDA graph of Inductor's: it would take them back.
+_KEEPS_TABLES = (torch.Tag.cudagraph_unsafe,)
+
+
 @torch.library.custom_op(
     "bitkern::weight_standardize",
     mutates_args=(),
     schema="(Tensor[] weights, Tensor[] gains, float[] scales, float eps, bool eps_outside,"
     " bool unbiased, ScalarType dtype, bool channels_last) -> (Tensor[] outs, Tensor stats)",
+    tags=_KEEPS_TABLES,
 )
 def _weight_standardize(
     weights: list[Tensor],
@@ -122,6 +128,7 @@ def _(
     mutates_args=(),
     schema="(Tensor[] douts, Tensor[] weights, Tensor[] gains, float[] scales, Tensor stats,"
     " float eps, bool eps_outside, bool unbiased) -> (Tensor[] dweights, Tensor[] dgains)",
+    tags=_KEEPS_TABLES,
 )
 def _weight_standardize_backward(
     douts: list[Tensor],

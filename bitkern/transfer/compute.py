@@ -29,7 +29,8 @@ def default_precision(device: str | torch.device) -> tuple[str, str]:
     """
     device = torch.device(device)
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # it is asked of the current one
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "which the GPU has") if native else ("fp16", "the GPU has no bf16")
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
@@ -50,8 +51,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory did not suffice, on whatever device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # PyTorch's allocator for the CPU, and oneDNN, say so in words alone.
-    said = "can't allocate memory", "not enough memory", "bad_alloc", "bad allocation"
+    # PyTorch's allocator for the CPU and the libraries below it say so in words of their own.
+    said = ("can't allocate memory", "not enough memory", "bad_alloc", "bad allocation")
+    said += ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 

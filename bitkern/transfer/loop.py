@@ -194,11 +194,12 @@ def train(
         evaluation = _told(opened, val_set, "validation", shown), val_set
     with ranks.together():
         on_device = kept_on(compute.device, train_images)
+    # Before the memory is tried: with its first message NCCL takes its buffers.
+    ranks.copy_from_first(model.state_dict().values())
     trial, auto = None, batch_split == "auto" and not checkpoint
     if auto or progress:
         setup, trial = setup.fitted(optimizer, scaler, reduction, auto)
     del checkpoint
-    ranks.copy_from_first(model.state_dict().values())
 
     split = "validation" if selection else said.get("evaluated_on", "test")
     run = Run(folder if rank == 0 else None, state, setup.settings | chosen, said, done)

@@ -1,4 +1,5 @@
-"""Without a GPU the kernels run under Triton's interpreter, on CPU tensors.
+"""Without a GPU the kernels run under Triton's interpreter, on CPU tensors; or, compiled, on the
+machine of ``tests/ptx``, which runs these tests in processes of its own.
 
 Triton decides at import whether its functions are interpreted: TRITON_INTERPRET is set before the
 process first imports Triton, and in these tests, but not in others, which see the package as it
@@ -8,6 +9,7 @@ is without a GPU. Interpreted kernels cannot be compiled; test_compiled.py uses 
 import importlib
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ import torch
 
 from tests.kernels import tritons
 
-INTERPRETED = not torch.cuda.is_available()
+HERE = Path(__file__).parent
+EXECUTED = "BITKERN_PTX" in os.environ
+INTERPRETED = not (torch.cuda.is_available() or EXECUTED)
 _MODULES = (
     "triton",
     "bitkern.backends.triton.group_norm_act",
@@ -68,6 +72,15 @@ if INTERPRETED:
     _compute_like_a_gpu()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """On a GPU all tests of kernels are such as need one."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.parent == HERE and "device" in getattr(item, "fixturenames", ()):
+                item.add_marker("gpu")
+
+
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     if INTERPRETED:
@@ -84,7 +97,7 @@ def other_triton(request):
 
 @pytest.fixture
 def device():
-    return "cpu" if INTERPRETED else "cuda"
+    return "cpu" if INTERPRETED or EXECUTED else "cuda"
 
 
 @pytest.fixture

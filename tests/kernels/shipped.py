@@ -191,7 +191,8 @@ def compiled(kernel, types, constants, warps, target):
             if value[0] == "*":
                 attributes[i,] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
-    return triton.compile(source, target=target, options=launch.options(warps))
+    options = launch.options(warps, target.backend == "hip")
+    return triton.compile(source, target=target, options=options)
 
 
 def resources(binary, warps):

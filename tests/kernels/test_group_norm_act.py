@@ -159,6 +159,12 @@ def test_map_sizes(device, format, shape):
     problem(device, shape, 2, torch.float16, format, residual=True).check()
 
 
+@formats
+def test_groups_wider_than_a_tile(device, format):
+    """Several rows of such a group do not fit into shared memory."""
+    problem(device, (1, 8192, 2, 3), 1, torch.float32, format, residual=True).check()
+
+
 @pytest.mark.parametrize("shape", [(3, 12), (2, 12, 5), (2, 12, 3, 2, 5)])
 def test_other_dimensions(device, shape):
     problem(device, shape, 3).check()
@@ -185,15 +191,16 @@ def test_parameters(device, weight, bias):
 
 @ways
 def test_gradients_not_needed(way, device):
+    """Those that are may differ by roundings: other code computes them."""
     case = problem(device, (2, 24, 7, 9), 4, residual=True)
     every = case.ours()
     without_dx = case.ours(need_dx=False)
     assert without_dx["dx"] is None
     without_dparams = case.ours(need_dparams=False)
     assert without_dparams["dweight"] is without_dparams["dbias"] is None
-    assert torch.equal(without_dparams["dx"], every["dx"])
+    torch.testing.assert_close(without_dparams["dx"], every["dx"], rtol=1e-5, atol=1e-5)
     for name in ("dweight", "dbias"):
-        assert torch.equal(without_dx[name], every[name])
+        torch.testing.assert_close(without_dx[name], every[name], rtol=1e-5, atol=1e-5)
 
 
 @formats

@@ -96,7 +96,7 @@ def test_no_parameters(device, absent):
 
 @ways
 def test_gradients_not_needed(way, device):
-    """Those that are do not change by a bit."""
+    """Those that are may differ by roundings: other code computes them."""
     case = Problem(device, SHAPE, 2, format="channels_last")
     every = case.ours()
     of = {"dx": ["dx"], "dresidual": ["dresidual"], "dparams": ["dweight", "dbias"]}
@@ -105,7 +105,8 @@ def test_gradients_not_needed(way, device):
         for need, names in of.items():
             for name in names:
                 assert (found[name] is None) == (need not in wanted)
-                assert found[name] is None or torch.equal(found[name], every[name]), name
+                if found[name] is not None:
+                    torch.testing.assert_close(found[name], every[name], rtol=1e-5, atol=1e-5)
 
 
 @ways

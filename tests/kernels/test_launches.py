@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
+from triton.compiler import make_backend
 
-from tests.kernels import fake_driver
+from bitkern.backends.triton import launch
+from tests.kernels import fake_driver, shipped
 
 # Launches of forward, recomputation and backward; one more in backward sums over the samples.
 COUNTS = {
@@ -47,3 +49,23 @@ def test_specializations(launches):
     for other in ("unaligned", "fp32"):
         for call in ("forward", "recompute"):
             assert launches[1, other, call][1] != launches[1, "on chip", call][1]
+
+
+def test_numbers_of_every_type(other_triton):
+    """An int and a float of NumPy's are floats to the kernels, whichever comes first."""
+    assert json.loads(fake_driver.run("numbers", other_triton))["result"] == []
+
+
+def test_warm_calls_are_captured(other_triton):
+    """In a CUDA graph, also where tensors begin at odd addresses; others are refused."""
+    refused = json.loads(fake_driver.run("capture", other_triton))["result"]
+    assert refused == [[False, 0], [False, 1], [False, 2]]
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_120", "gfx942"])
+def test_options_are_known_to_each_backend(name):
+    """The compiler refuses a launch with others."""
+    target = shipped.TARGETS[name]
+    options = launch.options(4, target.backend == "hip")
+    known = make_backend(target).parse_options(dict(options))
+    assert options.items() <= vars(known).items()

@@ -1,11 +1,15 @@
 """The implementations to run an operator's tests on, as (backend, device)."""
 
+import os
+
 import pytest
 
 from bitkern import backends
 
 
 def implementations(kernel):
+    if "BITKERN_PTX" in os.environ:  # in a process of tests/ptx
+        return pytest.mark.parametrize("name, device", [pytest.param("triton", "cpu", id="ptx")])
     params = [pytest.param("reference", "cpu", id="reference")]
     for name, device in (("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")):
         if kernel not in backends.BACKENDS[name].dtypes:

@@ -106,6 +106,8 @@ def test_layouts(poison, name, device, kind, out_channels_last):
 
 @every_implementation
 def test_many_layers_equal_one_by_one(name, device):
+    """To the bit, but for Triton: a layer alone is summed by as many warps as suit it."""
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if name == "triton" else {"rtol": 0, "atol": 0}
     shapes = [(7, 3, 7, 7), (16, 8, 1, 1), (5, 4, 3, 3), (33, 2, 3, 3)]
     weights = [filters(s, seed=i).to(device).requires_grad_() for i, s in enumerate(shapes)]
     gains = [torch.randn(s[0], 1, 1, 1, device=device, requires_grad=True) for s in shapes]
@@ -116,9 +118,9 @@ def test_many_layers_equal_one_by_one(name, device):
         grads = torch.autograd.grad(outs, weights + gains, douts)
         for i, w in enumerate(weights):
             out = ops.weight_standardize(w, 1e-5, gain=gains[i], scale=scales[i])
-            assert torch.equal(out, outs[i])
-            dw, dg = torch.autograd.grad(out, (w, gains[i]), douts[i])
-            assert torch.equal(dw, grads[i]) and torch.equal(dg, grads[len(weights) + i])
+            found = out, *torch.autograd.grad(out, (w, gains[i]), douts[i])
+            for a, b in zip(found, (outs[i], grads[i], grads[len(weights) + i]), strict=True):
+                torch.testing.assert_close(a, b, **tolerance)
 
 
 def test_no_layers():

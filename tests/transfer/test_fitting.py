@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from bitkern.transfer import TrainingError, fitting, setup
+from bitkern.transfer import TrainingError, fitting, ranks, setup
+from bitkern.transfer.compute import default_precision
 from bitkern.transfer.fitting import smallest_split
+from bitkern.transfer.setup import Setup
 from tests.transfer.net import PLAIN, RULE, Net, assert_same_bits, state_of, stopped, train
 
 
@@ -146,3 +148,57 @@ def test_fp16_skips_steps_whose_gradients_overflow():
     rule = dataclasses.replace(RULE, steps=1, warmup_steps=0, decay_steps=(), mixup_alpha=0.0)
     train(model, rule, precision="fp16")
     assert_same_bits(model, before)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_libraries_that_have_no_memory(message, monkeypatch):
+    """They say so in words of their own; other errors are not taken for that."""
+
+    def forward(self, x):
+        if len(x) > 4:
+            raise RuntimeError(message)
+        return Net.forward(self, x)
+
+    monkeypatch.setattr(Hungry, "forward", forward)
+    history = train(Hungry(4), PLAIN, batch_split="auto").history
+    assert history == train(Hungry(4), PLAIN, batch_split=3).history
+    message = "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"
+    with pytest.raises(RuntimeError, match="EXECUTION_FAILED"):
+        train(Hungry(4), PLAIN, batch_split="auto")
+
+
+def test_processes_talk_before_the_memory_is_tried(monkeypatch):
+    """NCCL takes its buffers with the first message."""
+    order = []
+    copy, fitted = ranks.copy_from_first, Setup.fitted
+    monkeypatch.setattr(ranks, "copy_from_first", lambda t: (order.append("copy"), copy(t))[1])
+    monkeypatch.setattr(Setup, "fitted", lambda *a: (order.append("fit"), fitted(*a))[1])
+    train(Hungry(4), PLAIN, batch_split="auto")
+    assert order == ["copy", "fit"]
+
+
+def test_bf16_is_asked_of_the_device(monkeypatch):
+    """Not of the current one."""
+    current = [0]
+
+    class On:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            current.append(self.device.index)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", On)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: current[-1] == 1)
+    assert default_precision("cuda:1")[0] == "bf16"
+    assert default_precision("cuda:0")[0] == "fp16"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 
 from bitkern.transfer import HyperRule, ImageSet, train_batches
 from bitkern.transfer.compute import Compute
@@ -177,3 +178,18 @@ def test_input_is_in_minus_one_to_one():
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert x.dtype == torch.float32 and (x.min(), x.max()) == (-1, 1)
     torch.testing.assert_close(x[0, 0].flatten(), torch.linspace(-1, 1, 256))
+
+
+class _NoBlockingCopies(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        to_device = any(isinstance(a, torch.device) for a in args[1:])
+        if function is torch.Tensor.to and to_device:
+            assert kwargs.get("non_blocking"), "a copy to the device that waits for it"
+        return function(*args, **kwargs)
+
+
+def test_crops_are_copied_without_waiting():
+    images = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
+    with _NoBlockingCopies():
+        assert cut_out(images, torch.zeros(2, 4, dtype=torch.int64), 4).shape == (2, 3, 4, 4)

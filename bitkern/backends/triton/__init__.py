@@ -5,6 +5,8 @@ import importlib
 import os
 import types
 
+import torch
+
 from bitkern.backends.backend import FLOATS, Backend
 
 
@@ -30,7 +32,14 @@ class Triton(Backend):
         return device in self.devices or os.environ.get("TRITON_INTERPRET") == "1"
 
     def unavailable(self) -> str | None:
-        return load()[1] or None
+        triton, reason = load()
+        if triton is None or not torch.cuda.is_available():
+            return reason or None
+        try:  # it compiles what talks to the GPU's driver, which takes a C compiler
+            triton.runtime.driver.active.get_current_target()
+        except Exception as error:
+            return f"triton did not start ({error})"
+        return None
 
     def launchers(self, kernel: str) -> types.ModuleType:
         return importlib.import_module(f"{__name__}.{kernel}")

@@ -38,7 +38,7 @@ def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act, adde
     if x.numel() == 0:
         return out, y, mean.zero_(), rstd.zero_()
     total = x if out is None else out
-    tensors = 1 if residual is None else 2
+    tensors, eps = 1 if residual is None else 2, float(eps)
     plan, programs, sizes, options, one_group = _problem(x, num_groups, tensors)
     pointers = (x, residual, addend, total, y, weight, bias, mean, rstd)
     if plan.splits == 1:

@@ -7,12 +7,14 @@ from triton.runtime import driver
 AMD = torch.version.hip is not None
 
 
-def options(warps: int) -> dict:
-    """Triton's compiler options.
+def options(warps: int, amd: bool = AMD) -> dict:
+    """Triton's compiler options, of which each backend refuses those that it does not know.
 
-    With 128 registers a multiprocessor holds 16 warps, which is what keeps enough loads under way.
+    With 128 registers a multiprocessor of NVIDIA's holds 16 warps, which is what keeps enough loads
+    under way.
     """
-    return {"num_warps": warps, "enable_fp_fusion": True, "maxnreg": 128}
+    common = {"num_warps": warps, "enable_fp_fusion": True}
+    return common if amd else common | {"maxnreg": 128}
 
 
 _compiled = {}
@@ -29,7 +31,8 @@ def refuse_capture(what):
 def launch(kernel, programs, pointers, numbers, constants, warps):
     """Launch ``kernel`` on the current stream of the device of ``pointers``.
 
-    pointers: tensors or None. numbers: ints and floats, of types that ``constants`` determines.
+    pointers: tensors or None. numbers: ints and floats, which of them each is must be determined by
+    ``constants``: a kernel compiled for an int does not take a float.
     constants: the constexpr arguments, in the order of the signature.
 
     Triton inspects the arguments of every call; here the first call's outcome is looked up by
@@ -52,12 +55,14 @@ def launch(kernel, programs, pointers, numbers, constants, warps):
         with torch.cuda.device(device):
             launch(kernel, programs, pointers, numbers, constants, warps)
         return
-    key = (device, bits % 16, *key)
+    if bits % 16:  # Triton has other code for each set of aligned addresses
+        key += [address is not None and address % 16 == 0 for address in addresses]
+    key = (device, *key)
     compiled = _compiled.get(key)
     if compiled is None:
         refuse_capture(kernel.__name__)
         compiled = kernel[programs,](*pointers, *numbers, *constants, **options(warps))
-        if bits % 16 == 0 and compiled is not None:  # None: the interpreter
+        if compiled is not None:  # None: the interpreter
             _compiled[key] = compiled
     elif knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
         compiled[programs, 1, 1](*addresses, *numbers, *constants)  # a profiler wants to see it

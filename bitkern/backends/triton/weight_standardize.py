@@ -34,7 +34,9 @@ def _layer(own, other, tensors, scale):
     for tensor in tensors:
         if tensor is not None:
             addresses |= tensor.data_ptr()
-    return _Layer(own.shape[0], length, minor, length % 8 == 0 and addresses % 16 == 0, scale)
+    return _Layer(
+        own.shape[0], length, minor, length % 8 == 0 and addresses % 16 == 0, float(scale)
+    )
 
 
 @functools.cache  # unbounded: a captured CUDA graph goes on reading them
@@ -76,13 +78,13 @@ def _launch(one, many, tensors, layers, gains, stats, variant, dtypes):
         pointers = (sizes, programs, _pointers(tensors), stats)
         dtypes = [_DTYPES[dtype] for dtype in dtypes]
         options = (*dtypes, int(gains is not None), *variant, permuted, config.FILTER_TILES)
-        numbers = (stats.shape[1], eps)
+        numbers = (stats.shape[1], float(eps))
         launch(many, len(programs), pointers, numbers, options, config.FILTER_WARPS)
         return
     ((filters, length, minor, aligned, scale),) = layers
     tile, warps = config.filter_tile(filters, length, aligned)
     options = (*variant, *tile, permuted)
-    numbers = (filters, length, minor, scale, eps)
+    numbers = (filters, length, minor, scale, float(eps))
     programs = -(-filters // tile.filters)
     launch(one, programs, (*tensors[0], stats), numbers, options, warps)
 

@@ -206,7 +206,9 @@ def cut_out(images: Tensor, crops: Tensor, size: int) -> Tensor:
 
     ``crops`` int64 (M, 4) are the rows of ``Crop``. The result is in channels_last.
     """
-    image, top, left, flip = crops.to(images.device).unbind(1)
+    if images.is_cuda:  # a copy from other memory waits for the GPU
+        crops = crops.pin_memory()
+    image, top, left, flip = crops.to(images.device, non_blocking=True).unbind(1)
     along = torch.arange(size, device=images.device)
     rows = top[:, None] + along
     columns = left[:, None] + torch.where(flip[:, None] > 0, along.flip(0), along)

@@ -1,7 +1,9 @@
 """Our launchers on CPU tensors under the fake driver, which never touches what they hold.
 
-``python -m tests.kernels.fake_driver launches | time | step`` prints JSON: every launch of each
-case; microseconds of host time per call; launches and host time of a training step's operators.
+``python -m tests.kernels.fake_driver launches | numbers | capture | time | step`` prints JSON:
+every launch of each case; which types of numbers gave a wrong launch; what was refused while
+capturing; microseconds of host time per call; launches and host time of the operators of a training
+step.
 """
 
 import ctypes
@@ -10,6 +12,7 @@ import struct
 import sys
 import time
 
+import numpy as np
 import torch
 
 torch.cuda.is_available = lambda: True
@@ -144,6 +147,47 @@ def launches():
     return done
 
 
+def numbers():
+    """Of each type first, then of the others: the driver gets what was meant."""
+    for module in (group_norm_act, weight_standardize):
+        module.launch = checked_launch
+    given = {"int": (0, 1), "float": (1e-5, 0.5), "numpy": (np.float32(1e-4), np.float64(2.0))}
+    x, w, wrong = CASES["on chip"].x, [torch.empty(64, 64, 3, 3)], []
+    for first in given:
+        launch._compiled.clear()
+        for jit in (
+            *vars(group_norm_act.forward).values(),
+            *vars(weight_standardize.kernels).values(),
+        ):
+            getattr(jit, "device_caches", {}).clear()
+        for kind in (first, *given):
+            eps, scale = given[kind]
+            try:
+                group_norm_act.group_norm_act_forward(x, None, 32, None, None, eps, "relu")
+                weight_standardize.weight_standardize_forward(
+                    w, None, [scale], Variant(eps, False, False), torch.bfloat16, False
+                )
+            except (AssertionError, TypeError) as error:
+                wrong.append([first, kind, str(error)])
+    return wrong
+
+
+def capture():
+    """Of warmed-up calls none is refused, wherever their tensors begin; of others all are."""
+    refused = []
+    for warm in (True, False):
+        for offset in (0, 1, 2):
+            case = Case(2, 2048, 7, offset=offset)
+            launch._compiled.clear()
+            for capturing in (False, True) if warm else (True,):
+                torch.cuda.is_current_stream_capturing = lambda on=capturing: on
+                try:
+                    case.forward()
+                except RuntimeError:
+                    refused.append([warm, offset])
+    return refused
+
+
 def per_call(function, seconds=0.5):
     """Microseconds, the least of five."""
     for _ in range(20):
@@ -211,5 +255,6 @@ def step():
 
 
 if __name__ == "__main__":
-    result = {"launches": launches, "time": times, "step": step}[sys.argv[1]]()
+    what = {"launches": launches, "numbers": numbers, "capture": capture}
+    result = (what | {"time": times, "step": step})[sys.argv[1]]()
     print(json.dumps({"triton": triton.__version__, "result": result}))

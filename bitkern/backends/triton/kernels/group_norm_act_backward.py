@@ -83,7 +83,7 @@ def _sums(
     offsets = tile_offsets(pixel, channels, pixels, CHANNELS_LAST, LANES, WIDE)
     sum_g = tl.zeros([ROWS, LANES], tl.float32)
     sum_gc = tl.zeros([ROWS, LANES], tl.float32)
-    for i in tl.range(tl.cdiv(left, TILE), num_stages=STAGES):
+    for i in tl.range(tl.cdiv(left, TILE), num_stages=STAGES if TILE > 1 else 1):
         mask = (pixel < left - i * TILE)[:, None] & in_block[None, :]
         g, centered = _gradients(dy, total, y, at + offsets, mask, mean, scale, shift, ACT)
         sum_g += sum_depth(g, CHANNELS_LAST, DEPTH, ROWS, LANES)
@@ -135,7 +135,7 @@ def _apply_tiles(
     offsets = tile_offsets(pixel, channels, pixels, CHANNELS_LAST, LANES, WIDE)
     stride = pixel_stride(channels, CHANNELS_LAST)
     at = start + first * stride
-    for i in tl.range(tl.cdiv(left, TILE), num_stages=STAGES):
+    for i in tl.range(tl.cdiv(left, TILE), num_stages=STAGES if TILE > 1 else 1):
         mask = (pixel < left - i * TILE)[:, None] & in_block[None, :]
         g, centered = _gradients(dy, total, y, at + offsets, mask, mean, scale, shift, ACT)
         _store_dx(dx, dtotal, daddend, at + offsets, mask, g, centered, scale, constant, slope)

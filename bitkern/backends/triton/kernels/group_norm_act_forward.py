@@ -65,7 +65,7 @@ def _of_groups(mean, deviations, squares, n, channel, size, ONE_GROUP: tl.conste
     it and of their squares. They take the estimate's rounding back, which may be large against
     the standard deviation.
     """
-    correction = over_groups(deviations, channel, size, ONE_GROUP) / n
+    correction = tl.div_rn(over_groups(deviations, channel, size, ONE_GROUP), n)
     squares = over_groups(squares, channel, size, ONE_GROUP)
     return mean + correction, squares - correction * correction * n
 
@@ -92,7 +92,7 @@ def _moments(
     offsets = tile_offsets(pixel, channels, pixels, CHANNELS_LAST, LANES, WIDE)
     sum_d = tl.zeros([ROWS, LANES], tl.float32)
     sum_dd = tl.zeros([ROWS, LANES], tl.float32)
-    for i in tl.range(tl.cdiv(left, TILE), num_stages=STAGES):
+    for i in tl.range(tl.cdiv(left, TILE), num_stages=STAGES if TILE > 1 else 1):
         mask = (pixel < left - i * TILE)[:, None] & in_block[None, :]
         value = _load_total(x, residual, total, at + offsets, mask)
         d = split_depth(value, CHANNELS_LAST, DEPTH, ROWS, LANES)
@@ -108,9 +108,10 @@ def _moments(
         rest = tl.minimum(tl.maximum(left % TILE - row, 0), DEPTH)
         count = left // TILE * DEPTH + rest
     count = count.to(tl.float32)[:, None]
-    mean_d = sum_d / tl.maximum(count, 1.0)
+    mean_d = tl.div_rn(sum_d, tl.maximum(count, 1.0))
     n = size * 1.0 * left
-    mean = over_groups(tl.sum((origin + mean_d) * count, 0), channel, size, ONE_GROUP) / n
+    total_of_groups = over_groups(tl.sum((origin + mean_d) * count, 0), channel, size, ONE_GROUP)
+    mean = tl.div_rn(total_of_groups, n)
     delta = tl.where(in_block[None, :], origin + mean_d - mean[None, :], 0.0)
     sum_dd += delta * (delta * count) - sum_d * mean_d
     return _of_groups(
@@ -132,9 +133,9 @@ def _combine(
     count = tl.where(split < splits, count, 0.0)[:, None]
     n = size * 1.0 * pixels
     means = load(of, mask)
-    mean = tl.sum(means * count, 0) / n
+    mean = tl.div_rn(tl.sum(means * count, 0), n)
     delta = tl.where(mask, means - mean[None, :], 0.0)
-    correction = tl.sum(delta * count, 0) / n
+    correction = tl.div_rn(tl.sum(delta * count, 0), n)
     m2 = tl.sum(load(of + 1, mask) + delta * (delta * count), 0)
     return mean + correction, m2 - correction * correction * n
 
@@ -145,7 +146,7 @@ def _store_statistics(
 ):  # fmt: skip
     """The first split's program stores them. Returns rstd."""
     m2 = tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    rstd = tl.rsqrt(m2 / (size * 1.0 * pixels) + eps)
+    rstd = tl.rsqrt(tl.div_rn(m2, size * 1.0 * pixels) + eps)
     if split == 0:
         to = sample * (channels // size) + channel // size
         opens_group = in_block & (channel % size == 0)
@@ -167,7 +168,7 @@ def _apply_tiles(
     offsets = tile_offsets(pixel, channels, pixels, CHANNELS_LAST, LANES, WIDE)
     stride = pixel_stride(channels, CHANNELS_LAST)
     at = start + first * stride
-    for i in tl.range(tl.cdiv(left, TILE), num_stages=STAGES):
+    for i in tl.range(tl.cdiv(left, TILE), num_stages=STAGES if TILE > 1 else 1):
         mask = (pixel < left - i * TILE)[:, None] & in_block[None, :]
         z = (load(total + at + offsets, mask) - mean[None, :]) * scale[None, :] + shift[None, :]
         if addend is not None:
@@ -201,7 +202,7 @@ def group_norm_act_forward_on_chip(
     value = _load_total(x, residual, total, start + offsets, mask)
     n = size * 1.0 * pixels
     mean = tl.sum(sum_depth(value, CHANNELS_LAST, DEPTH, ROWS, LANES), 0)
-    mean = over_groups(mean, channel, size, ONE_GROUP) / n
+    mean = tl.div_rn(over_groups(mean, channel, size, ONE_GROUP), n)
     d = tl.where(mask, value - mean[None, :], 0.0)
     sum_d = tl.sum(sum_depth(d, CHANNELS_LAST, DEPTH, ROWS, LANES), 0)
     sum_dd = tl.sum(sum_depth(d * d, CHANNELS_LAST, DEPTH, ROWS, LANES), 0)

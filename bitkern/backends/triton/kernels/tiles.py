@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 # Of the loops over tiles: two are under way, by asynchronous copies into shared memory where the
-# GPU has them, while a third is worked on.
+# GPU has them, while a third is worked on. Not of tiles of one pixel, which are as wide as a group:
+# three of them may be more than there is shared memory.
 STAGES = tl.constexpr(3)
 
 kernel = triton.jit(do_not_specialize=["channels", "pixels", "size", "block", "tiles", "splits"])

@@ -46,6 +46,7 @@ def _forward_tile(
     """out in its own order. WHOLE: K <= BLOCK. ALIGNED: 8 divides K."""
     if ALIGNED:
         K = K // 8 * 8  # tells the compiler how wide its accesses may be
+    n = K * 1.0  # divisions round correctly: what a mean lost is exactly what is left
     filter = first + tl.arange(0, FILTERS)
     valid = filter < filters
     k = tl.arange(0, BLOCK)
@@ -53,10 +54,10 @@ def _forward_tile(
         own, other = _addresses(filter, k, K, minor, PERMUTED)
         mask = valid[:, None] & (k < K)[None, :]
         value = _load(weight + other, mask)
-        mean = tl.sum(value, 1) / K
+        mean = tl.div_rn(tl.sum(value, 1), n)
         centered = tl.where(mask, value - mean[:, None], 0.0)
         # What the mean lost by rounding may be large against the standard deviation.
-        rest = tl.sum(centered, 1) / K
+        rest = tl.div_rn(tl.sum(centered, 1), n)
         centered = tl.where(mask, centered - rest[:, None], 0.0)
         m2 = tl.sum(centered * centered, 1)
     else:
@@ -72,13 +73,13 @@ def _forward_tile(
             sum_d += d
             sum_dd += d * d
         count = tl.cdiv(K - k, BLOCK).to(tl.float32)[None, :]
-        mean_d = sum_d / tl.maximum(count, 1.0)
+        mean_d = tl.div_rn(sum_d, tl.maximum(count, 1.0))
         means = origin + mean_d
-        mean = tl.sum(means * count, 1) / K
-        rest = tl.sum((means - mean[:, None]) * count, 1) / K
+        mean = tl.div_rn(tl.sum(means * count, 1), n)
+        rest = tl.div_rn(tl.sum((means - mean[:, None]) * count, 1), n)
         delta = means - mean[:, None] - rest[:, None]
         m2 = tl.sum(sum_dd - sum_d * mean_d + delta * (delta * count), 1)
-    var = m2 / (K - UNBIASED)
+    var = tl.div_rn(m2, n - UNBIASED)
     if EPS_OUTSIDE:
         std = tl.sqrt_rn(var)
         factor = scale / (std + eps)
@@ -112,6 +113,7 @@ def _backward_tile(
     """
     if ALIGNED:
         K = K // 8 * 8
+    n = K * 1.0
     filter = first + tl.arange(0, FILTERS)
     valid = filter < filters
     k = tl.arange(0, BLOCK)
@@ -123,7 +125,7 @@ def _backward_tile(
         g = _load(dout + other, mask)
         centered = _load(weight + own, mask) - mean
         sum_g = tl.sum(g, 1)
-        rest = tl.sum(tl.where(mask, centered, 0.0), 1) / K
+        rest = tl.div_rn(tl.sum(tl.where(mask, centered, 0.0), 1), n)
         centered -= rest[:, None]
         sum_gc = tl.sum(g * centered, 1)
     else:
@@ -139,20 +141,20 @@ def _backward_tile(
             sums_c += centered
             sums_gc += g * centered
         sum_g = tl.sum(sums_g, 1)
-        rest = tl.sum(sums_c, 1) / K
+        rest = tl.div_rn(tl.sum(sums_c, 1), n)
         sum_gc = tl.sum(sums_gc, 1) - rest * sum_g
-    slope = sum_gc / (K - UNBIASED)
+    slope = tl.div_rn(sum_gc, n - UNBIASED)
     if EPS_OUTSIDE:
         d = std + eps
-        slope = tl.where(std > 0.0, slope / d / std, 0.0)
+        slope = tl.where(std > 0.0, tl.div_rn(tl.div_rn(slope, d), std), 0.0)
     else:
         d = std
-        slope = slope / d / d
+        slope = tl.div_rn(tl.div_rn(slope, d), d)
     factor = scale / d
     if gain is not None:
         tl.store(dgain + filter, factor * sum_gc, mask=valid)
         factor *= _load(gain + filter, valid)
-    constant = (sum_g / K)[:, None]
+    constant = tl.div_rn(sum_g, n)[:, None]
     slope = slope[:, None]
     factor = factor[:, None]
     if WHOLE:

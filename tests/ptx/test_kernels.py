@@ -1,0 +1,68 @@
+"""The kernels that ship, compiled for two GPUs by two Tritons, executed: the numerical tests of
+``tests/kernels`` and ``tests/ops``, in processes of their own."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.kernels import fake_driver, shipped, tritons
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(fake_driver.COMPILER) is None, reason=f"no C compiler {fake_driver.COMPILER}"
+)
+
+NORMS = ("group_norm_act", "group_norm_add_relu")
+OPERATORS = (*NORMS, "activations", "weight_standardize", "ws_conv2d", "group_norm_act_conv")
+KERNELS = [f"tests/kernels/test_{name}.py" for name in (*NORMS, "weight_standardize")]
+KERNELS += ["tests/ptx/counted.py"]
+OPS = [f"tests/ops/test_{name}.py" for name in OPERATORS]
+# Inductor's own code does not run on the machine.
+ALL = "kernels or test_bytes or (ptx and not compile)"
+# Each kernel once.
+SELECTION = (
+    "(test_dtypes_and_formats and bfloat16 and channels_last and not alone)"
+    " or (test_group_sizes and 12) or test_unaligned_addresses or test_no_variance"
+    " or test_many_layers_are_one_launch"
+)
+
+
+def execute(files, tests, target, triton):
+    """What the kernels did, by name."""
+    if triton == "3.6.0" and not tritons.OTHER.exists():
+        pytest.skip("no build/triton-3.6.0, which make test installs")
+    folder = str(fake_driver.build())
+    environment = tritons.environment(triton == "3.6.0")
+    environment |= {"LD_LIBRARY_PATH": folder, "TRITON_LIBCUDA_PATH": folder}
+    # Of its own: what lies there is not machine code.
+    environment |= {"BITKERN_PTX": target, "TRITON_CACHE_DIR": str(tritons.ROOT / "build/ptx")}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "tests.ptx.plugin", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "-q", "--tb=short", "-k", tests, *files],
+        cwd=tritons.ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("executed: "))
+    return json.loads(line.removeprefix("executed: "))
+
+
+targets = pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+both_tritons = pytest.mark.parametrize("triton", ["3.6.0", "installed"])
+
+
+@pytest.mark.parametrize("target, triton", [("sm_80", "installed"), ("sm_90", "3.6.0")])
+def test_a_selection(target, triton):
+    assert execute(KERNELS, SELECTION, target, triton).keys() >= {"weight_standardize_forward_all"}
+
+
+@pytest.mark.sweep
+@targets
+@both_tritons
+@pytest.mark.parametrize("files", [KERNELS, OPS], ids=["kernels", "ops"])
+def test_all(target, triton, files):
+    executed = execute(files, ALL, target, triton)
+    if files is KERNELS:
+        assert executed.keys() == shipped.KERNELS
