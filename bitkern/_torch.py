@@ -107,6 +107,17 @@ def state_of(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
     return tuple((0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors)
 
 
+def is_registered(target: Any) -> bool:
+    """Whether a target of a graph is an operator with a schema."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def mutates(operator: Any) -> bool:
+    """Whether an operator's schema says that it changes an argument."""
+    mutable: bool = operator._schema.is_mutable
+    return mutable
+
+
 def compilation(gm: torch.fx.GraphModule) -> tuple[str, str | None]:
     """The number of the frame and of its graph that Dynamo compiles; why a graph broke, or None."""
     compile_id = torch._guards.CompileContext.current_compile_id()

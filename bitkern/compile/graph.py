@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from bitkern import ops
+from bitkern import _torch, ops
 from bitkern.ops import Conv
 from bitkern.reference import Activation
 
@@ -219,8 +219,8 @@ def changes(node: fx.Node) -> bool:
     """Whether a node changes memory that was there before, as far as its name tells."""
     if node.op not in ("call_function", "call_method"):
         return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
+    if _torch.is_registered(node.target):
+        return _torch.mutates(node.target)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__") or name in ("setitem", "__setitem__")
     augmented = getattr(node.target, "__module__", "") == "_operator" and name in _AUGMENTED

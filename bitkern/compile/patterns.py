@@ -10,6 +10,7 @@ has not changed its input yet. The end of a post-activation block stands where t
 import operator
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 from bitkern.compile import run
@@ -241,7 +242,5 @@ def _why(chain: Chain) -> str:
         return "its result leaves the graph"
     if user.target in _MAKERS:
         return "its result is added to that of another norm"
-    function = (
-        user.target if isinstance(user.target, str) else user._pretty_print_target(user.target)
-    )
+    function = user.target if isinstance(user.target, str) else torch.typename(user.target)
     return f"{function} follows, which no kernel computes with it"

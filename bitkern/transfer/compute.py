@@ -47,14 +47,18 @@ def require(*modules: str) -> None:
             raise ValueError(f"{module} is not installed: pip install '{package}'")
 
 
+# PyTorch's allocator for the CPU and the libraries below it say so in words alone.
+_OUT_OF_MEMORY = (
+    *("can't allocate memory", "not enough memory", "bad_alloc", "bad allocation"),
+    *("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory did not suffice, on whatever device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # PyTorch's allocator for the CPU and the libraries below it say so in words of their own.
-    said = ("can't allocate memory", "not enough memory", "bad_alloc", "bad allocation")
-    said += ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    return isinstance(error, RuntimeError) and any(s in str(error) for s in _OUT_OF_MEMORY)
 
 
 def use_graph(cuda_graph: str, device: torch.device) -> bool:
