@@ -107,15 +107,22 @@ def state_of(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
     return tuple((0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors)
 
 
-def is_registered(target: Any) -> bool:
-    """Whether a target of a graph is an operator with a schema."""
-    return isinstance(target, torch._ops.OpOverload)
+def mutates(target: Any) -> bool | None:
+    """Whether an operator's schema lets it change an argument; None for what has no schema."""
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        names: list[str] = target.overloads()  # type: ignore[no-untyped-call]
+        return any(mutates(getattr(target, name)) for name in names)
+    return None
 
 
-def mutates(operator: Any) -> bool:
-    """Whether an operator's schema says that it changes an argument."""
-    mutable: bool = operator._schema.is_mutable
-    return mutable
+def storage_of(tensor: torch.Tensor) -> int:
+    """What tells whether tensors, fake ones too, share memory."""
+    storage: int = tensor.untyped_storage()._cdata
+    return storage
 
 
 def compilation(gm: torch.fx.GraphModule) -> tuple[str, str | None]:

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from bitkern import _torch, ops
 from bitkern.compile import run
-from bitkern.compile.graph import registered
+from bitkern.compile.graph import calls
 from bitkern.compile.patterns import fuse
 from bitkern.compile.report import Row, name_of, record
 from bitkern.compile.weights import standardize_weights
@@ -103,7 +103,10 @@ def _canonicalize(graph: fx.Graph) -> None:
     """Registered operators of bitkern's own layers -> the functions that patterns know."""
     norm, norm_add_relu = torch.ops.bitkern.group_norm_act, torch.ops.bitkern.group_norm_add_relu
     for node in list(graph.nodes):
-        if registered([node], norm):
+        results = 2 * calls(node, norm) + calls(node, norm_add_relu)
+        if not results or any(user.args[1] >= results for user in node.users):
+            continue  # another operator, or the statistics are wanted too
+        if calls(node, norm):
             x, residual, *affine = node.args
             with graph.inserting_before(node):
                 if residual is None:
@@ -112,11 +115,9 @@ def _canonicalize(graph: fx.Graph) -> None:
                     arguments = x, residual, *affine
                     both = graph.call_function(ops.add_group_norm_act, arguments)
                     made = [graph.call_function(operator.getitem, (both, i)) for i in range(2)]
-        elif registered([node], norm_add_relu):
+        else:
             with graph.inserting_before(node):
                 made = [graph.call_function(ops.group_norm_add_relu, node.args)]
-        else:
-            continue
         for user in list(node.users):
             new = made[user.args[1]]
             new.meta = dict(user.meta)

@@ -1,7 +1,7 @@
 """What the nodes of a Dynamo graph compute, and what they change in place."""
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +60,15 @@ _ADDITIONS = {operator.add: False, torch.add: False, "add": False}
 _ADDITIONS |= {operator.iadd: True, "add_": True, "__iadd__": True}
 _MULTIPLICATIONS = operator.mul, torch.mul, "mul"
 _SIGMOIDS = torch.sigmoid, F.sigmoid, "sigmoid"
-_MODES = "_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode"
+_MODES = "_enter_", "_exit_", "_set_grad_enabled", "set_grad_enabled", "_saved_tensors_hooks"
+# In place: Python's operators, and functions whose last argument says so.
+_AUGMENTED = {
+    *("iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior"),
+    *("ipow", "irshift", "isub", "itruediv", "ixor"),
+}
+_INPLACE_LAST = {"relu", "silu", "dropout", "leaky_relu", "hardswish", "mish", "elu", "celu"}
+_INPLACE_LAST |= {"selu", "relu6", "hardtanh", "hardsigmoid", "threshold", "rrelu"}
+_INPLACE_LAST |= {"dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
 
 
 class Norm(NamedTuple):
@@ -131,7 +139,7 @@ def convolution_of(node: fx.Node) -> Convolution | None:
     given = None if names is None else _bound(node, names)
     if given is None:
         return None
-    x, weight, bias, *rest = (given[name] for name in names or ())
+    x, weight, bias, *rest = given.values()
     name = str(getattr(node.target, "__name__", ""))
     return Convolution(node, x, weight, bias, name, tuple(rest), _conv(given))
 
@@ -146,6 +154,8 @@ def _conv(given: dict[str, Any]) -> Conv | None:
         found = given.get(name, 0)
         return (found,) * dimensions if isinstance(found, int) else tuple(found)
 
+    if any(isinstance(argument, fx.Node) for argument in [*given.values()][3:]):
+        return None
     padding = given["padding"]
     if isinstance(padding, str):
         sizes = zip(each("dilation"), weight.shape[2:], strict=True)
@@ -188,8 +198,8 @@ def silu_of(node: fx.Node) -> fx.Node | None:
     return product if factors and product in users and not product.kwargs else None
 
 
-def does_nothing(node: fx.Node, of: fx.Node) -> bool:
-    """Whether a node returns another as it is: dropout that drops nothing, a cast to its dtype."""
+def does_nothing(node: fx.Node, of: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether a node returns another, of a dtype, as it is: idle dropout, a cast to that dtype."""
     if node.args[:1] != (of,):
         return False
     if node.target in _DROPOUTS:
@@ -197,7 +207,7 @@ def does_nothing(node: fx.Node, of: fx.Node) -> bool:
         return given is not None and (given["p"] == 0 or given["training"] is False)
     if node.op == "call_method" and node.target in ("to", "type", "float"):
         only = node.target == "float" or isinstance(node.args[-1], torch.dtype)
-        same = isinstance(value(of), Tensor) and value(node).dtype == value(of).dtype
+        same = isinstance(value(of), Tensor) and value(node).dtype == value(of).dtype == dtype
         return only and same and len(node.args) <= 2 and not node.kwargs
     return False
 
@@ -216,31 +226,38 @@ def sum_of(node: Any) -> Sum | None:
 
 
 def changes(node: fx.Node) -> bool:
-    """Whether a node changes memory that was there before, as far as its name tells."""
+    """Whether a node may change memory that was there before."""
     if node.op not in ("call_function", "call_method"):
         return False
-    if _torch.is_registered(node.target):
-        return _torch.mutates(node.target)
+    mutates = _torch.mutates(node.target)
+    if mutates is not None:
+        return mutates
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    augmented = name.strip("_") in _AUGMENTED if name.startswith("__") else False
+    if getattr(node.target, "__module__", "") == "_operator":
+        augmented = name in _AUGMENTED
     in_place = name.endswith("_") and not name.endswith("__") or name in ("setitem", "__setitem__")
-    augmented = getattr(node.target, "__module__", "") == "_operator" and name in _AUGMENTED
-    argument = node.kwargs.get("inplace") or (name in _INPLACE_LAST and node.args[-1] is True)
-    running = name in ("batch_norm", "instance_norm") and any(a is not None for a in node.args[1:3])
+    argument = node.kwargs.get("inplace") or name in _INPLACE_LAST and node.args[-1:] == (True,)
+    statistics = *node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var")
+    running = name in ("batch_norm", "instance_norm") and any(s is not None for s in statistics)
     return bool(in_place or augmented or argument or "out" in node.kwargs or running)
 
 
-_AUGMENTED = {
-    *("iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior"),
-    *("ipow", "irshift", "isub", "itruediv", "ixor"),
-}
-_INPLACE_LAST = {"relu", "silu", "dropout", "leaky_relu", "hardswish", "mish", "elu", "celu"}
-_INPLACE_LAST |= {"selu", "relu6", "hardtanh", "hardsigmoid", "threshold", "rrelu"}
-_INPLACE_LAST |= {"dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
+def changed(nodes: Iterable[Any], by: Iterable[fx.Node]) -> bool:
+    """Whether one of these nodes changes memory in which others are, through whatever view."""
+    watched = {_torch.storage_of(fake) for fake in map(value, nodes) if isinstance(fake, Tensor)}
+    for node in filter(changes, by):
+        fakes = [value(given) for given in node.all_input_nodes]
+        if any(isinstance(f, tuple | list) for f in fakes):
+            return True
+        if watched & {_torch.storage_of(fake) for fake in fakes if isinstance(fake, Tensor)}:
+            return True
+    return False
 
 
-def registered(nodes: list[fx.Node], packet: Any) -> bool:
-    """Whether the first of these nodes calls a registered operator of bitkern's own layers."""
-    return bool(nodes) and getattr(nodes[0].target, "overloadpacket", nodes[0].target) is packet
+def calls(node: fx.Node, packet: Any) -> bool:
+    """Whether a node calls a registered operator of bitkern's own layers."""
+    return getattr(node.target, "overloadpacket", node.target) is packet
 
 
 def is_mode(node: fx.Node) -> bool:
@@ -256,11 +273,6 @@ def between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
         node = node.next
 
 
-def undisturbed(first: fx.Node, last: fx.Node, own: set[fx.Node]) -> bool:
-    """Whether nothing between two nodes but these changes memory."""
-    return not any(changes(node) and node not in own for node in between(first, last))
-
-
 def same_mode(nodes: list[fx.Node]) -> bool:
     """Whether no mode is entered or left between nodes."""
     return not any(is_mode(node) for node in between(min(nodes), max(nodes)))
@@ -270,5 +282,7 @@ def fresh(x: Any, makers: tuple[Callable[..., Any], ...]) -> bool:
     """Whether a node is new memory that has one user: of a convolution, or of these functions."""
     if not isinstance(x, fx.Node) or len(x.users) != 1:
         return False
-    made = x.args[0] if x.target is operator.getitem else x
-    return isinstance(made, fx.Node) and (made.target in _CONVS or made.target in makers)
+    if x.target is operator.getitem:  # of several results, not a slice
+        x = x.args[0]
+        return isinstance(x, fx.Node) and x.target in makers
+    return x.target in _CONVS or x.target in makers

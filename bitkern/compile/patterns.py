@@ -19,6 +19,8 @@ from bitkern.compile.graph import (
     Norm,
     Sum,
     activation_of,
+    between,
+    changed,
     convolution_of,
     does_nothing,
     fresh,
@@ -26,9 +28,9 @@ from bitkern.compile.graph import (
     same_mode,
     silu_of,
     sum_of,
-    undisturbed,
+    value,
 )
-from bitkern.compile.weights import cone, constant
+from bitkern.compile.weights import dependencies, unchanged
 
 _MAKERS = run.norm_act_conv, run.norm_act, run.norm_add_relu, run.add_norm_act
 
@@ -73,6 +75,7 @@ def fuse(
 def _chain(norm: Norm) -> Chain:
     act: str = norm.act
     nodes = [norm.node]
+    dtype = value(norm.x).dtype
     while True:
         last = nodes[-1]
         silu = silu_of(last) if act == "none" else None
@@ -85,14 +88,14 @@ def _chain(norm: Norm) -> Chain:
         activation = "silu" if silu is not None else activation_of(following, last)
         if activation is not None and act == "none":
             act = activation
-        elif not does_nothing(following, last):
+        elif not does_nothing(following, last, dtype):
             break
         if not same_mode([norm.node, following]):
             break
         if silu is not None:
             nodes.append(next(user for user in last.users if user is not silu))
         nodes.append(following)
-    return Chain(norm, act if len(nodes) > 1 else norm.act, tuple(nodes))
+    return Chain(norm, act, tuple(nodes))
 
 
 def _fuse_act(graph: fx.Graph, chain: Chain) -> str:
@@ -118,12 +121,10 @@ def _fuse_convs(graph: fx.Graph, chain: Chain, parameters: set[fx.Node]) -> str 
         return None
     total = _sum_before(chain)
     place = chain.norm.node if total is None else total.node
-    if not all(_movable(p, place, parameters) for c in known for p in (c.weight, c.bias)):
-        if total is None:
-            return None
+    if total is not None and not all(_movable(conv, place, parameters) for conv in known):
         total, place = None, chain.norm.node
-        if not all(_movable(p, place, parameters) for c in known for p in (c.weight, c.bias)):
-            return None
+    if not all(_movable(conv, place, parameters) for conv in known):
+        return None
     x = chain.norm.x if total is None else total.first
     weights = [_moved(graph, conv.weight, place, x) for conv in known]
     biases = [_moved(graph, conv.bias, place, x) for conv in known]
@@ -154,8 +155,8 @@ def _fuse_end(graph: fx.Graph, chain: Chain) -> str | None:
     if total.in_place and total.first is not chain.last:
         return None
     (relu,) = total.node.users
-    own = {*chain.nodes, total.node, relu}
-    quiet = fresh(chain.norm.x, _MAKERS) or undisturbed(chain.norm.node, total.node, own)
+    read = chain.norm.x, chain.norm.weight, chain.norm.bias
+    quiet = not changed(read, between(chain.norm.node, total.node))
     if activation_of(relu, total.node) != "relu" or not quiet:
         return None
     if not same_mode([chain.norm.node, relu]):
@@ -175,6 +176,7 @@ def _sum_before(chain: Chain) -> Sum | None:
         return None
     given = [p for p in (chain.norm.weight, chain.norm.bias) if isinstance(p, fx.Node)]
     early = all(p < total.node for p in given)
+    early = early and not changed(given, between(total.node, chain.norm.node))
     first = min(total.node.users) is chain.norm.node
     return total if early and first and same_mode([total.node, chain.norm.node]) else None
 
@@ -197,15 +199,19 @@ def _convolves(user: fx.Node, of: fx.Node) -> Convolution | None:
     return conv
 
 
-def _movable(node: Any, place: fx.Node, parameters: set[fx.Node]) -> bool:
-    """Whether a parameter of a convolution is there at a place, or can be computed there."""
-    if not isinstance(node, fx.Node) or node < place or node.target is run.standardized_weight:
-        return True
-    nodes = [n for n in cone(node) if not n < place]
-    leaves = [n for n in cone(node) if n.op in ("placeholder", "get_attr")]
-    return (
-        constant(node) and all(leaf in parameters for leaf in leaves) and same_mode([place, *nodes])
-    )
+def _movable(conv: Convolution, place: fx.Node, parameters: set[fx.Node]) -> bool:
+    """Whether a convolution's parameters are at a place what they are where it stands."""
+    for node in (conv.weight, conv.bias):
+        if not isinstance(node, fx.Node) or node.target is run.standardized_weight:
+            continue
+        if changed(dependencies(node), between(place, conv.node)):
+            return False
+        late = [n for n in dependencies(node) if not n < place]
+        leaves = [n for n in dependencies(node) if n.op in ("placeholder", "get_attr")]
+        known = all(leaf in parameters for leaf in leaves) and unchanged(node)
+        if late and not (known and same_mode([place, *late])):
+            return False
+    return True
 
 
 def _moved(graph: fx.Graph, node: Any, place: fx.Node, x: fx.Node) -> Any:
@@ -216,7 +222,7 @@ def _moved(graph: fx.Graph, node: Any, place: fx.Node, x: fx.Node) -> Any:
             moved = graph.call_function(run.standardized_weight, (*node.args[:2], x))
         moved.meta = dict(node.meta)
         return moved
-    for dependency in cone(node):
+    for dependency in dependencies(node):
         if not dependency < place:
             place.prepend(dependency)
     return node

@@ -36,6 +36,7 @@ class Table(tuple[Row, ...]):
 
 
 class _Graph(NamedTuple):
+    key: tuple[str, tuple[int, ...]]  # number and parameters
     parameters: tuple[weakref.ref[Tensor], ...]
     rows: tuple[Row, ...]
 
@@ -45,8 +46,11 @@ _graphs: list[_Graph] = []
 
 def record(gm: fx.GraphModule, parameters: Iterable[Tensor], rows: Iterable[Row]) -> None:
     """Keep what became of a graph, for as long as its parameters live."""
-    _graphs[:] = [graph for graph in _graphs if any(p() is not None for p in graph.parameters)]
     compiled, reason = _torch.compilation(gm)
+    parameters = tuple(parameters)
+    key = compiled, tuple(map(id, parameters))
+    # After torch.compiler.reset() numbers are given again.
+    _graphs[:] = [g for g in _graphs if g.key != key and any(p() is not None for p in g.parameters)]
     ends = []
     if reason is not None:
         ends.append(Row(compiled, "graph break", False, reason))
@@ -55,7 +59,7 @@ def record(gm: fx.GraphModule, parameters: Iterable[Tensor], rows: Iterable[Row]
             Row(compiled, "recompile limit", False, "other inputs run as the network was written")
         )
     made = Row(compiled, "graph", True, "compiled")
-    _graphs.append(_Graph(tuple(map(weakref.ref, parameters)), (made, *rows, *ends)))
+    _graphs.append(_Graph(key, tuple(map(weakref.ref, parameters)), (made, *rows, *ends)))
 
 
 def rows_of(module: nn.Module) -> list[Row] | None:

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from bitkern import reference
 from bitkern.compile import run
-from bitkern.compile.graph import changes, convolution_of, registered, value
+from bitkern.compile.graph import calls, changed, convolution_of, same_mode, value
 from bitkern.variant import Variant
 
 EPSILONS = 1e-5, 1e-6, 1e-8, 1e-10, 1e-12, 1e-3  # beside those that the graph names
-LARGEST = 200_000_000  # elements, in float64
+LARGEST = 20_000_000  # elements, in float64
 
 
 class Standardized(NamedTuple):
@@ -31,7 +32,7 @@ class Standardized(NamedTuple):
     scale: float
 
 
-def cone(node: fx.Node) -> list[fx.Node]:
+def dependencies(node: fx.Node) -> list[fx.Node]:
     """A node and all that it depends on, in the order of the graph."""
     seen, queue = {node}, [node]
     while queue:
@@ -42,9 +43,9 @@ def cone(node: fx.Node) -> list[fx.Node]:
     return sorted(seen)
 
 
-def constant(node: fx.Node) -> bool:
+def unchanged(node: fx.Node) -> bool:
     """Whether nothing in the graph changes a node or what it depends on."""
-    return not any(changes(n) for each in cone(node) for n in (each, *each.users))
+    return not changed(dependencies(node), node.graph.nodes)
 
 
 def standardize_weights(
@@ -62,7 +63,7 @@ def standardize_weights(
         made = None if conv is None else conv.weight
         if not isinstance(made, fx.Node) or made in parameters:
             continue
-        result = _recognized(cone(made), parameters, formulas)
+        result = _recognized(node, dependencies(made), parameters, formulas)
         if isinstance(result, Standardized):
             found[node] = result
         elif result is not None:
@@ -92,12 +93,12 @@ def _replace(
         weights = graph.call_function(run.standardize, arguments)
     for node, standardized in convs:
         with graph.inserting_before(node):
-            at = unique.index(standardized), node.args[0]
+            at = unique.index(standardized), convolution_of(node).x  # type: ignore[union-attr]
             weight = graph.call_function(run.standardized_weight, (weights, *at))
         made = convolution_of(node).weight  # type: ignore[union-attr]
         weight.meta["example_value"] = value(made)
         node.replace_input_with(made, weight)
-        for computed in reversed(cone(made)):
+        for computed in reversed(dependencies(made)):
             if computed.op != "placeholder" and not computed.users:
                 graph.erase_node(computed)
 
@@ -119,29 +120,37 @@ def _structure(nodes: list[fx.Node]) -> str:
 
 
 def _recognized(
-    nodes: list[fx.Node], parameters: set[fx.Node], formulas: _Formulas
+    conv: fx.Node, nodes: list[fx.Node], parameters: set[fx.Node], formulas: _Formulas
 ) -> Standardized | str | None:
     """The standardization that nodes compute; None or a reason if they compute something else."""
     leaves = [node for node in nodes if node.op in ("placeholder", "get_attr")]
     if any(leaf not in parameters for leaf in leaves):
         return None
-    if registered(nodes[-3:], torch.ops.bitkern.weight_standardize):
-        arguments: Any = nodes[-3].args
-        (own,), own_gains, (scale,), *variant = arguments[:6]
-        return Standardized(own, next(iter(own_gains), None), Variant(*variant), scale)
-    if not constant(nodes[-1]):
-        return "its weight is computed from parameters that the graph changes"
-    shape = value(nodes[-1]).shape
-    weights = [leaf for leaf in leaves if value(leaf).shape == shape]
-    gains = [leaf for leaf in leaves if leaf not in weights]
     other = "its weight is computed from parameters, but is no weight standardization"
-    if len(weights) != 1 or len(gains) > 1 or any(type(n) is not int for n in shape):
-        return other
-    if shape.numel() > LARGEST or shape[1:].numel() < 2 or not shape.numel():
-        return other
-    if gains and value(gains[0]).numel() != shape[0]:
+    made = value(nodes[-1])
+    weights = [leaf for leaf in leaves if value(leaf).shape == made.shape]
+    gains = [leaf for leaf in leaves if leaf not in weights]
+    if len(weights) != 1 or len(gains) > 1 or any(type(n) is not int for n in made.shape):
         return other
     (weight,), gain = weights, next(iter(gains), None)
+    if gain is not None and (value(gain).numel(), value(gain).dtype) != (
+        made.shape[0],
+        value(weight).dtype,
+    ):
+        return other
+    if not unchanged(nodes[-1]):
+        return "its weight is computed from parameters that the graph changes"
+    if not same_mode([conv, *(node for node in nodes if node not in leaves)]):
+        return "its weight is computed in another mode than the convolution"
+    if len(nodes) > 3 and calls(nodes[-3], torch.ops.bitkern.weight_standardize):
+        arguments: Any = nodes[-3].args
+        own, own_gains, scales, *variant = arguments[:6]
+        plain = own == [weight] and own_gains == gains
+        return Standardized(weight, gain, Variant(*variant[:3]), scales[0]) if plain else other
+    if made.dtype != value(weight).dtype or not 0 < made.numel() <= LARGEST:
+        return other
+    if made.shape[1:].numel() < 2:
+        return other
     key = _structure(nodes)
     if key not in formulas:
         try:
@@ -156,54 +165,102 @@ def _formula(
     nodes: list[fx.Node], weight: fx.Node, gain: fx.Node | None
 ) -> tuple[Variant, float] | None:
     """The variant and the scale with which a kernel computes the same."""
-    w = _filters(value(weight).shape)
-    values: dict[fx.Node, Any] = {weight: w}
-    factors = torch.ones(len(w), dtype=w.dtype)
-    if gain is not None:
-        factors = torch.linspace(0.5, 2, len(w), dtype=w.dtype)
-        values[gain] = factors.view(value(gain).shape)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        before = torch.get_rng_state()
-        out = _evaluate(nodes, values)
-        if not torch.equal(before, torch.get_rng_state()):
+    shape = value(weight).shape
+    ratios, variances = [], []
+    for first in range(max(1, 5 // shape[0])):  # filters of five scales
+        w, factors = _filters(shape, first)
+        with torch.no_grad():
+            out = _evaluate(nodes, weight, w, gain, factors)
+        tolerance = 1e-10 if out.dtype == torch.float64 else 1e-5
+        flat, out = w.flatten(1), out.double().flatten(1)
+        c = (flat - flat.mean(1, keepdim=True)) * (1 if gain is None else factors[:, None])
+        ratio = (out * c).sum(1) / c.square().sum(1)
+        if (out - ratio[:, None] * c).norm() > tolerance * out.norm() or not ratio.all():
             return None
-    tolerance = 1e-10 if out.dtype == torch.float64 else 1e-5
-    c = (w.flatten(1) - w.flatten(1).mean(1, keepdim=True)) * factors[:, None]
-    out = out.double().flatten(1)
-    ratio = (out * c).sum(1) / c.square().sum(1)
-    if (out - ratio[:, None] * c).norm() > tolerance * out.norm() or not ratio.all():
-        return None
-    variances = [w.flatten(1).var(1, correction=correction) for correction in (0, 1)]
+        ratios.append(ratio)
+        variances.append(torch.stack([flat.var(1, correction=n) for n in (0, 1)]))
+    ratio, (biased, unbiased) = torch.cat(ratios), torch.cat(variances, 1)
     epsilons = dict.fromkeys((*_floats(nodes), *EPSILONS, 0.0))
-    for eps, outside, unbiased in itertools.product(epsilons, (False, True), (False, True)):
-        var = variances[unbiased]
+    for eps, outside, bessel in itertools.product(epsilons, (False, True), (False, True)):
+        var = unbiased if bessel else biased
         scales = ratio * (var.sqrt() + eps if outside else (var + eps).sqrt())
         scale = float(scales.mean())
         if (scales - scale).abs().max() <= tolerance * abs(scale):
-            near_one = abs(scale - 1) <= tolerance
-            return Variant(eps, outside, unbiased), 1.0 if near_one else scale
+            variant = Variant(eps, outside, bessel)
+            scale = 1.0 if abs(scale - 1) <= tolerance else scale
+            agrees = _agrees(nodes, weight, gain, variant, scale, tolerance)
+            return (variant, scale) if agrees else None
     return None
 
 
-def _filters(shape: Sequence[int]) -> Tensor:
-    """Filters with means, of standard deviations from 0.1 down to 1e-5, at which eps tells."""
+def _agrees(
+    nodes: list[fx.Node],
+    weight: fx.Node,
+    gain: fx.Node | None,
+    variant: Variant,
+    scale: float,
+    tolerance: float,
+) -> bool:
+    """Whether values and gradients are those of the reference, for weights of any size and sign."""
+    shape, (eps, eps_outside, unbiased) = value(weight).shape, variant
+    generator = torch.Generator().manual_seed(2)
+    large = 20 * torch.rand(shape, generator=generator, dtype=torch.float64) - 9
+    factors = torch.linspace(-2, 1.5, shape[0], dtype=torch.float64)
+    weights = torch.linspace(-1, 1, large.numel(), dtype=torch.float64).view(shape)
+    for w in (large, large * 1e-6, torch.zeros_like(large)):
+        found = []
+        for ours in (False, True):
+            leaves = [w.clone().requires_grad_(), factors.clone().requires_grad_()]
+            if ours:
+                options: Any = {"scale": scale, "eps_outside": eps_outside}
+                options["unbiased"] = unbiased
+                of = None if gain is None else leaves[1]
+                out = reference.weight_standardize(leaves[0], eps, gain=of, **options)
+            else:
+                out = _evaluate(nodes, weight, leaves[0], gain, leaves[1]).double()
+            wanted = leaves if gain is not None else leaves[:1]
+            found.append([out.detach()])
+            if w.any():  # at zero a root has no derivative
+                found[-1] += torch.autograd.grad((out * weights).sum(), wanted)
+        for ours, theirs in zip(*found, strict=True):
+            if not torch.allclose(ours, theirs, rtol=0, atol=float(tolerance * theirs.abs().max())):
+                return False
+    return True
+
+
+def _filters(shape: Sequence[int], first: int) -> tuple[Tensor, Tensor]:
+    """Filters with means, of standard deviations from 0.03 down to 3e-6, at which eps tells; gains.
+
+    The powers of ten begin with the ``first``.
+    """
     generator = torch.Generator().manual_seed(1)
     w = torch.rand(shape, generator=generator, dtype=torch.float64) - 0.2
-    powers = torch.arange(shape[0], dtype=w.dtype) % 5 + 1
-    return w * (10**-powers).reshape(-1, *[1] * (len(shape) - 1))
+    powers = (torch.arange(shape[0], dtype=w.dtype) + first) % 5 + 1
+    factors = torch.linspace(0.5, 2, shape[0], dtype=w.dtype)
+    return w * (10**-powers).reshape(-1, *[1] * (len(shape) - 1)), factors
 
 
-def _evaluate(nodes: list[fx.Node], values: dict[fx.Node, Any]) -> Tensor:
-    for node in nodes:
-        if node in values:
-            continue
-        args = fx.map_arg(node.args, values.__getitem__)
-        kwargs = fx.map_arg(node.kwargs, values.__getitem__)
-        if node.op == "call_method":
-            values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            assert callable(node.target)
-            values[node] = node.target(*args, **kwargs)
+def _evaluate(
+    nodes: list[fx.Node], weight: fx.Node, w: Tensor, gain: fx.Node | None, factors: Tensor
+) -> Tensor:
+    """What nodes make of a weight and a gain. Raises ValueError if they draw random numbers."""
+    values: dict[fx.Node, Any] = {weight: w}
+    if gain is not None:
+        values[gain] = factors.view(value(gain).shape)
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        before = torch.get_rng_state()
+        for node in nodes:
+            if node in values:
+                continue
+            args = fx.map_arg(node.args, values.__getitem__)
+            kwargs = fx.map_arg(node.kwargs, values.__getitem__)
+            if node.op == "call_method":
+                values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                assert callable(node.target)
+                values[node] = node.target(*args, **kwargs)
+        if not torch.equal(before, torch.get_rng_state()):
+            raise ValueError("random numbers")
     result: Tensor = values[nodes[-1]]
     return result
 

@@ -21,6 +21,12 @@ from bitkern.nn.layers import WSConv2d
 from bitkern.ops.weight_standardize import weight_standardize_detached
 from bitkern.ops.ws_conv2d import conv_channels_last, conv_dtype
 
+_FORM = """write
+    with bitkern.standardized(model):
+        for x, y in micro_batches:
+            loss(model(x), y).backward()
+    optimizer.step()"""
+
 
 class Sums:
     """The gradients of layers' standardized weights, summed over micro-batches."""
@@ -91,6 +97,7 @@ class _StepKind(_Kind):
             dtype=dtype,
             channels_last=channels_last,
         )
+        self.state = _torch.state_of([*self.weights, *(self.gains or ())])
         # A result must not be held by its own hook: that is a cycle which Python does not see.
         self.detached = detached._replace(outs=[])
         for i, out in enumerate(detached.outs):
@@ -110,6 +117,11 @@ class _StepKind(_Kind):
         grad, out.grad = out.grad.to(self.detached.stats.dtype), None
         self.arrived = True
         if self.closed:
+            if _torch.state_of([*self.weights, *(self.gains or ())]) != self.state:
+                raise RuntimeError(
+                    "standardized: a backward pass after the block, of weights that have changed "
+                    f"since: {_FORM}"
+                )
             self._carry({i: grad})
         else:
             self.sums.add(self.convs[i], grad)
@@ -196,13 +208,6 @@ class Pool:
     def changed(self, conv: nn.Module, weight: Tensor) -> Tensor | None:
         """What a layer gets whose weight is another than the one standardized."""
         return None
-
-
-_FORM = """write
-    with bitkern.standardized(model):
-        for x, y in micro_batches:
-            loss(model(x), y).backward()
-    optimizer.step()"""
 
 
 class _StepPool(Pool):

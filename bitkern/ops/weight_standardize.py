@@ -170,47 +170,47 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.save_for_backward(*weights, *gains, output[1])
 
 
-def _gradients(
-    ctx: Any, backward: Callable[..., Any], douts: Sequence[Tensor | None]
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
+def _gradients(ctx: Any, backward: Callable[..., Any], douts: Sequence[Tensor | None]) -> Any:
     """Gradients of weights and gains, None of those whose result nobody used."""
     *parameters, stats = ctx.saved_tensors
     weights, gains = parameters[: ctx.count], parameters[ctx.count :]
-    variant, given = Variant(*ctx.variant), {i: d for i, d in enumerate(douts) if d is not None}
-    if _torch.backward_is_differentiated(*given.values()):
+    variant, given = Variant(*ctx.variant), [d for d in douts if d is not None]
+    used = [i for i, d in enumerate(douts) if d is not None]
+    if _torch.backward_is_differentiated(*given):
         stats = reference.filter_statistics(weights, variant)
         backward = reference.weight_standardize_backward
     else:
-        given = {i: dense(dout) for i, dout in given.items()}
-    dweights, dgains = _backward(backward, given, weights, gains, ctx.scales, stats, variant)
+        given = [dense(dout) for dout in given]
+    of = weights, gains or None, ctx.scales, stats
+    dweights, dgains = _backward(backward, used, given, *of, variant)
+    if len(used) == len(weights):
+        return dweights, dgains or []
+    by_layer, gains_by_layer = (dict(zip(used, g, strict=True)) for g in (dweights, dgains or used))
     every = range(len(weights))
-    return [dweights.get(i) for i in every], [dgains.get(i) for i in every if gains]
+    return [by_layer.get(i) for i in every], [gains_by_layer.get(i) for i in every if gains]
 
 
 def _backward(
     backward: Callable[..., Any],
-    douts: Mapping[int, Tensor],
+    used: Sequence[int],
+    douts: Sequence[Tensor],
     weights: Sequence[Tensor],
     gains: Sequence[Tensor] | None,
     scales: Sequence[float],
     stats: Tensor,
     variant: Variant,
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Gradients of weights and of gains by layer, of the layers that ``douts`` has."""
-    if not douts:
-        return {}, {}
-    if len(douts) < len(weights):
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Gradients of weights and of gains of the layers ``used``, whose ``douts`` these are."""
+    if not used:
+        return [], []
+    if len(used) < len(weights):
         parts = torch.split(stats, [w.shape[0] for w in weights], 1)
-        stats = torch.cat([parts[i] for i in douts], 1)
-    dweights, dgains = backward(
-        [*douts.values()],
-        [weights[i] for i in douts],
-        [gains[i] for i in douts] if gains else None,
-        [scales[i] for i in douts],
-        stats,
-        variant,
-    )
-    return dict(zip(douts, dweights, strict=True)), dict(zip(douts, dgains or (), strict=False))
+        stats = torch.cat([parts[i] for i in used], 1)
+        weights, scales = [weights[i] for i in used], [scales[i] for i in used]
+        gains = gains and [gains[i] for i in used]
+    grads: tuple[list[Tensor], list[Tensor] | None]
+    grads = backward(douts, weights, gains, scales, stats, variant)
+    return grads
 
 
 def _op_backward(ctx: Any, douts: Sequence[Tensor | None], _: Tensor) -> Any:
@@ -318,9 +318,11 @@ class DetachedWeights(NamedTuple):
     def backward(self, douts: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Gradients of weights and of gains by layer, of the layers that ``douts`` has."""
         launch = self.implementation.weight_standardize_backward
-        douts = {i: dense(dout) for i, dout in douts.items()}
         of = self.weights, self.gains, self.scales, self.stats, self.variant
-        return _backward(launch, douts, *of)
+        given = [dense(dout) for dout in douts.values()]
+        dweights, dgains = _backward(launch, [*douts], given, *of)
+        of_gains = dict(zip(douts, dgains, strict=True)) if self.gains and dgains else {}
+        return dict(zip(douts, dweights, strict=True)), of_gains
 
 
 def weight_standardize_detached(

@@ -50,17 +50,17 @@ def test_more_random_networks(start):
         check(seed)
 
 
-@pytest.mark.parametrize("rule", ["fresh", "undisturbed", "same_mode", "_sum_before"])
+@pytest.mark.parametrize("rule", ["fresh", "changed", "_sum_before"])
 def test_random_networks_notice_a_missing_rule(rule, monkeypatch):
-    def careless(*_):
-        return True
-
-    if rule == "_sum_before":
-        careless = lambda chain: patterns.sum_of(chain.norm.x)  # noqa: E731
-    monkeypatch.setattr(patterns, rule, careless)
-    with pytest.raises(Exception):  # noqa: B017 - wrong numbers, or a graph that is no graph
-        for seed in range(1500):
-            check(seed)
+    careless = {
+        "fresh": lambda *_: True,
+        "changed": lambda *_: False,
+        "_sum_before": lambda chain: patterns.sum_of(chain.norm.x),
+    }
+    check(80)
+    monkeypatch.setattr(patterns, rule, careless[rule])
+    with pytest.raises(AssertionError):
+        check(80)
 
 
 def test_is_found_by_its_name():
