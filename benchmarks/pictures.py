@@ -282,10 +282,11 @@ def loader(path: Path) -> None:
 
 PARTS = (
     {"cli": "a file for each command"},
-    {"demo": "Big Transfer in miniature, on real digits"},
+    {"demo": "on digits", "selftest": "on your GPU"},
     {"export": "runs for timm, transformers, ONNX, AOTInductor"},
     {"transfer": "recipes, data, training, reports"},
     {"convert": "your networks", "models": "BiT, weights"},
+    {"compile": "the backend of torch.compile, for whole networks"},
     {"nn": "layers; norm, activation, conv as one node"},
     {"ops": "checks, autograd, torch.library"},
     {"backends": "which one serves a call, and why: Triton, C++, CUDA"},

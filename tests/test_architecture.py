@@ -19,12 +19,12 @@ PARTS = (
     ("reference",),
     ("backends",),
     ("ops",),
-    ("nn", "selftest"),
+    ("nn",),
     ("compile",),
     ("convert", "models"),
     ("transfer",),
     ("export",),
-    ("demo",),
+    ("demo", "selftest"),
     ("cli",),
 )
 LEVEL = {part: level for level, parts in enumerate(PARTS) for part in parts}

@@ -195,7 +195,7 @@ def test_bad_arguments(small, r50, tmp_path, capsys, monkeypatch):
     assert "no such file" in error(tmp_path / "none.safetensors", "npz", "a.npz")
     (tmp_path / "b.npz").touch()
     assert error(small, "npz", "b.npz").endswith(
-        "b.npz: already exists; delete it or choose another out"
+        "b.npz: already exists; delete it or choose another --out"
     )
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(

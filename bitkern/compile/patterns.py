@@ -85,12 +85,12 @@ def _chain(norm: Norm) -> Chain:
             (following,) = last.users
         else:
             break
+        if not same_mode([norm.node, following]):
+            break
         activation = "silu" if silu is not None else activation_of(following, last)
         if activation is not None and act == "none":
             act = activation
         elif not does_nothing(following, last, dtype):
-            break
-        if not same_mode([norm.node, following]):
             break
         if silu is not None:
             nodes.append(next(user for user in last.users if user is not silu))

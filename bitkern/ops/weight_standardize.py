@@ -200,7 +200,7 @@ def _backward(
     stats: Tensor,
     variant: Variant,
 ) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Gradients of weights and of gains of the layers ``used``, whose ``douts`` these are."""
+    """Gradients of weights and gains of the layers ``used``, whose ``douts`` these are."""
     if not used:
         return [], []
     if len(used) < len(weights):
@@ -208,9 +208,7 @@ def _backward(
         stats = torch.cat([parts[i] for i in used], 1)
         weights, scales = [weights[i] for i in used], [scales[i] for i in used]
         gains = gains and [gains[i] for i in used]
-    grads: tuple[list[Tensor], list[Tensor] | None]
-    grads = backward(douts, weights, gains, scales, stats, variant)
-    return grads
+    return backward(douts, weights, gains, scales, stats, variant)  # type: ignore[no-any-return]
 
 
 def _op_backward(ctx: Any, douts: Sequence[Tensor | None], _: Tensor) -> Any:

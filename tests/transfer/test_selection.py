@@ -49,9 +49,8 @@ def worst_at_the_end(model):
 
     def spoil(call):
         if call > 12:
-            with torch.no_grad():
-                model.head.weight.neg_()
-                model.head.bias[call % 3] += 3
+            model.head.weight.data.neg_()
+            model.head.bias.data[call % 3] += 3
 
     model.on_call = spoil
     return model

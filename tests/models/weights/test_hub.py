@@ -42,7 +42,11 @@ def test_hub(home):
         assert (again, old_again) == (safe, old)
         missing = "expected model.safetensors or pytorch_model.bin, found neither"
         assert empty == f"OSError: hf-hub:org/empty: {missing}"
-        by_hand = "or pass the path of its model.safetensors, fetched by hand"
+        by_hand = (
+            "or pass the path of its model.safetensors, fetched by hand, name a mirror in "
+            "HF_ENDPOINT, or start from random weights (--weights none), which takes far more "
+            "images and steps for the same accuracy"
+        )
         reason = "no such repository, or none for you"
         assert unknown == f"OSError: {server.url}/org/unknown: {reason}; {by_hand}"
         got = [path for path, _ in server.requests]

@@ -1,6 +1,6 @@
 """Random networks, compiled and compared with themselves in float64: results and gradients.
 
-``python -m tests.compile.random_networks SEED`` replays one case, ``FIRST LAST`` runs a range.
+``python -m tests.networks.random_networks SEED`` replays one case, ``FIRST LAST`` runs a range.
 """
 
 import copy
@@ -243,7 +243,9 @@ def main(first, last=None):
         try:
             run += check(seed)
         except Exception as error:
-            print(f"python -m tests.compile.random_networks {seed}: {type(error).__name__} {error}")
+            print(
+                f"python -m tests.networks.random_networks {seed}: {type(error).__name__} {error}"
+            )
             if last is None:
                 print(*Network(seed).steps, sep="\n")
                 raise

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 import bitkern
-from tests.compile.nodes import fused
+from tests.networks.nodes import fused
 from tests.peers import distance, from_timm, gradients, randomize, relative
 from tests.test_convert_models import TIMM
 

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import bitkern
 from bitkern.compile import patterns
-from tests.compile.nodes import fused
-from tests.compile.random_networks import CONVS, check
+from tests.networks.nodes import fused
+from tests.networks.random_networks import CONVS, check
 from tests.peers import distance, gradients, relative, small_timm
 
 X = torch.randn(2, 3, 40, 33, generator=torch.Generator().manual_seed(0))
@@ -38,7 +38,7 @@ def net(act=F.relu, inplace=False):
 
 @pytest.mark.parametrize("start", range(0, 240, 40))
 def test_random_networks(start):
-    """A case that fails is replayed by ``python -m tests.compile.random_networks SEED``."""
+    """A case that fails is replayed by ``python -m tests.networks.random_networks SEED``."""
     run = sum(check(seed) for seed in range(start, start + 40))
     assert run > 20
 
