@@ -64,5 +64,5 @@ def test_a_figure_that_changes_changes_the_picture(tmp_path, monkeypatch):
 
 def test_the_parts_are_those_of_the_package():
     rows = [{*parts} - {"csrc"} for parts in pictures.PARTS]
-    levels = range(max(LEVEL.values()), 0, -1)
+    levels = range(max(LEVEL.values()), LEVEL["layout"], -1)
     assert rows == [{part for part in LEVEL if LEVEL[part] == level} for level in levels]
