@@ -76,8 +76,7 @@ def test_instance_norm(dimensions, affine, training):
     peer = nn.Sequential(peer, nn.LeakyReLU())
     state, model = copy.deepcopy(peer.state_dict()), bitkern.convert(copy.deepcopy(peer))
     table = bitkern.explain(model)
-    assert [row.converted for row in table] == [True, True]
-    assert table[1].reason == "norm and activation in one kernel"
+    assert [row.converted for row in table] == [True]
     assert isinstance(model[0], type(peer[0])) and repr(model) == repr(peer)
     torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
     model.load_state_dict(state)

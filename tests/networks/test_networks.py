@@ -136,7 +136,7 @@ NETWORKS = {
     "diffusers UNet2DConditionModel": (
         lambda: denoiser(32, 64),
         (2, 4, 16, 16),
-        (24, 7),
+        (25, 6),
         lambda: denoiser(64, 128),
         (4, 4, 32, 32),
         0.84,
