@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from bitkern import _torch, ops
-from bitkern.compile import run
 from bitkern.compile.graph import calls
 from bitkern.compile.patterns import fuse
 from bitkern.compile.report import Row, name_of, record
@@ -95,7 +95,7 @@ def _checkpoint(gm: fx.GraphModule, node: fx.Node, parameters: set[fx.Node]) -> 
     assert isinstance(body, fx.GraphModule)
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
     inside = {p for p, argument in zip(placeholders, given, strict=True) if argument in parameters}
-    node.target = run.checkpointed
+    node.target = checkpoint
     return _rewrite(body, inside)
 
 

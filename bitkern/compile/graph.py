@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from bitkern import _torch, ops
 from bitkern.ops import Conv
+from bitkern.ops.group_norm_act_conv import numeric_padding
 from bitkern.reference import Activation
 
 # Names and defaults of the arguments, in their order.
@@ -157,16 +158,15 @@ def _conv(given: dict[str, Any]) -> Conv | None:
     if any(isinstance(argument, fx.Node) for argument in [*given.values()][3:]):
         return None
     padding = given["padding"]
-    if isinstance(padding, str):
-        sizes = zip(each("dilation"), weight.shape[2:], strict=True)
-        total = [d * (k - 1) for d, k in sizes]
-        if padding == "same" and any(t % 2 for t in total):  # one side is padded more
-            return None
-        given = given | {"padding": [t // 2 if padding == "same" else 0 for t in total]}
+    if not isinstance(padding, str):
+        padding = each("padding")
+    padding = numeric_padding(padding, each("dilation"), weight.shape[2:])
+    if padding is None:
+        return None
     transposed = given.get("transposed", "output_padding" in given)
     conv = Conv(
         each("stride"),
-        each("padding"),
+        padding,
         each("dilation"),
         transposed,
         each("output_padding"),

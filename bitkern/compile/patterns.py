@@ -101,7 +101,9 @@ def _chain(norm: Norm) -> Chain:
 def _fuse_act(graph: fx.Graph, chain: Chain) -> str:
     total = _sum_before(chain)
     if total is not None and chain.act != "none":
-        _with_sum(graph, total, run.add_norm_act, (chain.affine,), [chain.last])
+        with graph.inserting_before(total.node):
+            node = graph.call_function(run.add_norm_act, (total.first, total.second, chain.affine))
+        _replace(graph, node, total, [chain.last])
         _erase(graph, [*reversed(chain.nodes), total.node])
         return "residual sum, norm and activation in one kernel"
     with graph.inserting_before(chain.norm.node):
@@ -132,17 +134,14 @@ def _fuse_convs(graph: fx.Graph, chain: Chain, parameters: set[fx.Node]) -> str 
     calls = [(conv.name, conv.rest) for conv in known]
     rest: Any = chain.affine, weights, biases, specs, calls
     outputs = [conv.node for conv in known]
-    if total is None:
-        with graph.inserting_before(place):
-            node = graph.call_function(run.norm_act_conv, (x, None, *rest))
-            outs = [graph.call_function(operator.getitem, (node, i + 1)) for i in range(len(known))]
-        for output, out in zip(outputs, outs, strict=True):
-            _substitute(output, out)
-        _erase(graph, [*outputs, *shared, *reversed(chain.nodes)])
-        return "norm, activation and convolution as one"
-    _with_sum(graph, total, run.norm_act_conv, rest, outputs)
-    _erase(graph, [*outputs, *shared, *reversed(chain.nodes), total.node])
-    return "residual sum, norm, activation and convolution as one"
+    residual = None if total is None else total.second
+    with graph.inserting_before(place):
+        node = graph.call_function(run.norm_act_conv, (x, residual, *rest))
+    _replace(graph, node, total, outputs)
+    summed = [] if total is None else [total.node]
+    _erase(graph, [*outputs, *shared, *reversed(chain.nodes), *summed])
+    what = "norm, activation and convolution as one"
+    return what if total is None else f"residual sum, {what}"
 
 
 def _fuse_end(graph: fx.Graph, chain: Chain) -> str | None:
@@ -181,15 +180,12 @@ def _sum_before(chain: Chain) -> Sum | None:
     return total if early and first and same_mode([total.node, chain.norm.node]) else None
 
 
-def _with_sum(
-    graph: fx.Graph, total: Sum, function: Any, rest: tuple[Any, ...], outputs: list[fx.Node]
-) -> None:
-    """Compute a sum and outputs by one function, where the sum was."""
-    with graph.inserting_before(total.node):
-        node = graph.call_function(function, (total.first, total.second, *rest))
-        made = [graph.call_function(operator.getitem, (node, i)) for i in range(len(outputs) + 1)]
-    for old, new in zip([total.node, *outputs], made, strict=True):
-        _substitute(old, new)
+def _replace(graph: fx.Graph, node: fx.Node, total: Sum | None, outputs: list[fx.Node]) -> None:
+    """Take a sum, if there is one, and outputs from the results of a node."""
+    for i, old in enumerate([None if total is None else total.node, *outputs]):
+        if old is not None:
+            with graph.inserting_after(node):
+                _substitute(old, graph.call_function(operator.getitem, (node, i)))
 
 
 def _convolves(user: fx.Node, of: fx.Node) -> Convolution | None:

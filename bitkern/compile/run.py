@@ -4,17 +4,17 @@ Sizes, dtypes and autocast are those of the call; where a kernel does not fit th
 what the graph said.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from bitkern import ops
 from bitkern.ops import Conv
-from bitkern.ops.ws_conv2d import autocast_dtype, conv_channels_last, conv_dtype
+from bitkern.ops.group_norm_act_conv import convolution_parameters
+from bitkern.ops.ws_conv2d import conv_channels_last, conv_dtype
 from bitkern.reference import ACTIVATIONS, Activation
 from bitkern.variant import Variant
 
@@ -77,15 +77,11 @@ def norm_act_conv(
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         x, residual = x + residual, None
     groups = _groups(x, num_groups)
-    if autocast_dtype(x) == x.dtype:
-        weights = [w.to(x.dtype) for w in weights]
-        biases = [None if b is None else b.to(x.dtype) for b in biases]
-    given = [*weights, *(b for b in biases if b is not None)]
-    as_it_is = autocast_dtype(x) in (None, x.dtype) and all(p.dtype == x.dtype for p in given)
-    if groups is not None and as_it_is:
+    parameters = convolution_parameters(x, weights, biases)
+    if groups is not None and parameters is not None:
         specs = [Conv(*conv) for conv in convs]
         s, outs = ops.group_norm_act_conv(
-            x, residual, groups, weight, bias, eps, act, weights, biases, specs
+            x, residual, groups, weight, bias, eps, act, *parameters, specs
         )
         return s, *outs
     s, a = (x, norm_act(x, affine)) if residual is None else add_norm_act(x, residual, affine)
@@ -124,16 +120,6 @@ class StandardizedWeights:
         return self.outs[key][index]
 
 
-def standardize(*arguments: Any) -> StandardizedWeights:
-    """As ``StandardizedWeights``: a function, for the graph to call."""
-    return StandardizedWeights(*arguments)
-
-
 def standardized_weight(weights: StandardizedWeights, index: int, x: Tensor) -> Tensor:
     """As ``StandardizedWeights.get``."""
     return weights.get(index, x)
-
-
-def checkpointed(body: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """A checkpointed part of the graph, which runs again in backward."""
-    return checkpoint(body, *arguments, **options)

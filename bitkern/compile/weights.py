@@ -90,7 +90,7 @@ def _replace(
             [each.scale for each in unique],
             tuple(variant),
         )
-        weights = graph.call_function(run.standardize, arguments)
+        weights = graph.call_function(run.StandardizedWeights, arguments)
     for node, standardized in convs:
         with graph.inserting_before(node):
             at = unique.index(standardized), convolution_of(node).x  # type: ignore[union-attr]

@@ -9,7 +9,7 @@ from bitkern import _torch, ops
 from bitkern.nn.layers import GroupNormAct, WSConv2d, conv_fusion
 from bitkern.nn.norms import InstanceNorm
 from bitkern.ops import Conv, group_norm_act
-from bitkern.ops.ws_conv2d import autocast_dtype
+from bitkern.ops.group_norm_act_conv import convolution_parameters
 from bitkern.reference import Activation
 
 
@@ -53,11 +53,7 @@ def _parameters(conv: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if isinstance(conv, WSConv2d):
         weight = conv.standardize(x)
         return weight, None if conv.bias is None else conv.bias.to(weight.dtype)
-    weight, bias = conv.weight, conv.bias
-    if autocast_dtype(x) == x.dtype:
-        weight = weight.to(x.dtype)
-        bias = None if bias is None else bias.to(x.dtype)
-    return weight, bias
+    return conv.weight, conv.bias
 
 
 def norm_act_conv(
@@ -87,13 +83,11 @@ def norm_act_conv(
     affine = norm.num_groups, norm.weight, norm.bias, norm.eps, act
     fused = [found for found in map(fusible_conv, convs) if found]
     if recompute and len(fused) == len(convs):
-        parameters = [_parameters(conv, x) for conv, _ in fused]
-        given = [p for pair in parameters for p in pair if p is not None]
-        as_it_is = autocast_dtype(x) in (None, x.dtype) and all(p.dtype == x.dtype for p in given)
-        if as_it_is and all(w.ndim == x.ndim for w, _ in parameters):
-            weights, biases = zip(*parameters, strict=True)
+        pairs = [_parameters(conv, x) for conv, _ in fused]
+        parameters = convolution_parameters(x, [w for w, _ in pairs], [b for _, b in pairs])
+        if parameters is not None and all(w.ndim == x.ndim for w, _ in pairs):
             specs = [conv for _, conv in fused]
-            return ops.group_norm_act_conv(x, residual, *affine, weights, biases, specs)
+            return ops.group_norm_act_conv(x, residual, *affine, *parameters, specs)
     if residual is None:
         s, activation = x, group_norm_act(x, *affine)
     else:

@@ -9,6 +9,7 @@ from bitkern import _torch
 from bitkern.nn.current import current
 from bitkern.ops import Conv, group_norm_act
 from bitkern.ops.group_norm_act import check_act
+from bitkern.ops.group_norm_act_conv import numeric_padding
 from bitkern.ops.ws_conv2d import standardize_for
 from bitkern.reference import Activation
 from bitkern.variant import Variant
@@ -29,13 +30,8 @@ def _refuse_to_script(module: nn.Module) -> NoReturn:
 
 def conv_fusion(conv: Any) -> Conv | None:
     """What is left of a convolution of PyTorch once its parameters are there; None if more is."""
-    padding = conv.padding
-    if isinstance(padding, str):
-        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        if padding == "same" and any(t % 2 for t in total):  # one side is padded more
-            return None
-        padding = tuple(t // 2 if padding == "same" else 0 for t in total)
-    if conv.padding_mode != "zeros":
+    padding = numeric_padding(conv.padding, conv.dilation, conv.kernel_size)
+    if padding is None or conv.padding_mode != "zeros":
         return None
     more = conv.transposed, conv.output_padding, conv.groups
     return Conv(conv.stride, padding, conv.dilation, *more)

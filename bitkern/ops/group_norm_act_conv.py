@@ -17,6 +17,7 @@ from bitkern import _torch, reference
 from bitkern.backends import choose, launchers
 from bitkern.layout import dense, dense_like
 from bitkern.ops.group_norm_act import add_group_norm_act, check, group_norm_act
+from bitkern.ops.ws_conv2d import autocast_dtype
 from bitkern.reference import Activation
 
 
@@ -29,6 +30,32 @@ class Conv(NamedTuple):
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
+
+
+def numeric_padding(
+    padding: Any, dilation: Sequence[int], kernel_size: Sequence[int]
+) -> tuple[int, ...] | None:
+    """The numbers of a padding that may be ``"same"`` or ``"valid"``; None if sides differ."""
+    if not isinstance(padding, str):
+        return tuple(padding)
+    if padding == "valid":
+        return (0,) * len(kernel_size)
+    total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+    return None if any(t % 2 for t in total) else tuple(t // 2 for t in total)
+
+
+def convolution_parameters(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor | None]] | None:
+    """Weights and biases in the dtype of convolutions of x; None if that is not x's own."""
+    autocast = autocast_dtype(x)
+    if autocast not in (None, x.dtype):
+        return None
+    if autocast is not None:
+        weights = [w.to(x.dtype) for w in weights]
+        biases = [None if b is None else b.to(x.dtype) for b in biases]
+    fit = all(p is None or p.dtype == x.dtype for p in (*weights, *biases))
+    return (list(weights), list(biases)) if fit else None
 
 
 _RECOMPUTE = "group_norm_act_recompute"

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitkern import ops
+from bitkern.compile import patterns
 
 
 def ws(w, eps=1e-5):
@@ -67,6 +68,13 @@ def conv_bias_changed_after_the_norm(s, x):
     a = F.relu(s.gn(x))
     with torch.no_grad():
         b.mul_(3)
+    return F.conv2d(a, s.w, b)
+
+
+def conv_bias_changed_with_gradients(s, x):
+    b = s.b * 1
+    a = F.relu(s.gn(x))
+    b.mul_(3)
     return F.conv2d(a, s.w, b)
 
 
@@ -194,6 +202,26 @@ RUNS = [
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
 def test_equals_eager(run, dtype, dynamic):
+    check(run, dtype, dynamic)
+
+
+CARELESS = {
+    "changed": (conv_bias_changed_with_gradients, lambda *_: False),
+    "fresh": (a_slice_of_a_convolution, lambda *_: True),
+    "same_mode": (norm_in_inference_mode, lambda _: True),
+    "_sum_before": (norm_weight_changed_after_the_sum, lambda c: patterns.sum_of(c.norm.x)),
+}
+
+
+@pytest.mark.parametrize("rule", CARELESS)
+def test_a_missing_rule_is_noticed(rule, monkeypatch):
+    run, careless = CARELESS[rule]
+    monkeypatch.setattr(patterns, rule, careless)
+    with pytest.raises(AssertionError):
+        check(run, torch.float64, None)
+
+
+def check(run, dtype, dynamic):
     torch._dynamo.reset()
     model = Network(run).to(dtype)
     twin = copy.deepcopy(model)
