@@ -26,7 +26,7 @@ from bitkern.transfer.data import (
     load_split,
 )
 from bitkern.transfer.data.decoders import DECODERS
-from bitkern.transfer.loop import TrainResult, train
+from bitkern.transfer.loop import train
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.run import (
     CHECKPOINT,
@@ -37,6 +37,7 @@ from bitkern.transfer.run import (
     read_checkpoint,
 )
 from bitkern.transfer.selection import KEEP, METRICS, Selection
+from bitkern.transfer.training import TrainResult
 from bitkern.transfer.watching import duration, in_words
 
 

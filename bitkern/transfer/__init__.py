@@ -15,7 +15,7 @@ from bitkern.transfer.data import (
 from bitkern.transfer.data.loader import train_batches
 from bitkern.transfer.finished import FinishedRun, load_run
 from bitkern.transfer.inference import evaluate, predict
-from bitkern.transfer.loop import TrainResult, train
+from bitkern.transfer.loop import train
 from bitkern.transfer.ranks import RankError
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.recipes.hyperrule import HyperRule, hyperrule
@@ -25,6 +25,7 @@ from bitkern.transfer.report import check_report, scores, write_report
 from bitkern.transfer.run import RunError
 from bitkern.transfer.selection import Selection
 from bitkern.transfer.setup import TrainingError
+from bitkern.transfer.training import TrainResult
 
 __all__ = [
     "DataError",
