@@ -86,14 +86,18 @@ def _load(instruction, kernel):
 def _fetch(group, space, lanes, addresses, size, count):
     threads = group.threads[lanes]
     with _lanes(lanes):
-        if space == "shared":
-            memory = group.launch.shared
-            at = memory.locate(addresses, size * count, threads)
-        else:
-            memory = group.launch.memory
-            at, tensor = memory.locate(addresses, size * count, threads)
-            memory.count(True, tensor, size * count)
+        memory, at = _locate(group, space, addresses, size * count, threads, reading=True)
         return memory.load(at, size, count, threads, group.clock)
+
+
+def _locate(group, space, addresses, size, threads, reading):
+    """The memory of a space and where addresses are in it; what is global is counted."""
+    if space == "shared":
+        return group.launch.shared, group.launch.shared.locate(addresses, size, threads)
+    memory = group.launch.memory
+    at, tensor = memory.locate(addresses, size, threads)
+    memory.count(reading, tensor, size)
+    return memory, at
 
 
 class _lanes:
@@ -122,13 +126,7 @@ def _store(instruction, kernel):
         values = np.stack([group.whole(of(group))[lanes] for of in sources], 1)
         threads, addresses = group.threads[lanes], address(group)[lanes]
         with _lanes(lanes):
-            if space == "shared":
-                memory = group.launch.shared
-                at = memory.locate(addresses, size * count, threads)
-            else:
-                memory = group.launch.memory
-                at, tensor = memory.locate(addresses, size * count, threads)
-                memory.count(False, tensor, size * count)
+            memory, at = _locate(group, space, addresses, size * count, threads, reading=False)
             memory.store(at, values, size, threads, group.clock)
 
     return store
