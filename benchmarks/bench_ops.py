@@ -44,6 +44,8 @@ GPU_MODES = ("default", "max-autotune-no-cudagraphs")
 
 # Stages 1 and 3 of R50x1 at 224 pixels, stage 3 of R152x4 at 480.
 SHAPES = [(8, 256, 56, 56), (8, 512, 14, 14), (1, 1024, 30, 30)]
+# Of a diffusion model's U-Net, whose norms a time step modulates.
+MODULATED = [(4, 256, 32, 32), (2, 512, 64, 64)]
 CPU = [
     Case("group_norm_act", SHAPES[0], "fp32", "channels_last", modes=("default",)),
     Case("group_norm_act", SHAPES[0], "bf16", "channels_last", modes=("default",)),
@@ -57,6 +59,10 @@ CPU = [
     Case("group_norm_add_relu", SHAPES[0], "bf16"),
     Case("weight_standardize", "R50x1", "bf16", backward=False, modes=("default",)),
     Case("weight_standardize", "R50x1", "fp32"),
+]
+CPU += [
+    Case("modulated_group_norm_act", shape, dtype)
+    for shape, dtype in product(MODULATED, ("fp32", "bf16"))
 ]
 CPU_ALL = [
     Case("group_norm_act", shape, dtype, layout, backward)
@@ -85,6 +91,7 @@ TINY = [
     Case("group_norm_act", (3, 64, 3, 5), "fp32", "nchw"),
     Case("add_group_norm_act", (2, 96, 5, 3), "bf16"),
     Case("group_norm_add_relu", (2, 96, 5, 3), "bf16"),
+    Case("modulated_group_norm_act", (2, 32, 5, 3), "bf16"),
     Case("weight_standardize", "R26x0.5", "bf16"),
 ]
 pytestmark = pytest.mark.benchmark(timer=measure.clock(DEVICE))

@@ -95,6 +95,18 @@ def _eager_norm_add(x, residual, weight, bias):
     return (F.relu(F.group_norm(x, GROUPS, weight, bias) + residual),)
 
 
+def _ours_modulated(x, scale, shift, weight, bias):
+    """As GroupNormAct does with a scale and a shift."""
+    factor = 1 + scale
+    affine = weight * factor, bias * factor + shift
+    return (bitkern.ops.group_norm_act(x, GROUPS, *affine, act="silu"),)
+
+
+def _eager_modulated(x, scale, shift, weight, bias):
+    y = F.group_norm(x, GROUPS, weight, bias) * (1 + scale[:, :, None, None])
+    return (F.silu(y + shift[:, :, None, None]),)
+
+
 def _exact_norm(x, weight, bias):
     return (reference.group_norm_act(x, GROUPS, weight, bias),)
 
@@ -111,6 +123,7 @@ def _exact_norm_add(x, residual, weight, bias):
 # (dsum,) dx, or x, y, dy, dx, dresidual.
 NORMS = {
     "group_norm_act": (_ours_norm, _eager_norm, _exact_norm, (2, 3)),
+    "modulated_group_norm_act": (_ours_modulated, _eager_modulated, _eager_modulated, (2, 3)),
     "add_group_norm_act": (_ours_add_norm, _eager_add_norm, _exact_add_norm, (4, 4)),
     "group_norm_add_relu": (_ours_norm_add, _eager_norm_add, _exact_norm_add, (3, 5)),
 }
@@ -154,8 +167,11 @@ def _big_transfer_standardize(dtype, memory_format):
 def _norm_problem(case, device):
     x = feature_maps(case, device)
     dtype, channels = DTYPES[case.dtype], case.shape[1]
-    parameters = [p.to(device) for p in affine(channels)]
-    branch = [x] if case.operator == "group_norm_act" else [x, feature_maps(case, device, seed=2)]
+    parameters = affine(channels)
+    if case.operator == "modulated_group_norm_act":
+        parameters = *affine(channels, seed=2, samples=x.shape[:1]), *parameters
+    parameters = [p.to(device) for p in parameters]
+    branch = [x, feature_maps(case, device, seed=2)] if "add" in case.operator else [x]
     ours, eager, exact, tensors = NORMS[case.operator]
     same = _leaves([*branch, *(p.to(dtype) for p in parameters)], case)
     contenders = {"ours": Contender(ours, same), "eager": Contender(eager, same)}

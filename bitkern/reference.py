@@ -87,7 +87,19 @@ def _group_norm(
     dtype = compute_dtype(x.dtype)
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
     # torch.group_norm, because F.group_norm refuses groups of a single element.
-    return torch.group_norm(x.to(dtype), num_groups, weight, bias, eps)
+    if all(p is None or p.ndim == 1 for p in (weight, bias)):
+        return torch.group_norm(x.to(dtype), num_groups, weight, bias, eps)
+    return _affine(torch.group_norm(x.to(dtype), num_groups, None, None, eps), weight, bias)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``weight * x + bias`` for parameters of (C,) or (N, C), in the dtype of x."""
+    maps = [1] * (x.ndim - 2)
+    if weight is not None:
+        x = x * weight.to(x.dtype).reshape(*weight.shape, *maps)
+    if bias is not None:
+        x = x + bias.to(x.dtype).reshape(*bias.shape, *maps)
+    return x
 
 
 def add_group_norm_act(
@@ -194,11 +206,7 @@ def group_norm_act_recompute(
         return statistic.repeat_interleave(channels // num_groups, 1).reshape(-1, channels, *maps)
 
     y = (total.to(mean.dtype) - of_channels(mean)) * of_channels(rstd)
-    if weight is not None:
-        y = y * weight.to(mean.dtype).reshape(channels, *maps)
-    if bias is not None:
-        y = y + bias.to(mean.dtype).reshape(channels, *maps)
-    return ACTIVATIONS[act](y).to(total.dtype)
+    return ACTIVATIONS[act](_affine(y, weight, bias)).to(total.dtype)
 
 
 def group_norm_act_backward(
@@ -217,7 +225,8 @@ def group_norm_act_backward(
     """-> (dx, dweight, dbias), None where not wanted.
 
     With xh = (x - mean) * rstd, z = weight * xh + bias and g = dy * act'(z): dweight and dbias are
-    the sums of g * xh and g over samples and pixels, and, the means being over a group,
+    the sums of g * xh and g over pixels, and over samples for parameters of (C,), and, the means
+    being over a group,
     ``dx = rstd * (weight * g - mean(weight * g) - xh * mean(weight * g * xh)) + dtotal``.
     """
     n, channels = total.shape[:2]
@@ -227,7 +236,11 @@ def group_norm_act_backward(
     def per_channel(parameter: Tensor | None, default: float) -> Tensor:
         if parameter is None:
             parameter = torch.full((channels,), default, device=total.device)
-        return parameter.to(dtype).reshape(1, num_groups, -1, 1)
+        return parameter.to(dtype).reshape(*parameter.shape[:-1], *grouped[1:3], 1)
+
+    def summed(terms: Tensor, parameter: Tensor) -> Tensor:
+        terms = terms.sum((0, 3) if parameter.ndim == 1 else 3)
+        return terms.reshape(parameter.shape).to(parameter.dtype)
 
     def per_group(statistic: Tensor) -> Tensor:
         return statistic[:, :, None, None]
@@ -261,9 +274,9 @@ def group_norm_act_backward(
             dx = dx + dtotal
         dx = cast_like(dx, total)
     if need_dparams and weight is not None:
-        dweight = (g * xh).sum((0, 3)).reshape(-1).to(weight.dtype)
+        dweight = summed(g * xh, weight)
     if need_dparams and bias is not None:
-        dbias = g.sum((0, 3)).reshape(-1).to(bias.dtype)
+        dbias = summed(g, bias)
     return dx, dweight, dbias
 
 

@@ -61,8 +61,19 @@ def maps(shape, dtype=torch.float32, seed=0, shift=3.0, constant=True):
     return x.to(dtype)
 
 
-def affine(channels, dtype=torch.float32, seed=1):
-    """weight and bias of both signs, away from 1 and 0."""
+def affine(channels, dtype=torch.float32, seed=1, samples=()):
+    """weight and bias of both signs, away from 1 and 0; ``samples=(N,)``: (N, channels)."""
     generator = torch.Generator().manual_seed(seed)
-    weight, bias = torch.randn(2, channels, generator=generator)
+    weight, bias = torch.randn(2, *samples, channels, generator=generator)
     return weight.to(dtype), bias.to(dtype)
+
+
+def pytorch_group_norm(x, num_groups, weight, bias, eps):
+    """torch.group_norm, and what one would write for parameters of each sample, at x's dtype."""
+    weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
+    if all(p is None or p.ndim == 1 for p in (weight, bias)):
+        return torch.group_norm(x, num_groups, weight, bias, eps)
+    y, ones = torch.group_norm(x, num_groups, eps=eps), [1] * (x.ndim - 2)
+    if weight is not None:
+        y = y * weight.reshape(*weight.shape, *ones)
+    return y if bias is None else y + bias.reshape(*bias.shape, *ones)

@@ -65,7 +65,7 @@ Floats random(size_t n, int seed) {
 // Everything that the operators return for one shape, one after the other.
 Floats group_norm(int64_t batch, bool channels_last, bool adds, int threads) {
   const int64_t channels = 96, pixels = 41 * 41, groups = 8, n = batch * channels * pixels;
-  const GroupNormActProblem problem{batch, channels, pixels, groups, channels_last,
+  const GroupNormActProblem problem{batch, channels, pixels, groups, channels_last, false,
                                     DType::float32, DType::float32, DType::float32,
                                     Activation::relu};
   const Floats x = random(n, 0), residual = random(n, 1), dy = random(n, 2), dtotal = random(n, 3);

@@ -6,10 +6,12 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from bitkern import reference
 from bitkern.nn import GroupNormAct, WSConv2d
+from tests.helpers import affine, assert_accurate, maps
 
 
 @pytest.mark.parametrize("ours, theirs", [(WSConv2d, nn.Conv2d), (GroupNormAct, nn.GroupNorm)])
@@ -65,6 +67,54 @@ def test_group_norm_state_dict_and_result():
     assert "act='relu'" in repr(ours)
     with pytest.raises(ValueError, match="act: expected one of relu, silu, .*none, got 'tanh'"):
         GroupNormAct(4, 8, act="tanh")
+
+
+def modulated(norm, x, scale, shift):
+    """Operation by operation."""
+    parameters = (None if p is None else p.to(x.dtype) for p in (norm.weight, norm.bias))
+    z, pixels = F.group_norm(x, norm.num_groups, *parameters, norm.eps), [1] * (x.ndim - 2)
+    z = z if scale is None else z * (1 + scale.reshape(*x.shape[:2], *pixels))
+    return F.silu(z if shift is None else z + shift.reshape(*x.shape[:2], *pixels))
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["affine", "not affine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scale_and_shift(own, dtype):
+    for shape in ((3, 8, 5, 3), (1, 8), (0, 8, 3)):
+        norm, x = GroupNormAct(4, 8, affine=own, act="silu"), maps(shape, dtype)
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter)
+        scale, shift = affine(8, dtype, samples=shape[:1])
+        with_pixels = shift.reshape(*shape[:2], *[1] * (len(shape) - 2))
+        for given in ((scale, with_pixels), (scale, None), (None, shift)):
+            results = []
+            for fn, to in ((norm, dtype), (modulated, dtype), (modulated, torch.float64)):
+                leaves = [t if t is None else t.to(to).requires_grad_() for t in (x, *given)]
+                y = fn(*leaves) if fn is norm else fn(norm, *leaves)
+                wanted = [*(t for t in leaves if t is not None), *norm.parameters()]
+                grads = torch.autograd.grad(y, wanted, torch.cos(x.to(to)))
+                results.append([y, *grads])
+            every = [*zip(*results, strict=True)]
+            # The others are sums of terms that cancel.
+            for ours, peer, exact in every[:2]:
+                assert_accurate(ours, peer, exact)
+            for ours, peer, exact in every[2:]:
+                allowed = 2 * (peer - exact).norm() + 1e-4 * exact.norm()
+                assert ours.dtype == peer.dtype and (ours - exact).norm() <= allowed
+
+
+@pytest.mark.parametrize(
+    "error, message, given",
+    [
+        (ValueError, r"scale: .* \(2, 8\) or \(2, 8, 1, 1\) .*, got \(8,\)", [torch.ones(8)]),
+        (ValueError, r"shift: .*, got \(1, 8\)", [None, torch.ones(1, 8)]),
+        (TypeError, "scale: expected a floating dtype", [torch.ones(2, 8, dtype=torch.int)]),
+        (ValueError, "shift: expected the device", [None, torch.ones(2, 8, device="meta")]),
+    ],
+)
+def test_scale_and_shift_that_do_not_fit(error, message, given):
+    with pytest.raises(error, match=message):
+        GroupNormAct(4, 8)(torch.ones(2, 8, 3, 3), *given)
 
 
 def test_copy_pickle_functional_call_and_hooks():

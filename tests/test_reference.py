@@ -1,5 +1,7 @@
 """The reference against formulas written out once more, and against its own second derivative."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,11 +69,11 @@ def test_weight_standardize_constant_filter(eps_outside):
 @pytest.mark.parametrize("act", reference.ACTIVATIONS)
 def test_group_norm_act_formula(act):
     x = maps((2, 6, 5, 3), torch.float64)
-    weight, bias = affine(6, torch.float64)
+    weight, bias = affine(6, torch.float64)[0], affine(6, torch.float64, samples=(2,))[1]
     y = reference.group_norm_act(x, 3, weight, bias, 1e-3, act)
     g = x.reshape(2, 3, -1)
     g = (g - g.mean(2, keepdim=True)) / (g.var(2, correction=0, keepdim=True) + 1e-3).sqrt()
-    z = g.reshape(x.shape) * weight[:, None, None] + bias[:, None, None]
+    z = g.reshape(x.shape) * weight[:, None, None] + bias[:, :, None, None]
     expected = {
         "relu": z.clamp_min(0),
         "silu": z / (1 + (-z).exp()),
@@ -135,9 +137,9 @@ def test_group_norm_act_launcher_formulas(format):
     """The explicit forward and backward, against autograd of the plain function."""
     x = maps((3, 8, 5, 4), torch.float64).contiguous(memory_format=format).requires_grad_()
     r = torch.randn_like(x, requires_grad=True)
-    weight, bias = (p.requires_grad_() for p in affine(8, torch.float64))
     dtotal, dy = torch.randn_like(x), torch.randn_like(x)
-    for act in reference.ACTIVATIONS:
+    for act, samples in product(reference.ACTIVATIONS, ((), (3,))):
+        weight, bias = (p.requires_grad_() for p in affine(8, torch.float64, samples=samples))
         total, y = reference.add_group_norm_act(x, r, 4, weight, bias, 1e-5, act)
         expected = torch.autograd.grad((total, y), (x, weight, bias), (dtotal, dy))
         args = (t.detach() for t in (x, r))

@@ -63,6 +63,7 @@ def _problem(
     act: str,
 ) -> Struct:
     batch, channels, *sizes = x.shape
+    parameter = bias if weight is None else weight
     pixels = 1
     for size in sizes:
         pixels *= size
@@ -72,6 +73,7 @@ def _problem(
         "pixels": pixels,
         "groups": num_groups,
         "channels_last": not x.is_contiguous(),
+        "per_sample": parameter is not None and parameter.ndim == 2,
         "dtype": DTYPES[x.dtype],
         "weight_dtype": 0 if weight is None else DTYPES[weight.dtype],
         "bias_dtype": 0 if bias is None else DTYPES[bias.dtype],

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from bitkern import _torch
 from bitkern.nn.current import current
 from bitkern.ops import Conv, group_norm_act
-from bitkern.ops.group_norm_act import check_act
+from bitkern.ops.group_norm_act import check_act, check_companion
 from bitkern.ops.group_norm_act_conv import numeric_padding
 from bitkern.ops.ws_conv2d import standardize_for
-from bitkern.reference import Activation
+from bitkern.reference import Activation, compute_dtype
 from bitkern.variant import Variant
 
 # torch.fx records calls of these as they are.
@@ -125,6 +125,19 @@ class WSConv2d(nn.Conv2d):
         return y
 
 
+def _per_sample(name: str, tensor: Tensor, x: Tensor) -> Tensor:
+    """A scale or shift as (N, C), in the dtype of the arithmetic."""
+    shape = x.shape[:2]
+    with_pixels = *shape, *[1] * (x.ndim - 2)
+    if tensor.shape not in (shape, with_pixels):
+        raise ValueError(
+            f"{name}: expected shape {tuple(shape)} or {with_pixels} for the channels of input, "
+            f"got {tuple(tensor.shape)}"
+        )
+    check_companion(name, tensor, x)
+    return tensor.reshape(shape).to(compute_dtype(tensor.dtype))
+
+
 class GroupNormAct(nn.GroupNorm):
     """``nn.GroupNorm`` followed by an activation, fused.
 
@@ -159,10 +172,35 @@ class GroupNormAct(nn.GroupNorm):
         """The activation that the kernel applies, and the modules that are called after it."""
         return self.act, ()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Maps (N, num_channels, *) -> the same shape, dtype and memory format."""
+    def forward(
+        self, input: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """Maps (N, num_channels, *) -> the same shape, dtype and memory format.
+
+        With ``scale`` or ``shift`` it is ``act(norm(input) * (1 + scale) + shift)``, as in the
+        conditional norms of diffusion models, and as fast: one norm whose weight and bias are
+        those of each sample.
+
+        Args:
+            input: (N, num_channels, *), any floating dtype and strides.
+            scale, shift: (N, num_channels), or (N, num_channels, 1, …) with as many dimensions as
+                ``input``; any floating dtype and strides, or None for 0.
+
+        Raises:
+            ValueError: a shape or a device does not fit.
+            TypeError: a dtype does not fit.
+        """
         act, modules = self.fusion()
-        y = group_norm_act(input, self.num_groups, self.weight, self.bias, self.eps, act)
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        if scale is not None:
+            factor = 1 + _per_sample("scale", scale, input)
+            weight = factor if weight is None else weight * factor
+            bias = None if bias is None else bias * factor
+        if shift is not None:
+            shift = _per_sample("shift", shift, input)
+            bias = shift if bias is None else bias + shift
+        y = group_norm_act(input, self.num_groups, weight, bias, self.eps, act)
         for module in modules:
             y = module(y)
         return y

@@ -2,8 +2,9 @@
 
     s = x (+ residual);  y = act(weight * (s - mean) * rstd + bias)
 
-mean and rstd per (sample, group). Backward keeps s and the statistics alone: it recomputes what
-it needs, and one gradient serves x and residual alike. Derivation: docs/math.md.
+mean and rstd per (sample, group), weight and bias per channel, or per sample and channel. Backward
+keeps s and the statistics alone: it recomputes what it needs, and one gradient serves x and
+residual alike. Derivation: docs/math.md.
 """
 
 from collections.abc import Callable
@@ -48,12 +49,12 @@ def check(
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is None:
             continue
-        if parameter.shape != (channels,):
+        if parameter.shape != (channels,) and parameter.shape != x.shape[:2]:
             raise ValueError(
-                f"{name}: expected shape ({channels},) for the channels of x, "
-                f"got {tuple(parameter.shape)}"
+                f"{name}: expected shape ({channels},) or {tuple(x.shape[:2])} for the channels of "
+                f"x, got {tuple(parameter.shape)}"
             )
-        _check_companion(name, parameter, x)
+        check_companion(name, parameter, x)
     if residual is not None:
         if residual.shape != x.shape:
             raise ValueError(
@@ -61,14 +62,25 @@ def check(
             )
         if residual.dtype != x.dtype:
             raise TypeError(f"residual: expected the dtype of x, {x.dtype}, got {residual.dtype}")
-        _check_companion("residual", residual, x)
+        check_companion("residual", residual, x)
 
 
-def _check_companion(name: str, tensor: Tensor, x: Tensor) -> None:
+def check_companion(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raise ValueError or TypeError unless a tensor can be computed with x."""
     if not tensor.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
     if tensor.device != x.device:
         raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")
+
+
+def parameters(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """weight and bias as kernels read them: contiguous, and both (N, C) if one is."""
+    if weight is not None and bias is not None and weight.ndim != bias.ndim:
+        weight, bias = torch.broadcast_tensors(weight, bias)  # type: ignore[no-untyped-call]
+    return (
+        None if weight is None else weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+    )
 
 
 def _implementation(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
@@ -99,6 +111,7 @@ def _group_norm_act(
     act: str,
 ) -> tuple[Tensor, ...]:
     x = dense(x)
+    weight, bias = parameters(weight, bias)
     total, *rest = _implementation(x, weight, bias).group_norm_act_forward(
         x, dense_like(residual, x), num_groups, weight, bias, eps, act
     )
@@ -140,6 +153,7 @@ def _group_norm_act_backward(
 ) -> tuple[Tensor, ...]:
     total = dense(total)
     dy, dtotal = dense_like(dy, total), dense_like(dtotal, total)
+    weight, bias = parameters(weight, bias)
     grads = _implementation(total, weight, bias).group_norm_act_backward(
         dy, dtotal, total, num_groups, weight, bias, *rest
     )
@@ -163,7 +177,7 @@ def _(
     wanted = [need_dx, need_dparams, need_dparams]
     grads = [
         torch.empty_like(p) if need and p is not None else None
-        for need, p in zip(wanted, (dense(total), weight, bias), strict=True)
+        for need, p in zip(wanted, (dense(total), *parameters(weight, bias)), strict=True)
     ]
     return tuple(or_empty(grad, total) for grad in grads)
 
@@ -259,6 +273,7 @@ def _run(
     if choice.name == "reference":
         total = x if residual is None else x + residual
         return total, reference.group_norm_act(total, num_groups, weight, bias, eps, act)
+    weight, bias = parameters(weight, bias)
     if torch.compiler.is_compiling():
         arguments = x, residual, num_groups, weight, bias, eps, act
         total, activation, _, _ = torch.ops.bitkern.group_norm_act(*arguments)
@@ -287,7 +302,7 @@ def group_norm_act(
     Args:
         x: (N, C, *), any floating dtype and strides. 16-bit inputs are computed in float32.
         num_groups: a divisor of C.
-        weight, bias: (C,), any floating dtype, or None.
+        weight, bias: (C,), or (N, C) for parameters of each sample; any floating dtype, or None.
         eps: added to the variance.
         act: ``"relu"``, ``"silu"``, ``"leaky_relu"`` (slope 0.01), ``"gelu"`` (exact), ``"mish"``,
             ``"hardswish"`` or ``"none"``.

@@ -16,7 +16,7 @@ from torch import Tensor
 from bitkern import _torch, reference
 from bitkern.backends import choose, launchers
 from bitkern.layout import dense, dense_like
-from bitkern.ops.group_norm_act import add_group_norm_act, check, group_norm_act
+from bitkern.ops.group_norm_act import add_group_norm_act, check, group_norm_act, parameters
 from bitkern.ops.ws_conv2d import autocast_dtype
 from bitkern.reference import Activation
 
@@ -188,6 +188,7 @@ def group_norm_act_conv(
         each = zip(weights, biases, convs, strict=True)
         return s, [torch.convolution(a, w, b, *conv) for w, b, conv in each]
     implementation = launchers(choose("group_norm_act", x, weight, bias).name, "group_norm_act")
+    weight, bias = parameters(weight, bias)
     x = dense(x)
     residual = dense_like(residual, x)
     constants = convs, num_groups, eps, act, implementation

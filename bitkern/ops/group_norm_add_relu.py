@@ -15,7 +15,7 @@ from torch import Tensor
 from bitkern import _torch, reference
 from bitkern.backends import choose, launchers, operator
 from bitkern.layout import dense, dense_like
-from bitkern.ops.group_norm_act import check, or_empty
+from bitkern.ops.group_norm_act import check, or_empty, parameters
 
 
 def _implementation(x: Tensor, *others: Tensor | None) -> Any:
@@ -41,6 +41,7 @@ def _group_norm_add_relu(
     eps: float,
 ) -> tuple[Tensor, ...]:
     x = dense(x)
+    weight, bias = parameters(weight, bias)
     return tuple(
         _implementation(x, residual, weight, bias).group_norm_add_relu_forward(
             x, dense_like(residual, x), num_groups, weight, bias, eps
@@ -80,6 +81,7 @@ def _group_norm_add_relu_backward(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     x = dense(x)
+    weight, bias = parameters(weight, bias)
     grads = _implementation(x, weight, bias).group_norm_add_relu_backward(
         dense_like(dy, x), x, dense_like(y, x), num_groups, weight, bias, *rest
     )
@@ -103,7 +105,7 @@ def _(
     wanted = [need_dx, need_dresidual, need_dparams, need_dparams]
     grads = [
         torch.empty_like(p) if need and p is not None else None
-        for need, p in zip(wanted, (dense(x), dense(x), weight, bias), strict=True)
+        for need, p in zip(wanted, (dense(x), dense(x), *parameters(weight, bias)), strict=True)
     ]
     return tuple(or_empty(grad, x) for grad in grads)
 
@@ -190,7 +192,7 @@ def group_norm_add_relu(
         x: (N, C, *), any floating dtype and strides. 16-bit inputs are computed in float32.
         residual: of the shape, dtype and device of ``x``, any strides.
         num_groups: a divisor of C.
-        weight, bias: (C,), any floating dtype, or None.
+        weight, bias: (C,), or (N, C) for parameters of each sample; any floating dtype, or None.
         eps: added to the variance.
 
     Returns:
@@ -204,12 +206,13 @@ def group_norm_add_relu(
     if residual is None:
         raise TypeError("residual: expected a tensor, got None")
     check(x, residual, num_groups, weight, bias, "relu")
-    arguments = x, residual, num_groups, weight, bias, eps
     choice = choose("group_norm_add_relu", x, residual, weight, bias)
     if choice.name == "reference":
-        return reference.group_norm_add_relu(*arguments)
+        return reference.group_norm_add_relu(x, residual, num_groups, weight, bias, eps)
+    weight, bias = parameters(weight, bias)
     y: Tensor
     if torch.compiler.is_compiling():
+        arguments = x, residual, num_groups, weight, bias, eps
         y, _, _ = torch.ops.bitkern.group_norm_add_relu(*arguments)
         return y
     x = dense(x)

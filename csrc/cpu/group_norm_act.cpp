@@ -30,7 +30,7 @@ void with_dtype_and_act(const GroupNormActProblem& shape, bool adds, Body&& body
   });
 }
 
-// A parameter of `n` channels in float; `otherwise` where there is none.
+// A parameter of `n` elements in float; `otherwise` where there is none.
 void load_parameter(const void* parameter, DType dtype, float otherwise, int64_t n, float* out) {
   with_dtype(dtype, [&](auto t) {
     const auto* p = static_cast<const decltype(t)*>(parameter);
@@ -79,12 +79,13 @@ void group_norm_act_forward(const GroupNormActProblem& shape, const GroupNormAct
     return;
   }
   const int threads = useful_threads(num_threads, elements);
-  const Scratch parameters(2 * shape.channels);
+  const int64_t samples = shape.per_sample ? shape.batch : 1, size = samples * shape.channels;
+  const Scratch parameters(2 * size);
   float* const weight = parameters.data;
-  float* const bias = weight + shape.channels;
-  load_parameter(tensors.weight, shape.weight_dtype, 1, shape.channels, weight);
-  load_parameter(tensors.bias, shape.bias_dtype, 0, shape.channels, bias);
-  const Affine affine{weight, bias, nullptr, nullptr};
+  float* const bias = weight + size;
+  load_parameter(tensors.weight, shape.weight_dtype, 1, size, weight);
+  load_parameter(tensors.bias, shape.bias_dtype, 0, size, bias);
+  const Affine affine{weight, bias, nullptr, nullptr, samples};
   const auto run = [&](const auto& kernel) {
     const Scratch slots(2 * threads * kernel.slot_size);
     parallel(threads, [&](const Team& team) {
@@ -107,26 +108,28 @@ void group_norm_act_backward(const GroupNormActProblem& shape, const GroupNormAc
   const int64_t elements = shape.batch * shape.channels * shape.pixels;
   const int64_t batch = elements == 0 ? 0 : shape.batch;
   const int threads = useful_threads(num_threads, elements);
-  const Scratch parameters((2 + 2 * batch) * shape.channels);
+  const int64_t samples = shape.per_sample ? batch : 1, size = samples * shape.channels;
+  const int64_t terms = shape.per_sample ? 1 : batch;  // summed into a gradient
+  const Scratch parameters(2 * size + 2 * batch * shape.channels);
   float* const weight = parameters.data;
-  float* const bias = weight + shape.channels;
-  float* const dweight = bias + shape.channels;
+  float* const bias = weight + size;
+  float* const dweight = bias + size;
   float* const dbias = dweight + batch * shape.channels;
-  load_parameter(tensors.weight, shape.weight_dtype, 1, shape.channels, weight);
-  load_parameter(tensors.bias, shape.bias_dtype, 0, shape.channels, bias);
-  const Affine affine{weight, bias, dweight, dbias};
+  load_parameter(tensors.weight, shape.weight_dtype, 1, size, weight);
+  load_parameter(tensors.bias, shape.bias_dtype, 0, size, bias);
+  const Affine affine{weight, bias, dweight, dbias, samples};
   const auto reduce_parameters = [&](Range range) {
-    sum_over_batch(dweight, batch, shape.channels, range, tensors.dweight, shape.weight_dtype);
-    sum_over_batch(dbias, batch, shape.channels, range, tensors.dbias, shape.bias_dtype);
+    sum_over_batch(dweight, terms, size, range, tensors.dweight, shape.weight_dtype);
+    sum_over_batch(dbias, terms, size, range, tensors.dbias, shape.bias_dtype);
   };
-  if (elements == 0) return reduce_parameters({0, shape.channels});
+  if (elements == 0) return reduce_parameters({0, size});
   const auto run = [&](const auto& kernel) {
     const Scratch slots(2 * threads * kernel.slot_size);
     parallel(threads, [&](const Team& team) {
       two_pass(team, kernel, slots.data);
       stream_fence();
       team.barrier();
-      reduce_parameters(team.share(shape.channels));
+      reduce_parameters(team.share(size));
     });
   };
   with_dtype_and_act(shape, tensors.y, [&](auto t, auto act) {

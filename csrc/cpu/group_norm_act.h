@@ -142,10 +142,11 @@ T* from(void* tensor, int64_t start) {
 
 // The affine parameters and, for the backward, where the per-sample gradients of them go.
 struct Affine {
-  const float* weight;  // [channels]
-  const float* bias;    // [channels]
+  const float* weight;  // [samples, channels]
+  const float* bias;    // [samples, channels]
   float* dweight;       // [batch, channels]
   float* dbias;         // [batch, channels]
+  int64_t samples;      // batch, or 1 for parameters that all samples share
 };
 
 }  // namespace

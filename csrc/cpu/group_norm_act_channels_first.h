@@ -43,8 +43,10 @@ struct ChannelsFirst {
   int64_t offset(int64_t unit, int64_t channel, int64_t pixel) const {
     return (unit * width + channel) * shape.pixels + pixel;
   }
-  // Of a channel of the unit's group, among all channels.
-  int64_t channel(int64_t unit, int64_t c) const { return unit % shape.groups * width + c; }
+  // Of a channel of the unit's group, among all parameters.
+  int64_t channel(int64_t unit, int64_t c) const {
+    return unit % (affine.samples * shape.groups) * width + c;
+  }
   double* pair(float* slot, int64_t i) const { return reinterpret_cast<double*>(slot) + 2 * i; }
 };
 

@@ -50,13 +50,22 @@ struct ChannelsLast {
   int64_t offset(int64_t unit, int64_t block) const {
     return (unit * shape.pixels + block * pixels_a_block) * shape.channels;
   }
+  // The parameters of a sample.
+  const float* weight_of(int64_t unit) const {
+    return affine.weight + unit % affine.samples * shape.channels;
+  }
+  const float* bias_of(int64_t unit) const {
+    return affine.bias + unit % affine.samples * shape.channels;
+  }
   void prepare_coefficients(float* slot, int64_t unit, Range groups, const float* mean,
                             const float* rstd) const {
+    const float* const weight = weight_of(unit);
+    const float* const bias = bias_of(unit);
     for (int64_t g = groups.begin; g < groups.end; ++g) {
       for (int64_t c = g * width; c < (g + 1) * width; ++c) {
         coefficient(slot, MEAN)[c] = mean[unit * shape.groups + g];
-        coefficient(slot, SCALE)[c] = rstd[unit * shape.groups + g] * affine.weight[c];
-        coefficient(slot, BIAS)[c] = affine.bias[c];
+        coefficient(slot, SCALE)[c] = rstd[unit * shape.groups + g] * weight[c];
+        coefficient(slot, BIAS)[c] = bias[c];
       }
     }
   }
@@ -137,6 +146,8 @@ struct ForwardChannelsLast : ChannelsLast {
         m2[c] += m2s[c] + count * delta * delta;
       }
     }
+    const float* const weight = weight_of(unit);
+    const float* const bias = bias_of(unit);
     for (int64_t g = groups.begin; g < groups.end; ++g) {
       const Moments group = moments_of_sets(mean + g * width, m2 + g * width, width, pixels);
       const float center = float(group.mean);
@@ -144,11 +155,11 @@ struct ForwardChannelsLast : ChannelsLast {
       tensors.mean[unit * shape.groups + g] = center;
       tensors.rstd[unit * shape.groups + g] = rstd;
       for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-        const float scale = rstd * affine.weight[c];
+        const float scale = rstd * weight[c];
         coefficient(slot, MEAN)[c] = center;
         coefficient(slot, SCALE)[c] = scale;
         // What rounding takes from the mean is not small where the mean is large.
-        coefficient(slot, BIAS)[c] = affine.bias[c] - scale * float(group.mean - center);
+        coefficient(slot, BIAS)[c] = bias[c] - scale * float(group.mean - center);
       }
     }
   }
@@ -242,12 +253,13 @@ struct BackwardChannelsLast : ChannelsLast {
       }
     }
     const double count = double(width * shape.pixels);
+    const float* const weight = weight_of(unit);
     for (int64_t g = groups.begin; g < groups.end; ++g) {
       const double rstd = tensors.rstd[unit * shape.groups + g];
       double weighted_sum = 0, weighted_product = 0;
       for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-        weighted_sum += affine.weight[c] * sum[c];
-        weighted_product += affine.weight[c] * product[c];
+        weighted_sum += weight[c] * sum[c];
+        weighted_product += weight[c] * product[c];
         affine.dbias[unit * shape.channels + c] = float(sum[c]);
         affine.dweight[unit * shape.channels + c] = float(rstd * product[c]);
       }

@@ -6,7 +6,7 @@ import torch
 from bitkern import reference
 from bitkern.backends.triton import config
 from bitkern.backends.triton import group_norm_act as kernels
-from tests.helpers import affine, assert_accurate, maps
+from tests.helpers import affine, assert_accurate, maps, pytorch_group_norm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -82,8 +82,8 @@ class Problem:
         names = ("total", "y", "recomputed", "dx", "dweight", "dbias")
         return dict(zip(names, (total, y, recomputed, *gradients), strict=True))
 
-    def of(self, function, dtype):
-        """The same by autograd through ``function``, all of it in ``dtype``."""
+    def of(self, dtype):
+        """The same by PyTorch's autograd, all of it in ``dtype``."""
         total = self.x if self.residual is None else self.x + self.residual
         inputs = {"dx": total, "dweight": self.weight, "dbias": self.bias}
         inputs = {
@@ -92,7 +92,7 @@ class Problem:
             if t is not None
         }
         x, weight, bias = (inputs.get(name) for name in ("dx", "dweight", "dbias"))
-        y = reference.ACTIVATIONS[self.act](function(x, self.groups, weight, bias, EPS))
+        y = reference.ACTIVATIONS[self.act](pytorch_group_norm(x, self.groups, weight, bias, EPS))
         gradients = torch.autograd.grad(y, list(inputs.values()), self.dy.to(dtype))
         results = {"total": total, "y": y, "recomputed": y} | dict(
             zip(inputs, gradients, strict=True)
@@ -103,14 +103,14 @@ class Problem:
 
     def check(self, **needs):
         """Our results; each is as near to the exact one as PyTorch's at the inputs' dtype."""
-        ours, exact = self.ours(**needs), self.of(torch.group_norm, torch.float64)
+        ours, exact = self.ours(**needs), self.of(torch.float64)
         peers = {}
         for name, value in ours.items():
             if value is None:
                 continue
             dtype = torch.promote_types(self.x.dtype, value.dtype)
             if dtype not in peers:
-                peers[dtype] = self.of(torch.group_norm, dtype)
+                peers[dtype] = self.of(dtype)
             assert_accurate(value, peers[dtype][name].to(value.dtype), exact[name], name)
         return ours
 
@@ -187,6 +187,18 @@ def test_parameters(device, weight, bias):
     for gradient, dtype in ((ours["dweight"], weight), (ours["dbias"], bias)):
         assert (gradient is None) == (dtype is None)
         assert gradient is None or gradient.dtype == dtype
+
+
+@formats
+@ways
+def test_parameters_of_each_sample(way, device, format):
+    case = problem(device, (2, 24, 7, 9), 4, torch.bfloat16, format, residual=True)
+    parameters = affine(24, torch.bfloat16, samples=(2,))
+    for wanted in ((True, True), (True, False), (False, True)):
+        case.weight, case.bias = (
+            p.to(device) if want else None for p, want in zip(parameters, wanted, strict=True)
+        )
+        case.check()
 
 
 @ways

@@ -36,6 +36,11 @@ def node_without_sum(x, residual, *parameters):
     return node(x, None, *parameters)[1:]
 
 
+def of_samples(weight, bias):
+    """Parameters of each of the two samples."""
+    return torch.stack([weight, bias]), torch.stack([bias, weight])
+
+
 def standardized(x, residual, weight, bias, *weights):
     outer = {"eps": 1e-3, "eps_outside": True, "unbiased": True}
     return ops.weight_standardize(weights[0]), ops.weight_standardize(
@@ -46,7 +51,9 @@ def standardized(x, residual, weight, bias, *weights):
 OPERATORS = {
     "group_norm_act": lambda x, r, w, b, *_: (ops.group_norm_act(x, 4, w, b, act="mish"),),
     "without parameters": lambda x, *_: (ops.group_norm_act(x, 2, act="gelu"),),
-    "add_group_norm_act": lambda x, r, w, b, *_: ops.add_group_norm_act(x, r, 4, w, b, act="silu"),
+    "add_group_norm_act": lambda x, r, w, b, *_: ops.add_group_norm_act(
+        x, r, 4, *of_samples(w, b), act="silu"
+    ),
     "group_norm_add_relu": lambda x, r, w, b, *_: (ops.group_norm_add_relu(x, r, 4, w, b),),
     "group_norm_act_conv": node,
     "group_norm_act_conv without sum": node_without_sum,
@@ -227,7 +234,8 @@ def test_formulas_of_group_norm(kind, act):
     check = getattr(torch.autograd, kind)
     arguments = x, residual, 4, weight, bias, 1e-3, act, reference
     assert check(GroupNormActFunction.apply, arguments)
-    assert check(GroupNormActFunction.apply, (x, None, *arguments[2:]))
+    each = (p.detach().requires_grad_() for p in of_samples(weight, bias))
+    assert check(GroupNormActFunction.apply, (x, None, 4, *each, *arguments[5:]))
 
     def convolved(x, residual, *parameters):
         of = CONVS, 4, 1e-3, act, reference, x, residual
@@ -291,7 +299,9 @@ def test_registered_operators_too():
     registered = torch.ops.bitkern
     pairs = [
         (
-            lambda x, r, w, b, *_: registered.group_norm_act(x, r, 4, w, b, 1e-5, "silu")[:2],
+            lambda x, r, w, b, *_: registered.group_norm_act(
+                x, r, 4, *of_samples(w, b), 1e-5, "silu"
+            )[:2],
             OPERATORS["add_group_norm_act"],
         ),
         (

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import bitkern
 from bitkern import ops, reference
 from bitkern.backends import launchers
-from tests.helpers import affine, assert_accurate, maps, strided
+from tests.helpers import affine, assert_accurate, maps, pytorch_group_norm, strided
 from tests.ops.backends import implementations
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -50,8 +50,7 @@ def run(fn, x, residual, num_groups, weight, bias, act, grads, eps=1e-5):
 
 def pytorch_group_norm_act(x, num_groups, weight, bias, eps, act):
     """What one would write in PyTorch, at the dtype of x."""
-    weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
-    return reference.ACTIVATIONS[act](torch.group_norm(x, num_groups, weight, bias, eps))
+    return reference.ACTIVATIONS[act](pytorch_group_norm(x, num_groups, weight, bias, eps))
 
 
 def pytorch_add_group_norm_act(x, residual, *args):
@@ -62,16 +61,18 @@ def pytorch_add_group_norm_act(x, residual, *args):
 def summed(x, num_groups, weight, bias, act, dy):
     """The sums of absolute values of the terms of dweight and dbias."""
     normalized = reference.group_norm_act(x, num_groups, act="none")
-    shape = 1, -1, *[1] * (x.ndim - 2)
+    every = torch.ones_like(x)
+    ones = [1] * (x.ndim - 2)
     terms = [
-        (torch.full_like(x, default) if p is None else p.reshape(shape) + 0 * x).requires_grad_()
+        ((default if p is None else p.reshape(*p.shape, *ones)) * every).requires_grad_()
         for p, default in ((weight, 1.0), (bias, 0.0))
     ]
     y = reference.ACTIVATIONS[act](normalized * terms[0] + terms[1])
-    sums = (
-        grad.abs().transpose(0, 1).flatten(1).sum(1) for grad in torch.autograd.grad(y, terms, dy)
-    )
-    return dict(zip(("dweight", "dbias"), sums, strict=True))
+    sums = (g.abs().reshape(*x.shape[:2], -1).sum(2) for g in torch.autograd.grad(y, terms, dy))
+    return {
+        name: terms if p is not None and p.ndim == 2 else terms.sum(0)
+        for name, p, terms in zip(("dweight", "dbias"), (weight, bias), sums, strict=True)
+    }
 
 
 OURS = ops.group_norm_act, ops.add_group_norm_act
@@ -137,9 +138,9 @@ def test_layouts(poison, name, device, kind, dtype):
 def test_recompute(poison, name, device, format, dtype):
     """y again, from the statistics that the forward returned."""
     implementation = launchers(name, "group_norm_act")
-    for shape in ((0, 6, 3, 3), (3, 6, 7, 5), (1, 64, 61, 59)):
+    for shape, samples in (((0, 6, 3, 3), ()), ((3, 6, 7, 5), (3,)), ((1, 64, 61, 59), ())):
         x = maps(shape, dtype).to(device, memory_format=format)
-        affine_ = [p.to(device) for p in affine(shape[1])]
+        affine_ = [p.to(device) for p in affine(shape[1], samples=samples)]
         for act in ACTS:
             y, mean, rstd = implementation.group_norm_act_forward(x, None, 2, *affine_, 1e-5, act)[
                 1:
@@ -163,6 +164,35 @@ def test_affine_dtypes(name, device):
         assert (ours["dweight"].dtype, ours["dbias"].dtype) == dtypes
     compare(name, device, x, None, 4, None, None, "silu")
     compare(name, device, x, None, 4, affine(8)[0], None, "relu")
+
+
+@every_implementation
+@pytest.mark.parametrize("kind", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parameters_of_each_sample(poison, name, device, kind, dtype):
+    for shape, groups, act in (((3, 12, 5, 3), 4, "relu"), ((1, 6, 33, 2), 1, "silu")):
+        x, residual = strided(maps(shape, dtype), kind), maps(shape, dtype, seed=7, shift=-1.0)
+        weight, bias = affine(shape[1], samples=shape[:1])
+        for each in ((weight, bias), (weight, None), (None, bias), (weight, bias[0])):
+            ours = compare(name, device, x, None, groups, *each, act)
+            assert ours["dweight" if each[0] is not None else "dbias"].shape == shape[:2]
+        compare(name, device, x, residual, groups, weight[0], bias, act)
+
+
+@every_implementation
+def test_parameters_of_any_stride(name, device):
+    x, wide = maps((3, 16, 5, 3)).to(device), affine(32, samples=(3,))[0].to(device)
+    for weight, bias in (
+        (wide[0, ::2], wide[1, 1::2]),
+        (wide[:, :1].expand(3, 16), wide.reshape(32, 3)[16:].t()),
+    ):
+        results = []
+        for backend in (name, "reference"):
+            leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+            with bitkern.use_backend(backend):
+                y = ops.group_norm_act(leaves[0], 4, *leaves[1:], act="silu")
+            results.append([y, *torch.autograd.grad(y, leaves, torch.sin(x))])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 @every_implementation
@@ -207,14 +237,15 @@ def test_nan_and_inf_stay_in_their_sample(name, device, kind, bad):
 @every_implementation
 def test_empty_batch(name, device):
     shape = (0, 8, 3, 3)
-    for format in (torch.contiguous_format, torch.channels_last):
+    for format, samples in ((torch.contiguous_format, ()), (torch.channels_last, (0,))):
         x = torch.empty(shape, device=device).contiguous(memory_format=format).requires_grad_()
-        weight, bias = (p.to(device).requires_grad_() for p in affine(8))
+        weight, bias = (p.to(device).requires_grad_() for p in affine(8, samples=samples))
         with bitkern.use_backend(name):
             total, y = ops.add_group_norm_act(x, x.detach(), 4, weight, bias)
             (total.sum() + y.sum()).backward()
         assert y.shape == x.grad.shape == shape
-        assert weight.grad.abs().max() == bias.grad.abs().max() == 0
+        assert weight.grad.shape == bias.grad.shape == (*samples, 8)
+        assert weight.grad.abs().sum() == bias.grad.abs().sum() == 0
 
 
 @every_implementation
@@ -282,10 +313,11 @@ def test_opcheck(name, device, format):
         for s in (0, 1)
     )
     weight, bias = (p.to(device).requires_grad_() for p in affine(8))
+    weights = affine(8, samples=(2,))[0].t().contiguous().t().to(device).requires_grad_()
     with bitkern.use_backend(name):
         for args in (
             (x, None, 4, weight, bias, 1e-5, "relu"),
-            (x, residual, 4, weight, None, 1e-5, "silu"),
+            (x, residual, 4, weights, None, 1e-5, "silu"),
         ):
             torch.library.opcheck(torch.ops.bitkern.group_norm_act, args)
 
@@ -298,7 +330,7 @@ def test_compile(name, device):
         maps((2, 8, 6, 6), dtype, seed=s).to(device).contiguous(memory_format=torch.channels_last)
         for s in (0, 1)
     )
-    weight, bias = (p.to(device) for p in affine(8, dtype))
+    weight, bias = affine(8, dtype)[0].to(device), affine(8, dtype, samples=(2,))[1].to(device)
     grads = {"y": torch.randn_like(x), "total": torch.randn_like(x)}
     with bitkern.use_backend(name):
         eager = run(OURS, x, residual, 4, weight, bias, "relu", grads)
@@ -318,6 +350,12 @@ def test_compile(name, device):
         (ValueError, "x: expected at least one pixel", {"x": torch.ones(2, 8, 0, 3)}),
         (TypeError, "x: expected a floating dtype", {"x": torch.ones(2, 8, dtype=torch.int64)}),
         (ValueError, r"weight: expected shape \(8,\)", {"weight": torch.ones(4)}),
+        (
+            ValueError,
+            r"weight: .* \(8,\) or \(2, 8\) .*, got \(1, 8\)",
+            {"weight": torch.ones(1, 8)},
+        ),
+        (ValueError, "bias: expected shape", {"bias": torch.ones(2, 8, 1, 1)}),
         (TypeError, "bias: expected a floating dtype", {"bias": torch.ones(8, dtype=torch.int)}),
         (ValueError, "weight: expected the device", {"weight": torch.ones(8, device="meta")}),
         (ValueError, "residual: expected the shape of x", {"residual": torch.ones(2, 8, 3, 4)}),

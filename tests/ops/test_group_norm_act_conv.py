@@ -16,11 +16,11 @@ CONVS = [
 ]
 
 
-def inputs(dtype, kind="contiguous", residual=True):
+def inputs(dtype, kind="contiguous", residual=True, samples=()):
     x = strided(maps((2, 8, 9, 7), dtype, shift=0.5), kind)
     r = strided(maps((2, 8, 9, 7), dtype, seed=4, shift=-0.5), kind) if residual else None
     weights = [torch.randn(6, 8, 1, 1).to(dtype), torch.randn(4, 4, 3, 3).to(dtype)]
-    return [x, r, *affine(8), *weights]
+    return [x, r, *affine(8, samples=samples), *weights]
 
 
 def one_by_one(x, residual, weight, bias, *weights, fn=reference.group_norm_act):
@@ -61,14 +61,16 @@ def run(fn, tensors, wanted=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("residual", [False, True])
 def test_accuracy(poison, name, device, kind, dtype, residual):
-    tensors = [t if t is None else t.to(device) for t in inputs(dtype, kind, residual)]
-    with bitkern.use_backend(name):
-        ours = run(node, tensors)
-    peer = run(one_by_one, tensors)
-    exact = run(one_by_one, [t if t is None else t.double() for t in tensors])
-    for part in range(2):
-        for result in zip(ours[part], peer[part], exact[part], strict=True):
-            assert_accurate(*(t.cpu() for t in result))
+    for samples in ((), (2,)):
+        tensors = inputs(dtype, kind, residual, samples)
+        tensors = [t if t is None else t.to(device) for t in tensors]
+        with bitkern.use_backend(name):
+            ours = run(node, tensors)
+        peer = run(one_by_one, tensors)
+        exact = run(one_by_one, [t if t is None else t.double() for t in tensors])
+        for part in range(2):
+            for result in zip(ours[part], peer[part], exact[part], strict=True):
+                assert_accurate(*(t.cpu() for t in result))
 
 
 @every_implementation

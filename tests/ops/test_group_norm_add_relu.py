@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import bitkern
 from bitkern import ops, reference
-from tests.helpers import affine, assert_accurate, maps, strided
+from tests.helpers import affine, assert_accurate, maps, pytorch_group_norm, strided
 from tests.ops.backends import implementations
 from tests.ops.test_group_norm_act import DTYPES, SHAPES
 
@@ -34,7 +34,7 @@ def group_norm(x, num_groups, weight, bias, g, dtype):
     leaves = [
         None if t is None else t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)
     ]
-    norm = torch.group_norm(leaves[0], num_groups, *leaves[1:], 1e-5)
+    norm = pytorch_group_norm(leaves[0], num_groups, *leaves[1:], 1e-5)
     wanted = [leaf for leaf in leaves if leaf is not None]
     found = iter(torch.autograd.grad(norm, wanted, g.to(dtype)))
     gradients = [None if leaf is None else next(found) for leaf in leaves]
@@ -58,11 +58,13 @@ def compare(name, device, x, residual, num_groups, weight, bias):
     )
     for results in (peer, exact):
         results["y"] = F.relu(results["norm"] + residual.to(results["norm"].dtype))
-    over = (0, *range(2, x.ndim))
     normalized = reference.group_norm_act(x.double(), num_groups, act="none")
     terms = {"dweight": g.double() * normalized, "dbias": g.double()}
     for key in ours.keys() - {"dresidual"}:
-        summed = terms[key].abs().sum(over).cpu() if key in terms else None
+        summed = None
+        if key in terms:
+            summed = terms[key].abs().reshape(*x.shape[:2], -1).sum(2).cpu()
+            summed = summed if ours[key].ndim == 2 else summed.sum(0)
         results = ours[key], peer[key].to(ours[key].dtype), exact[key]
         assert_accurate(*(t.cpu() for t in results), key, summed)
     return ours
@@ -106,8 +108,10 @@ def test_affine_dtypes(name, device):
         ours = compare(name, device, x, residual, 4, weight, bias)
         assert (ours["dweight"].dtype, ours["dbias"].dtype) == dtypes
     compare(name, device, x, residual, 4, None, None)
-    compare(name, device, x, residual, 4, affine(8)[0], None)
-    compare(name, device, x, residual, 4, None, affine(8)[1])
+    for weight, bias in (affine(8), affine(8, samples=(2,))):
+        compare(name, device, x, residual, 4, weight, None)
+        compare(name, device, x, residual, 4, None, bias)
+        compare(name, device, x, residual, 4, weight, affine(8)[1])
 
 
 @every_implementation
@@ -256,10 +260,11 @@ def test_autocast_keeps_the_dtype(name, device):
             assert ops.group_norm_add_relu(x, x, 4, weight, bias).dtype == dtype
 
 
-def test_functional_transforms():
+@pytest.mark.parametrize("samples", [(), (2,)], ids=str)
+def test_functional_transforms(samples):
     """Through the reference, which they can see into."""
     x, residual = (torch.randn(3, 2, 8, 3, 3) for _ in range(2))
-    of = 4, *affine(8)
+    of = 4, *affine(8, samples=samples)
     y = torch.vmap(lambda a, b: ops.group_norm_add_relu(a, b, *of))(x, residual)
     for i in range(3):
         torch.testing.assert_close(y[i], ops.group_norm_add_relu(x[i], residual[i], *of))

@@ -25,11 +25,18 @@ def _problem(x, num_groups, tensors):
     return plan, samples * -(-channels // plan.block), sizes, options, plan.block == size
 
 
+def _per_sample(weight, bias):
+    """Whether they are (N, C), the one that is there or both."""
+    parameter = bias if weight is None else weight
+    return parameter is not None and parameter.ndim == 2
+
+
 def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act, addend=None):
     """``(total or None, y, mean, rstd)``; total = x + residual if there is a residual.
 
     x (N, C, *spatial), dense, NCHW or channels_last; residual and addend, which the activation sees
-    added to what is normalized, alike; mean, rstd (N, G) fp32.
+    added to what is normalized, alike; weight and bias both (C,) or both (N, C), or None; mean,
+    rstd (N, G) fp32.
     """
     out = None if residual is None else torch.empty_like(x)
     y = torch.empty_like(x)
@@ -41,11 +48,12 @@ def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act, adde
     tensors, eps = 1 if residual is None else 2, float(eps)
     plan, programs, sizes, options, one_group = _problem(x, num_groups, tensors)
     pointers = (x, residual, addend, total, y, weight, bias, mean, rstd)
+    affine = _per_sample(weight, bias), act
     if plan.splits == 1:
         kernel = forward.group_norm_act_forward_whole
         if plan.on_chip:
             kernel = forward.group_norm_act_forward_on_chip
-        numbers, constants = (*sizes[:4], eps), (*options, one_group, act)
+        numbers, constants = (*sizes[:4], eps), (*options, one_group, *affine)
         launch(kernel, programs, pointers, numbers, constants, plan.warps)
         return out, y, mean, rstd
     partial = mean.new_empty((x.shape[0], plan.splits, num_groups, 2))
@@ -54,7 +62,7 @@ def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act, adde
     kernel = forward.group_norm_act_forward_reduce
     launch(kernel, programs, pointers, sizes, constants, plan.warps)
     pointers = (total, addend, y, weight, bias, mean, rstd, partial)
-    constants = (*options, act, config.max_splits(plan.lanes))
+    constants = (*options, *affine, config.max_splits(plan.lanes))
     kernel = forward.group_norm_act_forward_apply
     launch(kernel, programs, pointers, (*sizes, eps), constants, plan.warps)
     return out, y, mean, rstd
@@ -66,7 +74,8 @@ def group_norm_act_recompute(total, num_groups, weight, bias, mean, rstd, act):
     if total.numel() == 0:
         return y
     plan, programs, sizes, options, one_group = _problem(total, num_groups, 1)
-    pointers, constants = (total, y, weight, bias, mean, rstd), (*options, one_group, act)
+    pointers = (total, y, weight, bias, mean, rstd)
+    constants = (*options, one_group, _per_sample(weight, bias), act)
     kernel = forward.group_norm_act_recompute
     launch(kernel, programs * plan.splits, pointers, sizes, constants, plan.warps)
     return y
@@ -90,12 +99,12 @@ def group_norm_act_backward(
                 gradient.zero_()
         return dx, dweight, dbias
     samples, channels = total.shape[:2]
-    parts = [dweight, dbias]
-    if samples > 1:
+    parts, summed = [dweight, dbias], samples > 1 and not _per_sample(weight, bias)
+    if summed:
         parts = [None if p is None else mean.new_empty((samples, channels)) for p in parts]
     maps = dy, dtotal, total, y, dx, daddend
     _backward(maps, num_groups, weight, bias, mean, rstd, parts, act)
-    if samples > 1 and (dweight is not None or dbias is not None):
+    if summed and (dweight is not None or dbias is not None):
         launch(
             backward.group_norm_act_sum_samples, -(-channels // 32), (*parts, dweight, dbias),
             (samples, channels), (64, 32), 4,
@@ -106,7 +115,7 @@ def group_norm_act_backward(
 def _backward(maps, num_groups, weight, bias, mean, rstd, parts, act):
     dy, _, total, y, *_ = maps
     plan, programs, sizes, options, one_group = _problem(total, num_groups, 2)  # y gives way to g
-    constants = (*options, one_group, act)
+    constants = (*options, one_group, _per_sample(weight, bias), act)
     pointers = (*maps, weight, bias, mean, rstd, *parts)
     if plan.splits == 1:
         kernel = backward.group_norm_act_backward_whole

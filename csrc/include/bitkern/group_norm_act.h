@@ -10,19 +10,20 @@ namespace bitkern {
 struct GroupNormActProblem {
   int64_t batch, channels, pixels, groups;
   bool channels_last;
+  bool per_sample;                  // weight and bias are [batch, channels], else [channels]
   DType dtype;                      // of the big tensors
   DType weight_dtype, bias_dtype;   // of weight and dweight, bias and dbias
   Activation act;
 
-  BITKERN_FIELDS(batch, channels, pixels, groups, channels_last, dtype, weight_dtype, bias_dtype,
-                 act)
+  BITKERN_FIELDS(batch, channels, pixels, groups, channels_last, per_sample, dtype, weight_dtype,
+                 bias_dtype, act)
 };
 
 struct GroupNormActForward {
   const void* x;
   const void* residual;  // or null
-  const void* weight;    // [channels] or null
-  const void* bias;      // [channels] or null
+  const void* weight;    // [(batch,) channels] or null
+  const void* bias;      // [(batch,) channels] or null
   const void* addend;    // or null; with one, act is relu
   float eps;
   void* total;           // x + residual; null without residual
@@ -39,14 +40,14 @@ struct GroupNormActBackward {
   const void* dtotal;    // gradient of total, or null
   const void* total;     // x, or x + residual
   const void* y;         // with an addend; else null
-  const void* weight;    // [channels] or null
-  const void* bias;      // [channels] or null
+  const void* weight;    // [(batch,) channels] or null
+  const void* bias;      // [(batch,) channels] or null
   const float* mean;     // [batch, groups]
   const float* rstd;     // [batch, groups]
   void* dx;              // gradient of x and of residual alike; null if not wanted
   void* daddend;         // null if not wanted
-  void* dweight;         // [channels], null if not wanted
-  void* dbias;           // [channels], null if not wanted
+  void* dweight;         // [(batch,) channels], null if not wanted
+  void* dbias;           // [(batch,) channels], null if not wanted
 
   BITKERN_FIELDS(dy, dtotal, total, y, weight, bias, mean, rstd, dx, daddend, dweight, dbias)
 };

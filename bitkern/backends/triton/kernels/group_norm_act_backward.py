@@ -150,22 +150,23 @@ def group_norm_act_backward_on_chip(
     y,  # [N, P, C] or None
     dx,  # [N, P, C] or None
     daddend,  # [N, P, C] or None
-    weight,  # [C] or None
-    bias,  # [C] or None
+    weight,  # [C], [N, C] if PER_SAMPLE, or None
+    bias,  # [C], [N, C] if PER_SAMPLE, or None
     mean,  # [N, G]
     rstd,  # [N, G]
     channel_weight,  # [N, C] or None, whose sum over N is dweight
     channel_bias,  # [N, C] or None, whose sum over N is dbias
     channels, pixels, size, block,
     CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, WIDE: tl.constexpr, ONE_GROUP: tl.constexpr, ACT: tl.constexpr,
+    LANES: tl.constexpr, WIDE: tl.constexpr, ONE_GROUP: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    ACT: tl.constexpr,
 ):  # fmt: skip
     channels, pixels, block = divisible(channels, pixels, block, CHANNELS_LAST, UNIT)
     sample, split, channel, in_block, start = locate(
         channels, pixels, block, 1, CHANNELS_LAST, LANES
     )
     mean, rstd = statistics(mean, rstd, sample, channels, channel, size, in_block, ONE_GROUP)
-    w, shift = affine(weight, bias, channel, in_block, LANES)
+    w, shift = affine(weight, bias, sample, channels, channel, in_block, LANES, PER_SAMPLE)
     scale = w * rstd
     pixel = tl.arange(0, DEPTH * ROWS)
     at = start + tile_offsets(pixel, channels, pixels, CHANNELS_LAST, LANES, WIDE)
@@ -189,22 +190,23 @@ def group_norm_act_backward_whole(
     y,  # [N, P, C] or None
     dx,  # [N, P, C] or None
     daddend,  # [N, P, C] or None
-    weight,  # [C] or None
-    bias,  # [C] or None
+    weight,  # [C], [N, C] if PER_SAMPLE, or None
+    bias,  # [C], [N, C] if PER_SAMPLE, or None
     mean,  # [N, G]
     rstd,  # [N, G]
     channel_weight,  # [N, C] or None
     channel_bias,  # [N, C] or None
     channels, pixels, size, block,
     CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, WIDE: tl.constexpr, ONE_GROUP: tl.constexpr, ACT: tl.constexpr,
+    LANES: tl.constexpr, WIDE: tl.constexpr, ONE_GROUP: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    ACT: tl.constexpr,
 ):  # fmt: skip
     channels, pixels, block = divisible(channels, pixels, block, CHANNELS_LAST, UNIT)
     sample, zero, channel, in_block, start = locate(
         channels, pixels, block, 1, CHANNELS_LAST, LANES
     )
     mean, rstd = statistics(mean, rstd, sample, channels, channel, size, in_block, ONE_GROUP)
-    w, shift = affine(weight, bias, channel, in_block, LANES)
+    w, shift = affine(weight, bias, sample, channels, channel, in_block, LANES, PER_SAMPLE)
     scale = w * rstd
     sum_g, sum_gn = _sums(
         dy, total, y, mean, rstd, scale, shift, zero, pixels, in_block, start, channels, pixels,
@@ -226,21 +228,22 @@ def group_norm_act_backward_reduce(
     dy,  # [N, P, C]
     total,  # [N, P, C]
     y,  # [N, P, C] or None
-    weight,  # [C] or None
-    bias,  # [C] or None
+    weight,  # [C], [N, C] if PER_SAMPLE, or None
+    bias,  # [C], [N, C] if PER_SAMPLE, or None
     mean,  # [N, G]
     rstd,  # [N, G]
     partial,  # fp32 [N, splits, C, 2]
     channels, pixels, size, block, tiles, splits,
     CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, WIDE: tl.constexpr, ONE_GROUP: tl.constexpr, ACT: tl.constexpr,
+    LANES: tl.constexpr, WIDE: tl.constexpr, ONE_GROUP: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    ACT: tl.constexpr,
 ):  # fmt: skip
     channels, pixels, block = divisible(channels, pixels, block, CHANNELS_LAST, UNIT)
     sample, split, channel, in_block, start = locate(
         channels, pixels, block, splits, CHANNELS_LAST, LANES
     )
     mean, rstd = statistics(mean, rstd, sample, channels, channel, size, in_block, ONE_GROUP)
-    w, shift = affine(weight, bias, channel, in_block, LANES)
+    w, shift = affine(weight, bias, sample, channels, channel, in_block, LANES, PER_SAMPLE)
     first = split * tiles * (DEPTH * ROWS)
     left = tl.minimum(tiles * (DEPTH * ROWS), pixels - first)
     sum_g, sum_gn = _sums(
@@ -260,8 +263,8 @@ def group_norm_act_backward_apply(
     y,  # [N, P, C] or None
     dx,  # [N, P, C] or None
     daddend,  # [N, P, C] or None
-    weight,  # [C] or None
-    bias,  # [C] or None
+    weight,  # [C], [N, C] if PER_SAMPLE, or None
+    bias,  # [C], [N, C] if PER_SAMPLE, or None
     mean,  # [N, G]
     rstd,  # [N, G]
     channel_weight,  # [N, C] or None
@@ -269,8 +272,8 @@ def group_norm_act_backward_apply(
     partial,  # fp32 [N, splits, C, 2]
     channels, pixels, size, block, tiles, splits,
     CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, WIDE: tl.constexpr, ONE_GROUP: tl.constexpr, ACT: tl.constexpr,
-    SPLITS: tl.constexpr,
+    LANES: tl.constexpr, WIDE: tl.constexpr, ONE_GROUP: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    ACT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     channels, pixels, block = divisible(channels, pixels, block, CHANNELS_LAST, UNIT)
     sample, split, channel, in_block, start = locate(
@@ -282,7 +285,7 @@ def group_norm_act_backward_apply(
     )
     if dx is not None or daddend is not None:
         mean, rstd = statistics(mean, rstd, sample, channels, channel, size, in_block, ONE_GROUP)
-        w, shift = affine(weight, bias, channel, in_block, LANES)
+        w, shift = affine(weight, bias, sample, channels, channel, in_block, LANES, PER_SAMPLE)
         constant, slope = _coefficients(sum_g, sum_gn, w, rstd, channel, pixels, size, ONE_GROUP)
         TILE: tl.constexpr = DEPTH * ROWS
         first = split * tiles * TILE

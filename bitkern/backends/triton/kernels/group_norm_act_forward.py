@@ -157,12 +157,12 @@ def _store_statistics(
 
 @triton.jit
 def _apply_tiles(
-    total, addend, y, mean, rstd, weight, bias, first, left, channel, in_block, start, channels,
-    pixels, CHANNELS_LAST: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
-    WIDE: tl.constexpr, ACT: tl.constexpr,
+    total, addend, y, mean, rstd, weight, bias, first, left, sample, channel, in_block, start,
+    channels, pixels, CHANNELS_LAST: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+    WIDE: tl.constexpr, PER_SAMPLE: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """y of ``left`` pixels from pixel ``first`` on."""
-    scale, shift = affine(weight, bias, channel, in_block, LANES)
+    scale, shift = affine(weight, bias, sample, channels, channel, in_block, LANES, PER_SAMPLE)
     scale *= rstd
     pixel = tl.arange(0, TILE)
     offsets = tile_offsets(pixel, channels, pixels, CHANNELS_LAST, LANES, WIDE)
@@ -184,13 +184,14 @@ def group_norm_act_forward_on_chip(
     addend,  # [N, P, C] or None
     total,  # [N, P, C], x where there is no residual
     y,  # [N, P, C]
-    weight,  # [C] or None
-    bias,  # [C] or None
+    weight,  # [C], [N, C] if PER_SAMPLE, or None
+    bias,  # [C], [N, C] if PER_SAMPLE, or None
     mean_out,  # [N, G]
     rstd_out,  # [N, G]
     channels, pixels, size, block, eps,
     CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, WIDE: tl.constexpr, ONE_GROUP: tl.constexpr, ACT: tl.constexpr,
+    LANES: tl.constexpr, WIDE: tl.constexpr, ONE_GROUP: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    ACT: tl.constexpr,
 ):  # fmt: skip
     channels, pixels, block = divisible(channels, pixels, block, CHANNELS_LAST, UNIT)
     sample, split, channel, in_block, start = locate(
@@ -210,7 +211,7 @@ def group_norm_act_forward_on_chip(
     rstd = _store_statistics(
         mean_out, rstd_out, mean, m2, sample, split, channel, in_block, channels, pixels, size, eps
     )
-    scale, shift = affine(weight, bias, channel, in_block, LANES)
+    scale, shift = affine(weight, bias, sample, channels, channel, in_block, LANES, PER_SAMPLE)
     z = (value - mean[None, :]) * (scale * rstd)[None, :] + shift[None, :]
     if addend is not None:
         z += load(addend + start + offsets, mask)
@@ -224,13 +225,14 @@ def group_norm_act_forward_whole(
     addend,  # [N, P, C] or None
     total,  # [N, P, C], x where there is no residual
     y,  # [N, P, C]
-    weight,  # [C] or None
-    bias,  # [C] or None
+    weight,  # [C], [N, C] if PER_SAMPLE, or None
+    bias,  # [C], [N, C] if PER_SAMPLE, or None
     mean_out,  # [N, G]
     rstd_out,  # [N, G]
     channels, pixels, size, block, eps,
     CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, WIDE: tl.constexpr, ONE_GROUP: tl.constexpr, ACT: tl.constexpr,
+    LANES: tl.constexpr, WIDE: tl.constexpr, ONE_GROUP: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    ACT: tl.constexpr,
 ):  # fmt: skip
     channels, pixels, block = divisible(channels, pixels, block, CHANNELS_LAST, UNIT)
     sample, zero, channel, in_block, start = locate(
@@ -246,8 +248,8 @@ def group_norm_act_forward_whole(
         mean_out, rstd_out, mean, m2, sample, zero, channel, in_block, channels, pixels, size, eps
     )
     _apply_tiles(
-        total, addend, y, mean, rstd, weight, bias, zero, pixels, channel, in_block, start,
-        channels, pixels, CHANNELS_LAST, DEPTH * ROWS, LANES, WIDE, ACT,
+        total, addend, y, mean, rstd, weight, bias, zero, pixels, sample, channel, in_block, start,
+        channels, pixels, CHANNELS_LAST, DEPTH * ROWS, LANES, WIDE, PER_SAMPLE, ACT,
     )  # fmt: skip
 
 
@@ -282,14 +284,15 @@ def group_norm_act_forward_apply(
     total,  # [N, P, C]
     addend,  # [N, P, C] or None
     y,  # [N, P, C]
-    weight,  # [C] or None
-    bias,  # [C] or None
+    weight,  # [C], [N, C] if PER_SAMPLE, or None
+    bias,  # [C], [N, C] if PER_SAMPLE, or None
     mean_out,  # [N, G]
     rstd_out,  # [N, G]
     partial,  # fp32 [N, splits, G, 2]
     channels, pixels, size, block, tiles, splits, eps,
     CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, WIDE: tl.constexpr, ACT: tl.constexpr, SPLITS: tl.constexpr,
+    LANES: tl.constexpr, WIDE: tl.constexpr, PER_SAMPLE: tl.constexpr, ACT: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """SPLITS: the most there can be."""
     channels, pixels, block = divisible(channels, pixels, block, CHANNELS_LAST, UNIT)
@@ -306,8 +309,8 @@ def group_norm_act_forward_apply(
     first = split * tiles * TILE
     left = tl.minimum(tiles * TILE, pixels - first)
     _apply_tiles(
-        total, addend, y, mean, rstd, weight, bias, first, left, channel, in_block, start, channels,
-        pixels, CHANNELS_LAST, TILE, LANES, WIDE, ACT,
+        total, addend, y, mean, rstd, weight, bias, first, left, sample, channel, in_block, start,
+        channels, pixels, CHANNELS_LAST, TILE, LANES, WIDE, PER_SAMPLE, ACT,
     )  # fmt: skip
 
 
@@ -315,13 +318,14 @@ def group_norm_act_forward_apply(
 def group_norm_act_recompute(
     total,  # [N, P, C]
     y,  # [N, P, C]
-    weight,  # [C] or None
-    bias,  # [C] or None
+    weight,  # [C], [N, C] if PER_SAMPLE, or None
+    bias,  # [C], [N, C] if PER_SAMPLE, or None
     mean,  # [N, G]
     rstd,  # [N, G]
     channels, pixels, size, block, tiles, splits,
     CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, WIDE: tl.constexpr, ONE_GROUP: tl.constexpr, ACT: tl.constexpr,
+    LANES: tl.constexpr, WIDE: tl.constexpr, ONE_GROUP: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    ACT: tl.constexpr,
 ):  # fmt: skip
     channels, pixels, block = divisible(channels, pixels, block, CHANNELS_LAST, UNIT)
     sample, split, channel, in_block, start = locate(
@@ -332,6 +336,6 @@ def group_norm_act_recompute(
     first = split * tiles * TILE
     left = tl.minimum(tiles * TILE, pixels - first)
     _apply_tiles(
-        total, None, y, mean, rstd, weight, bias, first, left, channel, in_block, start, channels,
-        pixels, CHANNELS_LAST, TILE, LANES, WIDE, ACT,
+        total, None, y, mean, rstd, weight, bias, first, left, sample, channel, in_block, start,
+        channels, pixels, CHANNELS_LAST, TILE, LANES, WIDE, PER_SAMPLE, ACT,
     )  # fmt: skip

@@ -132,15 +132,18 @@ def statistics(
 
 @triton.jit
 def affine(
-    weight,  # [C] or None
-    bias,  # [C] or None
-    channel, in_block, LANES: tl.constexpr,
+    weight,  # [C], [N, C] if PER_SAMPLE, or None
+    bias,  # [C], [N, C] if PER_SAMPLE, or None
+    sample, channels, channel, in_block, LANES: tl.constexpr, PER_SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """weight and bias [LANES]: 1 and 0 where there is none."""
     w = tl.full([LANES], 1.0, tl.float32)
     b = tl.zeros([LANES], tl.float32)
+    at = channel
+    if PER_SAMPLE:
+        at = sample * channels + channel
     if weight is not None:
-        w = load(weight + channel, in_block)
+        w = load(weight + at, in_block)
     if bias is not None:
-        b = load(bias + channel, in_block)
+        b = load(bias + at, in_block)
     return w, b
