@@ -1,7 +1,7 @@
 """What the nodes of a Dynamo graph compute, and what they change in place."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +60,7 @@ _DROPOUT = {"input": None, "p": 0.5, "training": True, "inplace": False}
 _ADDITIONS = {operator.add: False, torch.add: False, "add": False}
 _ADDITIONS |= {operator.iadd: True, "add_": True, "__iadd__": True}
 _MULTIPLICATIONS = operator.mul, torch.mul, "mul"
+_SCALES = *_MULTIPLICATIONS, operator.imul, "mul_", "__imul__"
 _SIGMOIDS = torch.sigmoid, F.sigmoid, "sigmoid"
 _MODES = "_enter_", "_exit_", "_set_grad_enabled", "set_grad_enabled", "_saved_tensors_hooks"
 # In place: Python's operators, and functions whose last argument says so.
@@ -196,6 +197,32 @@ def silu_of(node: fx.Node) -> fx.Node | None:
     (product,) = sigmoid.users
     factors = product.target in _MULTIPLICATIONS and set(product.args) == {node, sigmoid}
     return product if factors and product in users and not product.kwargs else None
+
+
+def modulation_of(node: fx.Node, of: fx.Node) -> dict[str, fx.Node]:
+    """The scale and shift, a number for each sample and channel, that a node applies to another."""
+    if node.target in (torch.addcmul, "addcmul") and not node.kwargs and len(node.args) == 3:
+        shift, *factors = node.args
+        found = {"scale": _other(factors, of), "shift": shift}
+    elif node.target in _SCALES and not node.kwargs:
+        found = {"scale": _other(node.args, of)}
+    elif node.target in _ADDITIONS and not node.kwargs:
+        found = {"shift": _other(node.args, of)}
+    else:
+        return {}
+    map_, made = value(of), value(node)
+    for given in map(value, found.values()):
+        if not isinstance(given, Tensor) or given.ndim != map_.ndim or given.ndim < 3:
+            return {}
+        if any(size != 1 for size in given.shape[2:]):
+            return {}
+    return found if (made.dtype, made.shape) == (map_.dtype, map_.shape) else {}
+
+
+def _other(of_two: Sequence[Any], one: fx.Node) -> Any:
+    """The other of two arguments; None if there are not two of which one is that."""
+    others = [given for given in of_two if given is not one]
+    return others[0] if len(of_two) == 2 and len(others) == 1 else None
 
 
 def does_nothing(node: fx.Node, of: fx.Node, dtype: torch.dtype) -> bool:

@@ -1,10 +1,11 @@
 """Norms in a graph, and what becomes of what surrounds them.
 
-    (sum ->) norm (-> activation) (-> convolutions)    one node of autograd
-    norm -> sum -> ReLU                                one kernel
+    (sum ->) norm (-> scale, shift) (-> activation) (-> convolutions)    one node of autograd
+    norm (-> scale, shift) -> sum -> ReLU                                one kernel
 
 A fused node stands where the norm was, or the sum before it: what changes memory later in the graph
-has not changed its input yet. The end of a post-activation block stands where the sum was.
+has not changed its input yet. Where a scale is computed later it stands where that is applied, and
+the end of a post-activation block where the sum was, if nothing changes the input before.
 """
 
 import operator
@@ -24,6 +25,7 @@ from bitkern.compile.graph import (
     convolution_of,
     does_nothing,
     fresh,
+    modulation_of,
     norm_of,
     same_mode,
     silu_of,
@@ -41,16 +43,27 @@ class Chain(NamedTuple):
     norm: Norm
     act: str
     nodes: tuple[fx.Node, ...]  # the norm first
+    modulations: tuple[dict[str, fx.Node], ...]  # scales and shifts, in their order
+    place: fx.Node  # where all of it can be computed
 
     @property
     def last(self) -> fx.Node:
         return self.nodes[-1]
 
     @property
-    def affine(self) -> tuple[Any, ...]:
-        """As ``run.Affine``."""
+    def name(self) -> str:
+        return "modulated norm" if self.modulations else "norm"
+
+    def affine(self, graph: fx.Graph, place: fx.Node, x: fx.Node) -> tuple[Any, ...]:
+        """As ``run.Affine``, for what is inserted before a place and normalizes x."""
         norm = self.norm
-        return norm.num_groups, norm.weight, norm.bias, norm.eps, self.act
+        weight, bias = norm.weight, norm.bias
+        with graph.inserting_before(place):
+            for each in self.modulations:
+                given = x, (weight, bias), each.get("scale"), each.get("shift")
+                both = graph.call_function(run.modulated, given)
+                weight, bias = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
+        return norm.num_groups, weight, bias, norm.eps, self.act
 
 
 def fuse(
@@ -75,6 +88,8 @@ def fuse(
 def _chain(norm: Norm) -> Chain:
     act: str = norm.act
     nodes = [norm.node]
+    modulations: list[dict[str, fx.Node]] = []
+    place = norm.node
     dtype = value(norm.x).dtype
     while True:
         last = nodes[-1]
@@ -88,29 +103,47 @@ def _chain(norm: Norm) -> Chain:
         if not same_mode([norm.node, following]):
             break
         activation = "silu" if silu is not None else activation_of(following, last)
-        if activation is not None and act == "none":
+        modulation = modulation_of(following, last) if act == "none" else {}
+        if modulation and (later := _place(norm, place, following, modulation)):
+            place = later
+            modulations.append(modulation)
+        elif activation is not None and act == "none":
             act = activation
         elif not does_nothing(following, last, dtype):
             break
         if silu is not None:
             nodes.append(next(user for user in last.users if user is not silu))
         nodes.append(following)
-    return Chain(norm, act, tuple(nodes))
+    return Chain(norm, act, tuple(nodes), tuple(modulations), place)
+
+
+def _place(
+    norm: Norm, place: fx.Node, node: fx.Node, modulation: dict[str, fx.Node]
+) -> fx.Node | None:
+    """Where a norm can be computed with a scale and shift, which a node applies."""
+    if all(given < place for given in modulation.values()):
+        return place
+    read = norm.x, norm.weight, norm.bias
+    return None if changed(read, between(norm.node, node)) else node
 
 
 def _fuse_act(graph: fx.Graph, chain: Chain) -> str:
     total = _sum_before(chain)
     if total is not None and chain.act != "none":
+        affine = chain.affine(graph, total.node, total.first)
         with graph.inserting_before(total.node):
-            node = graph.call_function(run.add_norm_act, (total.first, total.second, chain.affine))
+            node = graph.call_function(run.add_norm_act, (total.first, total.second, affine))
         _replace(graph, node, total, [chain.last])
         _erase(graph, [*reversed(chain.nodes), total.node])
-        return "residual sum, norm and activation in one kernel"
-    with graph.inserting_before(chain.norm.node):
-        y = graph.call_function(run.norm_act, (chain.norm.x, chain.affine))
+        return f"residual sum, {chain.name} and activation in one kernel"
+    affine = chain.affine(graph, chain.place, chain.norm.x)
+    with graph.inserting_before(chain.place):
+        y = graph.call_function(run.norm_act, (chain.norm.x, affine))
     _substitute(chain.last, y)
     _erase(graph, list(reversed(chain.nodes)))
-    return "norm by a kernel alone" if chain.act == "none" else "norm and activation in one kernel"
+    return f"{chain.name} " + (
+        "by a kernel alone" if chain.act == "none" else "and activation in one kernel"
+    )
 
 
 def _fuse_convs(graph: fx.Graph, chain: Chain, parameters: set[fx.Node]) -> str | None:
@@ -122,9 +155,9 @@ def _fuse_convs(graph: fx.Graph, chain: Chain, parameters: set[fx.Node]) -> str 
     if not same_mode([chain.norm.node, *(conv.node for conv in known)]):
         return None
     total = _sum_before(chain)
-    place = chain.norm.node if total is None else total.node
+    place = chain.place if total is None else total.node
     if total is not None and not all(_movable(conv, place, parameters) for conv in known):
-        total, place = None, chain.norm.node
+        total, place = None, chain.place
     if not all(_movable(conv, place, parameters) for conv in known):
         return None
     x = chain.norm.x if total is None else total.first
@@ -132,7 +165,7 @@ def _fuse_convs(graph: fx.Graph, chain: Chain, parameters: set[fx.Node]) -> str 
     biases = [_moved(graph, conv.bias, place, x) for conv in known]
     specs = [tuple(conv.conv) for conv in known if conv.conv is not None]
     calls = [(conv.name, conv.rest) for conv in known]
-    rest: Any = chain.affine, weights, biases, specs, calls
+    rest: Any = chain.affine(graph, place, x), weights, biases, specs, calls
     outputs = [conv.node for conv in known]
     residual = None if total is None else total.second
     with graph.inserting_before(place):
@@ -140,7 +173,7 @@ def _fuse_convs(graph: fx.Graph, chain: Chain, parameters: set[fx.Node]) -> str 
     _replace(graph, node, total, outputs)
     summed = [] if total is None else [total.node]
     _erase(graph, [*outputs, *shared, *reversed(chain.nodes), *summed])
-    what = "norm, activation and convolution as one"
+    what = f"{chain.name}, activation and convolution as one"
     return what if total is None else f"residual sum, {what}"
 
 
@@ -161,11 +194,12 @@ def _fuse_end(graph: fx.Graph, chain: Chain) -> str | None:
     if not same_mode([chain.norm.node, relu]):
         return None
     residual = total.second if total.first is chain.last else total.first
+    affine = chain.affine(graph, total.node, chain.norm.x)
     with graph.inserting_before(total.node):
-        y = graph.call_function(run.norm_add_relu, (chain.norm.x, residual, chain.affine))
+        y = graph.call_function(run.norm_add_relu, (chain.norm.x, residual, affine))
     _substitute(relu, y)
     _erase(graph, [relu, total.node, *reversed(chain.nodes)])
-    return "norm, sum and ReLU in one kernel"
+    return f"{chain.name}, sum and ReLU in one kernel"
 
 
 def _sum_before(chain: Chain) -> Sum | None:
@@ -174,6 +208,7 @@ def _sum_before(chain: Chain) -> Sum | None:
     if total is None or (total.in_place and not fresh(total.first, _MAKERS)):
         return None
     given = [p for p in (chain.norm.weight, chain.norm.bias) if isinstance(p, fx.Node)]
+    given += [node for each in chain.modulations for node in each.values()]
     early = all(p < total.node for p in given)
     early = early and not changed(given, between(total.node, chain.norm.node))
     first = min(total.node.users) is chain.norm.node

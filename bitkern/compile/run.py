@@ -31,6 +31,27 @@ def _groups(x: Tensor, num_groups: int | None) -> int | None:
     return x.shape[1] if x.ndim > 2 and x.shape[2:].numel() > 1 else None
 
 
+def modulated(
+    x: Tensor, affine: Sequence[Tensor | None], scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of ``norm(x) * scale + shift``, which broadcast to (N, C, 1, …)."""
+    weight, bias = affine
+    if scale is not None:
+        scale = _per_channel(scale, x)
+        weight = scale if weight is None else weight * scale
+        bias = None if bias is None else bias * scale
+    if shift is not None:
+        shift = _per_channel(shift, x)
+        bias = shift if bias is None else bias + shift
+    return weight, bias
+
+
+def _per_channel(given: Tensor, x: Tensor) -> Tensor:
+    """(C,), or (N, C) if there is one for each sample."""
+    given = given.flatten(1).expand(-1, x.shape[1])
+    return given[0] if len(given) == 1 else given
+
+
 def norm_act(x: Tensor, affine: Affine) -> Tensor:
     """``act(norm(x))``."""
     num_groups, weight, bias, eps, act = affine

@@ -58,6 +58,10 @@ class FunctionalNorm(nn.Module):
         return F.group_norm(x, self.groups, self.weight)
 
 
+def mean(x):
+    return x.mean((2, 3), keepdim=True)
+
+
 CONVS = {
     "conv": lambda i, o: nn.Conv2d(i, o, 3, padding=1),
     "1x1": lambda i, o: nn.Conv2d(i, o, 1, bias=False),
@@ -105,6 +109,10 @@ SUMS = {
     "iadd": operator.iadd,
     "add_": lambda a, b: a.add_(b),
     "alpha": lambda a, b: torch.add(a, b, alpha=2),
+    "modulate": lambda a, b: a * (1 + mean(b)) + b[:, :, :1, :1],
+    "addcmul": lambda a, b: torch.addcmul(mean(b), a, mean(b) + 1),
+    "scale in place": lambda a, b: a.mul_(mean(b)),
+    "shift": lambda a, b: mean(b[:1]) + a,
 }
 OTHERS = {
     "mul_": lambda x: x.mul_(0.5),

@@ -123,6 +123,32 @@ def changed_by_batch_norm(s, x):
     return F.relu(y.detach() + h)
 
 
+def changed_before_a_late_scale(s, x):
+    h = (x * 1).detach()
+    y = s.gn(h)
+    h.mul_(0.5)
+    return F.relu(y * h.mean((2, 3), keepdim=True) + s.b.view(1, 8, 1, 1))
+
+
+def a_scale_for_each_pixel(s, x):
+    return F.relu(s.gn(x) * x.sigmoid() + x.mean((2, 3), keepdim=True))
+
+
+def a_scale_of_more_samples(s, x):
+    return F.relu(s.gn(x[:1]) * (1 + x.mean((2, 3), keepdim=True)))
+
+
+def a_scale_without_gradients(s, x):
+    with torch.no_grad():
+        scale = x.mean((2, 3), keepdim=True) * s.b.view(1, 8, 1, 1)
+    return F.conv2d(F.silu(s.gn(x + x.flip(2)) * scale), s.w)
+
+
+def a_scale_of_the_sum(s, x):
+    t = x + x.flip(2)
+    return F.conv2d(F.silu(s.gn(t) * t.mean((2, 3), keepdim=True)), s.w) + t
+
+
 def clamped(s, x):
     return F.conv2d(x, ws(s.w.clamp(-0.2, 0.2)))
 
