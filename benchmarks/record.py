@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-# Shown beside ours, but not peers: another model (the ceiling), ours folded, ours without a cache,
-# ours decoding all pixels.
+# Shown beside ours, but not peers: another model, ours folded, ours without a cache, ours decoding
+# all pixels.
 CEILINGS = ("batchnorm", "folded", "uncached", "whole")
+CEILINGS += ("compile batchnorm", "max-autotune batchnorm")
 
 
 def _output(*command):
