@@ -20,6 +20,9 @@ from bitkern.nn import GroupNormAct, WSConv2d
 from bitkern.nn.norms import INSTANCE_NORMS, GroupNorm
 from bitkern.ops.weight_standardize import weight_standardize_detached
 
+# Elements of gradients of a weight: what stays in a CPU's cache, and is enough for a GPU's launch.
+AT_ONCE = 1 << 20
+
 GradSamples = dict[nn.Parameter, Tensor]
 
 
@@ -59,54 +62,55 @@ def conv_grad_sample(
 ) -> GradSamples:
     """Gradients (N, *) of the parameters of a convolution with a standardized weight.
 
-    The gradients (N, O, I / groups, kh, kw) of the standardized weight go through the backward of
-    the standardization together: it treats each filter by itself, be it of one sample or another.
+    The gradients of the standardized weight go through the backward of the standardization, those
+    of several samples in one launch: to it they are layers with the same weight.
 
     Args:
         layer: a ``WSConv2d``.
         activations: its input (N, I, H, W).
         backprops: (N, O, H', W'), the gradient of its result.
     """
-    samples, shape = len(backprops), layer.weight.shape
-    if samples == 0:
-        return {p: p.new_zeros(0, *p.shape) for p in layer.parameters() if p.requires_grad}
-    found = {}
-    if layer.bias is not None and layer.bias.requires_grad:
-        found[layer.bias] = backprops.sum((2, 3))
-    gain = layer.gain
-    if not (layer.weight.requires_grad or gain is not None and gain.requires_grad):
-        return found
-    dout = _conv_weight_grad(layer, activations[0].to(backprops.dtype), backprops)
+    samples, weight, gain = len(backprops), layer.weight, layer.gain
+    grads = {p: p.new_empty(samples, *p.shape) for p in layer.parameters() if p.requires_grad}
+    if layer.bias in grads:
+        grads[layer.bias] = backprops.sum((2, 3))
+    if not grads.keys() & {weight, gain}:
+        return grads
+    x, step = activations[0].to(backprops.dtype), max(1, AT_ONCE // weight.numel())
     one = weight_standardize_detached(
-        [layer.weight],
+        [weight],
         layer.variant,
         gains=None if gain is None else [gain],
         scales=[layer.scale],
-        dtype=dout.dtype,
+        dtype=backprops.dtype,
         channels_last=False,
     )
-    each = one._replace(
-        weights=[w.repeat(samples, 1, 1, 1) for w in one.weights],
-        gains=one.gains and [g.repeat(samples, 1, 1, 1) for g in one.gains],
-        stats=one.stats.repeat(1, samples),
-    )
-    dweights, dgains = each.backward({0: dout.view(-1, *shape[1:])})
-    if layer.weight.requires_grad:
-        found[layer.weight] = dweights[0].view(samples, *shape)
-    if gain is not None and gain.requires_grad:
-        found[gain] = dgains[0].view(samples, *gain.shape)
-    return found
+    for first in range(0, samples, step):
+        douts = _conv_weight_grads(layer, x[first : first + step], backprops[first : first + step])
+        n = len(douts)
+        each = one._replace(
+            weights=one.weights * n,
+            gains=one.gains and one.gains * n,
+            scales=one.scales * n,
+            stats=one.stats.repeat(1, n),
+        )
+        for p, found in zip((weight, gain), each.backward(dict(enumerate(douts))), strict=True):
+            if p in grads:
+                for i, grad in found.items():
+                    grads[p][first + i] = grad
+    return grads
 
 
-def _conv_weight_grad(layer: WSConv2d, x: Tensor, backprops: Tensor) -> Tensor:
-    """Gradients (N, groups, O / groups, K) of the weight that the convolution itself is given."""
+def _conv_weight_grads(layer: WSConv2d, x: Tensor, backprops: Tensor) -> Tensor:
+    """Gradients (N, O, I / groups, kh, kw) of the weight that the convolution itself is given."""
     if isinstance(layer, PaddedConv) and layer.pads():
         x = layer.padded(x)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, _torch.padding_of(layer), mode)
     columns = F.unfold(x, layer.kernel_size, layer.dilation, stride=layer.stride)
     of_groups = len(x), layer.groups, -1, columns.shape[-1]
-    return backprops.reshape(of_groups) @ columns.view(of_groups).mT
+    grads = backprops.reshape(of_groups) @ columns.view(of_groups).mT
+    return grads.view(len(x), *layer.weight.shape)
 
 
 _classes = [cls for cls in replacements("LAYERS").values() if isinstance(cls, type)]
