@@ -23,7 +23,7 @@ from bitkern.ops.weight_standardize import weight_standardize_detached
 # Elements of gradients of a weight: what stays in a CPU's cache, and is enough for a GPU's launch.
 AT_ONCE = 1 << 20
 
-GradSamples = dict[nn.Parameter, Tensor]
+GradSamples = dict[Tensor, Tensor]
 
 
 def norm_grad_sample(layer: Any, activations: Sequence[Tensor], backprops: Tensor) -> GradSamples:
