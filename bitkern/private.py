@@ -71,7 +71,9 @@ def conv_grad_sample(
         backprops: (N, O, H', W'), the gradient of its result.
     """
     samples, weight, gain = len(backprops), layer.weight, layer.gain
-    grads = {p: p.new_empty(samples, *p.shape) for p in layer.parameters() if p.requires_grad}
+    grads: GradSamples = {
+        p: p.new_empty(samples, *p.shape) for p in layer.parameters() if p.requires_grad
+    }
     if layer.bias in grads:
         grads[layer.bias] = backprops.sum((2, 3))
     if not grads.keys() & {weight, gain}:
