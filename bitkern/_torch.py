@@ -1,7 +1,8 @@
 """Every call of a private name of PyTorch, in one place. Tried on PyTorch 2.11.0 and 2.14.1."""
 
+import copy
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,10 @@ def hooked(module: nn.Module) -> bool:
 
 
 def batched(x: torch.Tensor) -> bool:
-    """Whether vmap batches a tensor: that of torch.func, or of ``is_grads_batched=True``."""
+    """Whether vmap batches a tensor, or may: torch.func's does so under what its grad shows."""
     functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x)
+    active = torch._C._are_functorch_transforms_active()
+    return active or functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x)
 
 
 def backward_is_differentiated(*grads: torch.Tensor | None) -> bool:
@@ -164,6 +166,13 @@ def drop_parameter(module: nn.Module, name: str) -> None:
     module._parameters.pop(name, None)
 
 
+def with_parameters(module: nn.Module, parameters: Mapping[str, torch.Tensor | None]) -> nn.Module:
+    """A shallow copy of a module that computes with other tensors than its own parameters."""
+    twin = copy.copy(module)
+    vars(twin)["_parameters"] = dict(parameters)
+    return twin
+
+
 def drop_buffers(module: nn.Module) -> None:
     """Take all buffers out of a module."""
     module._buffers.clear()
@@ -182,6 +191,12 @@ def drop_hooks(module: nn.Module) -> None:
 
 # What a subclass of nn.Conv2d overrides to convolve with another weight.
 conv_forward = nn.Conv2d._conv_forward
+
+
+def padding_of(conv: nn.Conv2d) -> list[int]:
+    """By how much a convolution pads its input, in the order of ``torch.nn.functional.pad``."""
+    padding: list[int] = conv._reversed_padding_repeated_twice
+    return padding
 
 
 def plain_conv(module: nn.Module) -> bool:

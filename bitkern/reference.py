@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitkern.layout import cast_like, memory_format
+from bitkern.layout import cast_like
 from bitkern.variant import Variant
 
 Activation = Literal["relu", "silu", "leaky_relu", "gelu", "mish", "hardswish", "none"]
@@ -77,7 +77,7 @@ def group_norm_act(
     See ``bitkern.ops.group_norm_act``.
     """
     y = ACTIVATIONS[act](_group_norm(x, num_groups, weight, bias, eps))
-    return y.to(x.dtype, memory_format=memory_format(x))
+    return cast_like(y, x)
 
 
 def _group_norm(
@@ -129,7 +129,7 @@ def group_norm_add_relu(
 ) -> Tensor:
     """``relu(group_norm(x) + residual)``. See ``bitkern.ops.group_norm_add_relu``."""
     y = F.relu(_group_norm(x, num_groups, weight, bias, eps) + residual)
-    return y.to(x.dtype, memory_format=memory_format(x))
+    return cast_like(y, x)
 
 
 def ws_conv2d(

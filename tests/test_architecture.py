@@ -22,7 +22,7 @@ PARTS = (
     ("nn",),
     ("compile",),
     ("convert", "models"),
-    ("transfer",),
+    ("private", "transfer"),
     ("export",),
     ("demo", "selftest"),
     ("cli",),

@@ -27,7 +27,8 @@ MODULES = [f"bitkern.{name}" for name in ("backends", "models", "nn", "ops", "tr
 # Pages whose commands take more than some seconds, for each starts an interpreter and loads torch.
 SWEEP = ["README.md"] + [
     f"docs/{name}.md"
-    for name in ("applications", "data", "export", "finetune", "pretraining", "start", "weights")
+    for name in ("applications", "data", "export", "finetune", "pretraining", "private")
+    + ("start", "weights")
 ]
 
 
@@ -40,6 +41,8 @@ SWEEP = ["README.md"] + [
     ],
 )
 def test_blocks_run(page, tmp_path):
+    if page == "docs/private.md":
+        pytest.importorskip("opacus", reason="opacus is not installed")
     folder = tmp_path / "page"
     folder.mkdir()
     environment = {

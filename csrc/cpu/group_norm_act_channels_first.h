@@ -14,12 +14,16 @@ struct ChannelsFirst {
   GroupNormActProblem shape;
   Affine affine;
   int64_t width;                                      // channels per group
+  int64_t parameter_groups;                           // of parameters of each sample, or of all
   int64_t pixels_a_block, channels_a_block, columns;  // a group is cut into `columns` of pixels
   int64_t units, blocks, parts, slot_size;
 
   // A slot holds pairs of doubles: one per channel and column, and one more.
   ChannelsFirst(const GroupNormActProblem& shape, const Affine& affine)
-      : shape(shape), affine(affine), width(shape.channels / shape.groups) {
+      : shape(shape),
+        affine(affine),
+        width(shape.channels / shape.groups),
+        parameter_groups(affine.samples * shape.groups) {
     pixels_a_block = shape.pixels < 2 * BLOCK ? shape.pixels : BLOCK;
     columns = (shape.pixels + pixels_a_block - 1) / pixels_a_block;
     channels_a_block = shape.pixels < BLOCK ? BLOCK / shape.pixels : 1;
@@ -44,9 +48,7 @@ struct ChannelsFirst {
     return (unit * width + channel) * shape.pixels + pixel;
   }
   // Of a channel of the unit's group, among all parameters.
-  int64_t channel(int64_t unit, int64_t c) const {
-    return unit % (affine.samples * shape.groups) * width + c;
-  }
+  int64_t channel(int64_t unit, int64_t c) const { return unit % parameter_groups * width + c; }
   double* pair(float* slot, int64_t i) const { return reinterpret_cast<double*>(slot) + 2 * i; }
 };
 

@@ -83,11 +83,14 @@ def maps(width, image):
     return sorted(found)
 
 
-def group_norms(dtype, channels_last, shapes, affine=torch.float32, act="relu", groups=32):
+def group_norms(
+    dtype, channels_last, shapes, affine=torch.float32, act="relu", groups=32, per_sample=False
+):
     """All launchers, at batch 1 and at one that fills the device, with and without residual."""
     for channels, size in shapes:
-        weight = torch.empty(channels, device="meta", dtype=affine)
         for batch in (1, 128):
+            sizes = (batch, channels) if per_sample else (channels,)
+            weight = torch.empty(sizes, device="meta", dtype=affine)
             x = torch.empty(batch, channels, size, size, device="meta", dtype=dtype)
             x = x.contiguous(memory_format=FORMATS[channels_last])
             stats = torch.empty(batch, groups, device="meta")
@@ -178,6 +181,7 @@ def shipped(everything):
     standardizations(bf16, bf16, (True, True), some[1:], gain=True)
     for act in ("leaky_relu", "gelu", "mish", "hardswish"):
         group_norms(bf16, True, few[:2], act=act)
+    group_norms(bf16, True, few[:3], act="silu", per_sample=True)
     return list(recorder.launches)
 
 

@@ -263,7 +263,7 @@ def test_autocast_keeps_the_dtype(name, device):
 @pytest.mark.parametrize("samples", [(), (2,)], ids=str)
 def test_functional_transforms(samples):
     """Through the reference, which they can see into."""
-    x, residual = (torch.randn(3, 2, 8, 3, 3) for _ in range(2))
+    x, residual = (torch.randn(3, 2, 3, 3, 8).permute(0, 1, 4, 2, 3) for _ in range(2))
     of = 4, *affine(8, samples=samples)
     y = torch.vmap(lambda a, b: ops.group_norm_add_relu(a, b, *of))(x, residual)
     for i in range(3):
@@ -275,6 +275,8 @@ def test_functional_transforms(samples):
     leaf = x[0].clone().requires_grad_()
     loss(leaf).backward()
     torch.testing.assert_close(torch.func.grad(loss)(x[0]), leaf.grad)
+    grads = torch.vmap(torch.func.grad(loss))(x)
+    torch.testing.assert_close(grads[0], leaf.grad)
 
 
 @every_implementation
