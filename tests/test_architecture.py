@@ -43,7 +43,8 @@ INSIDE = {
     ),
     "ops": (
         ("group_norm_act", "weight_standardize"),
-        ("group_norm_act_conv", "group_norm_add_relu", "ws_conv2d"),
+        ("group_norm_add_relu", "ws_conv2d"),
+        ("group_norm_act_conv",),
     ),
     "nn": (
         ("activations", "current"),
@@ -80,6 +81,7 @@ INSIDE = {
         ("fitting",),
         ("setup",),
         ("fit",),
+        ("training",),
         ("finished", "loop"),
     ),
     "transfer.recipes": (("mixup", "staircase"), ("hyperrule", "pretraining")),
