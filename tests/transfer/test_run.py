@@ -115,7 +115,7 @@ def test_no_checkpoint_holds_a_step_that_diverged(tmp_path, every, also_interrup
     ("broken", "left"),
     [
         ("run.draw_curves", []),
-        ("loop.write_report", ["curves.png", "model.safetensors"]),
+        ("training.write_report", ["curves.png", "model.safetensors"]),
         ("run.write_summary", ["curves.png", "model.safetensors", *REPORT]),
     ],
 )
