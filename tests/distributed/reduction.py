@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bitkern.nn import WSConv2d
-from bitkern.ops.weight_standardize import DetachedWeights
+from bitkern.ops.detached import DetachedWeights
 from bitkern.transfer import loop, ranks
 from tests.distributed import training
 from tests.distributed.training import OPTIONS, save
