@@ -75,6 +75,19 @@ class _Kind:
         )
 
 
+class _Carried(torch.autograd.Function):
+    """Gradients on their way to parameters, which take them over: nobody else holds them."""
+
+    @staticmethod
+    def forward(ctx: Any, backward: Callable[[], list[Tensor]], *parameters: Tensor) -> Tensor:
+        ctx.backward_of_all = backward
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        return None, *ctx.backward_of_all()
+
+
 class _StepKind(_Kind):
     """A kind whose gradients are collected until ``finish`` carries them to the weights."""
 
@@ -146,13 +159,16 @@ class _StepKind(_Kind):
         """Standardization's backward: linear in the gradients, hence once for their sum."""
         if not grads:
             return
-        dweights, dgains = self.detached.backward(grads)
-        pairs = [(self.weights[i], grad) for i, grad in dweights.items()]
-        if self.gains:
-            pairs += [(self.gains[i], grad) for i, grad in dgains.items()]
-        wanted = [(p, grad) for p, grad in pairs if p.requires_grad]
+        parameters = [self.weights[i] for i in grads]
+        parameters += [self.gains[i] for i in grads] if self.gains else []
+
+        def backward() -> list[Tensor]:
+            dweights, dgains = self.detached.backward(grads)
+            return [*dweights.values(), *dgains.values()]
+
         # Through autograd, so that the hooks of the parameters (DDP's among them) fire.
-        torch.autograd.backward([p for p, _ in wanted], [grad for _, grad in wanted])
+        with torch.enable_grad():
+            _Carried.apply(backward, *parameters).backward()
 
 
 def _is_fsdp(module: nn.Module) -> bool:
