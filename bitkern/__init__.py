@@ -7,7 +7,7 @@ Layers (``bitkern.nn``), operators (``bitkern.ops``), the Big Transfer models
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bitkern import nn, ops, reference
+from bitkern import nn, ops, optim, reference
 from bitkern.backends import Choice, use_backend
 from bitkern.convert import convert, explain, fold
 from bitkern.nn.standardized import standardized
@@ -15,7 +15,7 @@ from bitkern.nn.standardized import standardized
 __version__ = "0.1.0"
 
 __all__ = ["Choice", "convert", "create_model", "explain", "fold", "models", "nn", "ops"]
-__all__ += ["reference", "standardized", "transfer", "use_backend"]
+__all__ += ["optim", "reference", "standardized", "transfer", "use_backend"]
 
 if TYPE_CHECKING:
     from bitkern import models, transfer

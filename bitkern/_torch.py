@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 
 def transformed() -> str | None:
@@ -107,6 +108,26 @@ def compiled(module: nn.Module) -> bool:
 def state_of(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
     """What tells whether tensors have changed: in place, or by another's memory in ``data``."""
     return tuple((0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors)
+
+
+def grad_hooked(p: torch.Tensor) -> bool:
+    """Whether hooks of Python see the gradient of a parameter."""
+    return bool(p._backward_hooks or p._post_accumulate_grad_hooks)
+
+
+def step_hooked(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether hooks see the steps of an optimizer, its own or those on all optimizers."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
+
+
+def refuse_scaler(optimizer: torch.optim.Optimizer) -> None:
+    """Have a GradScaler look for gradients itself, and raise an error if there are none."""
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
 
 def mutates(target: Any) -> bool | None:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitkern.layout import cast_like
-from bitkern.variant import Variant
+from bitkern.layout import cast_like, memory_format
+from bitkern.variant import SgdOptions, Variant
 
 Activation = Literal["relu", "silu", "leaky_relu", "gelu", "mish", "hardswish", "none"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -387,3 +387,21 @@ def weight_standardize_backward(
         dw = (g - g.mean(1, keepdim=True) - projection) / denominator
         dweights.append(cast_like(dw.view(w.shape), w))
     return dweights, dgains if gains is not None else None
+
+
+def weight_standardize_sgd(
+    douts: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    scales: Sequence[float],
+    stats: Tensor,
+    variant: Variant,
+    options: SgdOptions,
+) -> None:
+    """Backward, and a step of SGD on weights and the buffers of their momentum, in place."""
+    lr, momentum, dampening, weight_decay, nesterov = options
+    grads, _ = weight_standardize_backward(douts, weights, None, scales, stats, variant)
+    for weight, buffer, grad in zip(weights, buffers, grads, strict=True):
+        grad = grad.add(weight, alpha=weight_decay)
+        buffer.mul_(momentum).add_(grad, alpha=1 - dampening)
+        weight.sub_((grad.add(buffer, alpha=momentum) if nesterov else buffer) * lr)

@@ -1,6 +1,8 @@
-"""The variants of weight standardization."""
+"""The variants of weight standardization, and of the optimizer's step that its backward takes."""
 
 from typing import NamedTuple
+
+import torch
 
 
 class Variant(NamedTuple):
@@ -13,3 +15,20 @@ class Variant(NamedTuple):
     eps: float = 1e-10
     eps_outside: bool = False
     unbiased: bool = False
+
+
+class SgdOptions(NamedTuple):
+    """What parameters of one group of ``torch.optim.SGD`` have in common."""
+
+    lr: float | torch.Tensor
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+
+    def lr_on(self, device: torch.device) -> torch.Tensor:
+        """``lr`` where kernels of a device read it, in float32; nothing waits for the device."""
+        if not isinstance(self.lr, torch.Tensor):
+            return torch.full((), self.lr, dtype=torch.float32, device=device)
+        lr = self.lr.float()
+        return lr if lr.device == device else lr.to(device, non_blocking=True)

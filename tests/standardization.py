@@ -3,7 +3,7 @@
 import torch
 
 from bitkern import reference
-from bitkern.variant import Variant
+from bitkern.variant import SgdOptions, Variant
 from tests.helpers import assert_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,6 +85,41 @@ class Problem:
                 what = f"{name} of {tuple(self.weights[layer].shape)}"
                 assert_accurate(mine, theirs.to(mine.dtype), true, what)
         return ours
+
+    def stepped(self, layer, dtype, buffer, options):
+        """PyTorch's step from the gradient in ``dtype``: (weight, buffer)."""
+        weight = self.weights[layer].to(dtype, copy=True)
+        weight.grad, buffer = self.of(layer, dtype)[1], buffer.to(dtype, copy=True)
+        optimizer = torch.optim.SGD([weight], **options._asdict())
+        optimizer.state[weight]["momentum_buffer"] = buffer
+        optimizer.step()
+        return weight, buffer
+
+    def check_sgd(self, options):
+        """A step in one pass with backward."""
+        buffers = [torch.randn_like(w) for w in self.weights]
+        exact, near = (
+            [self.stepped(i, dtype, b, options) for i, b in enumerate(buffers)]
+            for dtype in (torch.float64, torch.float32)
+        )
+        _, stats = self.launchers.weight_standardize_forward(
+            self.weights, None, self.scales, self.variant, torch.bfloat16, False
+        )
+        self.launchers.weight_standardize_sgd(
+            self.douts, self.weights, buffers, self.scales, stats, self.variant, options
+        )
+        for *mine, true, theirs in zip(self.weights, buffers, exact, near, strict=True):
+            for i, name in enumerate(("weight", "buffer")):
+                assert_accurate(mine[i], theirs[i], true[i], f"{name} of {tuple(mine[i].shape)}")
+        return self.weights, buffers
+
+
+# All that a step has; nesterov, and the learning rate in a tensor.
+SGD = {
+    "plain": SgdOptions(0.3, 0.9, 0.0, 0.0, False),
+    "dampening": SgdOptions(0.3, 0.8, 0.4, 0.02, False),
+    "nesterov": SgdOptions(torch.tensor(0.3, dtype=torch.float64), 0.9, 0.0, 0.02, True),
+}
 
 
 def check_no_variance(case, value):

@@ -19,6 +19,7 @@ PARTS = (
     ("reference",),
     ("backends",),
     ("ops",),
+    ("optim",),
     ("nn",),
     ("compile",),
     ("convert", "models"),
@@ -43,7 +44,7 @@ INSIDE = {
     ),
     "ops": (
         ("group_norm_act", "weight_standardize"),
-        ("group_norm_add_relu", "ws_conv2d"),
+        ("detached", "group_norm_add_relu", "ws_conv2d"),
         ("group_norm_act_conv",),
     ),
     "nn": (

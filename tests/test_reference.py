@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from bitkern import reference
 from bitkern.variant import Variant
+from tests import standardization
 from tests.helpers import affine, maps
 
 VARIANTS = [
@@ -199,3 +200,15 @@ def test_weight_standardize_launcher_formulas(variant):
         torch.testing.assert_close(dweights[i], grads[0])
         if gain is not None:
             torch.testing.assert_close(dgains[i], grads[1])
+
+
+@pytest.mark.parametrize("options", standardization.SGD)
+def test_weight_standardize_sgd_is_a_step_of_pytorch(options):
+    shapes, options = [(4, 3, 2, 2), (6, 5)], standardization.SGD[options]
+    case = standardization.Problem(reference, "cpu", shapes, torch.float64, eps=1e-3)
+    buffers = [torch.randn_like(w) for w in case.weights]
+    expected = [case.stepped(i, torch.float64, b, options) for i, b in enumerate(buffers)]
+    stats = reference.filter_statistics(case.weights, case.variant)
+    of = buffers, case.scales, stats, case.variant, options
+    reference.weight_standardize_sgd(case.douts, case.weights, *of)
+    torch.testing.assert_close([*zip(case.weights, buffers, strict=True)], expected)

@@ -11,6 +11,7 @@ import bitkern
 from bitkern import ops, standardized
 from bitkern.nn import GroupNormAct, WSConv2d
 from bitkern.nn.standardized import per_forward
+from bitkern.ops.detached import DetachedWeights
 
 
 def net():
@@ -334,3 +335,18 @@ def test_a_weight_changed_between_layers_is_standardized_anew(batches):
     with torch.no_grad():
         expected[4].weight.copy_(model[4].weight)
     torch.testing.assert_close(got, expected(batches[0]))
+
+
+def test_gradients_are_not_copied_on_their_way(batches, monkeypatch):
+    made, backward = [], DetachedWeights.backward
+
+    def recorded(self, douts):
+        grads = backward(self, douts)
+        made.extend(grad.data_ptr() for of in grads for grad in of.values())
+        return grads
+
+    monkeypatch.setattr(DetachedWeights, "backward", recorded)
+    model = net()
+    with standardized(model):
+        model(batches[0]).sum().backward()
+    assert {p.grad.data_ptr() for p in (model[0].weight, model[2].gain)} <= set(made)

@@ -36,6 +36,7 @@ class Backend:
     def launchers(self, kernel: str) -> Any:
         """What holds ``<kernel>_forward``, ``<kernel>_backward`` and maybe ``<kernel>_recompute``.
 
-        Their signatures are those of ``bitkern.reference``.
+        For ``weight_standardize`` maybe ``weight_standardize_sgd``, too: without it the optimizer
+        steps by itself. Their signatures are those of ``bitkern.reference``.
         """
         raise NotImplementedError

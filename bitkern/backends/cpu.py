@@ -12,7 +12,7 @@ import torch
 from bitkern.backends import extension
 from bitkern.backends.backend import FLOATS, Backend
 from bitkern.backends.extension import DTYPES, Struct
-from bitkern.variant import Variant
+from bitkern.variant import SgdOptions, Variant
 
 _ACTS = {
     "none": 0,
@@ -239,3 +239,16 @@ def weight_standardize_backward(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
     of = douts, weights, gains, scales, stats, variant
     return extension.standardize_backward(_kernels(), torch.get_num_threads(), *of)
+
+
+def weight_standardize_sgd(
+    douts: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    buffers: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    stats: torch.Tensor,
+    variant: Variant,
+    options: SgdOptions,
+) -> None:
+    of = douts, weights, buffers, scales, stats, variant, options
+    extension.standardize_sgd(_kernels(), torch.get_num_threads(), *of)

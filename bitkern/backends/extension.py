@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bitkern.variant import Variant
+from bitkern.variant import SgdOptions, Variant
 
 Struct = dict[str, Any]
 
@@ -76,6 +76,28 @@ def standardize_backward(
             layer["dgain"] = dgains[i].data_ptr()
     kernels.weight_standardize_backward(problem, layers, how)
     return dweights, dgains
+
+
+def standardize_sgd(
+    kernels: Any,
+    how: int,
+    douts: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    buffers: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    stats: torch.Tensor,
+    variant: Variant,
+    options: SgdOptions,
+) -> None:
+    """The launcher, as ``standardize_forward``."""
+    problem, layers = _standardization(weights, None, scales, stats, variant, douts)
+    for layer, dout, buffer in zip(layers, douts, buffers, strict=True):
+        for name in ("gain", "out", "dweight", "dgain"):
+            del layer[name]
+        layer |= {"dout": dout.data_ptr(), "buffer": buffer.data_ptr()}
+    lr = options.lr_on(weights[0].device)
+    problem = {**variant._asdict(), **options._asdict(), "lr": lr.data_ptr()}
+    kernels.weight_standardize_sgd(problem, layers, how)
 
 
 def _standardization(

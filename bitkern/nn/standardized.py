@@ -6,8 +6,8 @@ brought when it is called standardizes that itself.
 """
 
 import contextlib
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,8 +18,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from bitkern import _torch, ops
 from bitkern.nn.current import current, using
 from bitkern.nn.layers import WSConv2d
-from bitkern.ops.weight_standardize import weight_standardize_detached
+from bitkern.ops.detached import weight_standardize_detached
 from bitkern.ops.ws_conv2d import conv_channels_last, conv_dtype
+from bitkern.optim import SGD
 
 _FORM = """write
     with bitkern.standardized(model):
@@ -74,6 +75,19 @@ class _Kind:
         )
 
 
+class _Carried(torch.autograd.Function):
+    """Gradients on their way to parameters, which take them over: nobody else holds them."""
+
+    @staticmethod
+    def forward(ctx: Any, backward: Callable[[], list[Tensor]], *parameters: Tensor) -> Tensor:
+        ctx.backward_of_all = backward
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        return None, *ctx.backward_of_all()
+
+
 class _StepKind(_Kind):
     """A kind whose gradients are collected until ``finish`` carries them to the weights."""
 
@@ -126,21 +140,35 @@ class _StepKind(_Kind):
         else:
             self.sums.add(self.convs[i], grad)
 
-    def finish(self, sums: Mapping[Hashable, Tensor]) -> None:
-        """Carry collected gradients to the weights."""
-        self._carry({i: sums[conv] for i, conv in enumerate(self.convs) if conv in sums})
+    def finish(
+        self, sums: Mapping[Hashable, Tensor], optimizer: SGD | None, fused: Set[Tensor]
+    ) -> None:
+        """Carry collected gradients to the weights; those of ``fused`` step if they can."""
+        grads = {i: sums[conv] for i, conv in enumerate(self.convs) if conv in sums}
+        if optimizer is not None:
+            of, can_step = [*enumerate(self.weights)], self.detached.can_step
+            for options, buffers in optimizer.momenta({self.weights[i] for i in grads} & fused):
+                found = {i: buffers[w] for i, w in of if w in buffers}
+                layers = {i: b for i, b in found.items() if can_step(i, self.weights[i], b)}
+                if layers:
+                    douts = {i: grads.pop(i) for i in layers}
+                    self.detached.sgd(douts, [*layers.values()], options)
+        self._carry(grads)
 
     def _carry(self, grads: Mapping[int, Tensor]) -> None:
         """Standardization's backward: linear in the gradients, hence once for their sum."""
         if not grads:
             return
-        dweights, dgains = self.detached.backward(grads)
-        pairs = [(self.weights[i], grad) for i, grad in dweights.items()]
-        if self.gains:
-            pairs += [(self.gains[i], grad) for i, grad in dgains.items()]
-        wanted = [(p, grad) for p, grad in pairs if p.requires_grad]
+        parameters = [self.weights[i] for i in grads]
+        parameters += [self.gains[i] for i in grads] if self.gains else []
+
+        def backward() -> list[Tensor]:
+            dweights, dgains = self.detached.backward(grads)
+            return [*dweights.values(), *dgains.values()]
+
         # Through autograd, so that the hooks of the parameters (DDP's among them) fire.
-        torch.autograd.backward([p for p, _ in wanted], [grad for _, grad in wanted])
+        with torch.enable_grad():
+            _Carried.apply(backward, *parameters).backward()
 
 
 def _is_fsdp(module: nn.Module) -> bool:
@@ -219,9 +247,10 @@ class _StepPool(Pool):
         super().__init__(module, partial(_StepKind, sums=sums))
         self.parameters = [p for p in module.parameters() if type(p) is nn.Parameter]
         self.state = _torch.state_of(self.parameters)
-        self.asked = False
+        self.asked = self.ddp = False
 
     def get(self, conv: nn.Module, weight: Tensor, x: Tensor) -> Tensor | None:
+        self.ddp |= _torch.active_ddp() is not None  # whose hooks want the gradients
         out = super().get(conv, weight, x)
         self.asked |= out is not None and out.requires_grad and torch.is_grad_enabled()
         return out
@@ -237,10 +266,19 @@ class _StepPool(Pool):
         if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(f"standardized: an optimizer step inside the block: {_FORM}")
 
-    def finish(self, sums: Mapping[Hashable, Tensor]) -> None:
-        """Carry collected gradients to the weights."""
+    def finish(self, sums: Mapping[Hashable, Tensor], optimizer: SGD | None) -> None:
+        """Carry collected gradients to the weights; what can takes the optimizer's step at once.
+
+        That is a weight of one layer, which nothing else gives a gradient or looks at it.
+        """
+        fused: set[Tensor] = set()
+        if optimizer is not None and not self.ddp and not optimizer.watched:
+            weights = [w for kind in self.kinds for w in kind.weights]
+            layers = Counter(w.data_ptr() for w in weights)
+            alone = (w for w in weights if layers[w.data_ptr()] == 1 and w.grad is None)
+            fused = {w for w in alone if not _torch.grad_hooked(w)}
         for kind in self.kinds if self.shared is not None else ():
-            kind.finish(sums)
+            kind.finish(sums, optimizer, fused)
 
     def close(self) -> None:
         """Collect no more: what comes from now on goes to the weights."""
@@ -268,8 +306,18 @@ def per_forward(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     return using(current() or Pool(module, _Kind))
 
 
+def _take_step(optimizer: SGD | None) -> None:
+    """The step of the parameters that have gradients by now."""
+    if optimizer is not None:
+        _torch.refuse_scaler(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @contextlib.contextmanager
-def standardized(module: nn.Module, *, sums: Sums | None = None) -> Iterator[None]:
+def standardized(
+    module: nn.Module, *, optimizer: SGD | None = None, sums: Sums | None = None
+) -> Iterator[None]:
     """Standardize all weights of ``module`` once for the forward and backward passes inside.
 
     For the micro-batches of one optimizer step::
@@ -284,6 +332,12 @@ def standardized(module: nn.Module, *, sums: Sums | None = None) -> Iterator[Non
     result is that of a backward per micro-batch. The gradients of the layers' weights and gains
     are complete only after the block; one that arrives later is carried to its weight at once.
 
+    With an ``optimizer`` the block ends with its step and ``zero_grad``; ``optimizer.step()`` is
+    not called. A standardized weight that has momentum takes the step in one pass with the backward
+    of the standardization, and its gradient is never stored; the others, and all where something
+    looks at gradients or steps (hooks, DistributedDataParallel), take PyTorch's. To clip or unscale
+    gradients, leave ``optimizer`` out and call its step after the block.
+
     ``sums`` collects the gradients, for who does more with them than to sum them.
 
     With DistributedDataParallel all micro-batches but the last run under its ``no_sync``. Does
@@ -293,11 +347,18 @@ def standardized(module: nn.Module, *, sums: Sums | None = None) -> Iterator[Non
         RuntimeError: for an optimizer step or a changed parameter inside the block, for a block
             that ends without a backward pass through the standardized weights that were used with
             gradients enabled, and for ``backward(create_graph=True)`` inside it.
+        TypeError: for an ``optimizer`` other than ``bitkern.optim.SGD``.
         ValueError: in the forward pass of a DistributedDataParallel that is told to
             ``find_unused_parameters`` or has a ``static_graph``.
     """
+    if optimizer is not None and type(optimizer) is not SGD:  # another's step may do more
+        raise TypeError(
+            f"optimizer: expected bitkern.optim.SGD, got {type(optimizer).__name__}, whose step is "
+            "called after the block"
+        )
     if _is_fsdp(module):
         yield
+        _take_step(optimizer)
         return
     sums = sums or Sums()
     pool = _StepPool(module, sums)
@@ -310,4 +371,5 @@ def standardized(module: nn.Module, *, sums: Sums | None = None) -> Iterator[Non
         pool.close()
     pool.check()
     with sums.complete() as totals:
-        pool.finish(totals)
+        pool.finish(totals, optimizer)
+    _take_step(optimizer)

@@ -6,8 +6,8 @@ mean and var per output filter. Backward keeps the weight and the statistics. De
 docs/math.md.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from bitkern.layout import dense
 from bitkern.variant import Variant
 
 
-def _check(
+def check(
     weights: Sequence[Tensor],
     gains: Sequence[Tensor] | None,
     dtype: torch.dtype | None,
@@ -64,7 +64,7 @@ def _check(
         raise TypeError(f"dtype: float64 needs a float64 weight, got {weights[0].dtype}")
 
 
-def _implementation(weight: Tensor) -> Any:
+def implementation_of(weight: Tensor) -> Any:
     return launchers(choose("weight_standardize", weight).name, "weight_standardize")
 
 
@@ -99,7 +99,7 @@ def _weight_standardize(
 ) -> tuple[list[Tensor], Tensor]:
     weights = [dense(w) for w in weights]
     variant = Variant(eps, eps_outside, unbiased)
-    outs: tuple[list[Tensor], Tensor] = _implementation(weights[0]).weight_standardize_forward(
+    outs: tuple[list[Tensor], Tensor] = implementation_of(weights[0]).weight_standardize_forward(
         weights, gains or None, scales, variant, dtype, channels_last
     )
     return outs
@@ -141,7 +141,7 @@ def _weight_standardize_backward(
     unbiased: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     douts, weights = [dense(d) for d in douts], [dense(w) for w in weights]
-    dweights, dgains = _implementation(weights[0]).weight_standardize_backward(
+    dweights, dgains = implementation_of(weights[0]).weight_standardize_backward(
         douts, weights, gains or None, scales, stats, Variant(eps, eps_outside, unbiased)
     )
     return dweights, dgains or []
@@ -182,7 +182,7 @@ def _gradients(ctx: Any, backward: Callable[..., Any], douts: Sequence[Tensor | 
     else:
         given = [dense(dout) for dout in given]
     of = weights, gains or None, ctx.scales, stats
-    dweights, dgains = _backward(backward, used, given, *of, variant)
+    dweights, dgains = backward_of(backward, used, given, *of, variant)
     if len(used) == len(weights):
         return dweights, dgains or []
     by_layer, gains_by_layer = (dict(zip(used, g, strict=True)) for g in (dweights, dgains or used))
@@ -190,7 +190,7 @@ def _gradients(ctx: Any, backward: Callable[..., Any], douts: Sequence[Tensor | 
     return [by_layer.get(i) for i in every], [gains_by_layer.get(i) for i in every if gains]
 
 
-def _backward(
+def backward_of(
     backward: Callable[..., Any],
     used: Sequence[int],
     douts: Sequence[Tensor],
@@ -203,12 +203,18 @@ def _backward(
     """Gradients of weights and gains of the layers ``used``, whose ``douts`` these are."""
     if not used:
         return [], []
-    if len(used) < len(weights):
-        parts = torch.split(stats, [w.shape[0] for w in weights], 1)
-        stats = torch.cat([parts[i] for i in used], 1)
-        weights, scales = [weights[i] for i in used], [scales[i] for i in used]
-        gains = gains and [gains[i] for i in used]
+    stats = stats_of(used, weights, stats)
+    weights, scales = [weights[i] for i in used], [scales[i] for i in used]
+    gains = gains and [gains[i] for i in used]
     return backward(douts, weights, gains, scales, stats, variant)  # type: ignore[no-any-return]
+
+
+def stats_of(used: Sequence[int], weights: Sequence[Tensor], stats: Tensor) -> Tensor:
+    """The statistics of the layers ``used``, in ascending order, out of those of all."""
+    if len(used) == len(weights):
+        return stats
+    parts = torch.split(stats, [w.shape[0] for w in weights], 1)
+    return torch.cat([parts[i] for i in used], 1)
 
 
 def _op_backward(ctx: Any, douts: Sequence[Tensor | None], _: Tensor) -> Any:
@@ -266,8 +272,8 @@ def weight_standardize_all(
     weights = list(weights)
     if not weights:
         return []
-    scales = _checked_scales(weights, gains, scales)
-    _check(weights, gains, dtype, channels_last, variant.unbiased)
+    scales = checked_scales(weights, gains, scales)
+    check(weights, gains, dtype, channels_last, variant.unbiased)
     dtype = dtype or weights[0].dtype
     choice = choose("weight_standardize", weights[0])
     if choice.name == "reference":
@@ -292,7 +298,7 @@ def weight_standardize_all(
     )
 
 
-def _checked_scales(
+def checked_scales(
     weights: Sequence[Tensor], gains: Sequence[Tensor] | None, scales: Sequence[float] | None
 ) -> list[float]:
     scales = [1.0] * len(weights) if scales is None else list(scales)
@@ -300,50 +306,6 @@ def _checked_scales(
         if values is not None and len(values) != len(weights):
             raise ValueError(f"{name}: expected {len(weights)}, one per weight, got {len(values)}")
     return scales
-
-
-class DetachedWeights(NamedTuple):
-    """Standardized weights outside of autograd, and what their backward needs."""
-
-    outs: list[Tensor]
-    stats: Tensor
-    weights: list[Tensor]
-    gains: list[Tensor] | None
-    scales: list[float]
-    variant: Variant
-    implementation: Any
-
-    def backward(self, douts: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Gradients of weights and of gains by layer, of the layers that ``douts`` has."""
-        launch = self.implementation.weight_standardize_backward
-        of = self.weights, self.gains, self.scales, self.stats, self.variant
-        given = [dense(dout) for dout in douts.values()]
-        dweights, dgains = _backward(launch, [*douts], given, *of)
-        of_gains = dict(zip(douts, dgains, strict=True)) if self.gains and dgains else {}
-        return dict(zip(douts, dweights, strict=True)), of_gains
-
-
-def weight_standardize_detached(
-    weights: Sequence[Tensor],
-    variant: Variant,
-    *,
-    gains: Sequence[Tensor] | None,
-    scales: Sequence[float],
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> DetachedWeights:
-    """``weight_standardize_all`` outside of autograd; its backward is called by hand."""
-    _check(weights, gains, dtype, channels_last, variant.unbiased)
-    implementation = _implementation(weights[0])
-    parameters = (
-        [dense(w.detach()) for w in weights],
-        None if gains is None else [g.detach().contiguous() for g in gains],
-        _checked_scales(weights, gains, scales),
-    )
-    outs, stats = implementation.weight_standardize_forward(
-        *parameters, variant, dtype, channels_last
-    )
-    return DetachedWeights(outs, stats, *parameters, variant, implementation)
 
 
 @operator("weight_standardize")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bitkern.optim import SGD
 from bitkern.transfer import balance, ranks
 from bitkern.transfer.compute import Compute
 from bitkern.transfer.data.images import ImageSet
@@ -114,7 +115,7 @@ class Setup:
             len(self.train_set.images), self.rule, self.seed, self.batch_split, *group, weights
         )
 
-    def optimizer(self) -> torch.optim.Optimizer:
+    def optimizer(self) -> SGD:
         """SGD with momentum 0.9; each step sets its learning rate.
 
         The weights of convolutions and of the head decay, the biases and those of norms do not.
@@ -126,11 +127,11 @@ class Setup:
             {"params": rest, "weight_decay": 0.0},
         ]
         # Fused, it scales gradients and skips steps of fp16 without reading anything back.
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+        return SGD(groups, lr=0.0, momentum=0.9, fused=True)
 
     def stepper(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: SGD,
         scaler: torch.amp.GradScaler,
         reduction: Reduction,
         batches: Iterator[Sequence[Tensor]],
@@ -146,7 +147,7 @@ class Setup:
 
     def fitted(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: SGD,
         scaler: torch.amp.GradScaler,
         reduction: Reduction,
         auto: bool,

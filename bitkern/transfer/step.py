@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkern.nn.standardized import standardized
+from bitkern.optim import SGD
 from bitkern.transfer import ranks
 from bitkern.transfer.compute import Compute
 from bitkern.transfer.graphs import Batch, Graphed
@@ -47,7 +48,7 @@ class Stepper:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: SGD,
         schedule: Schedule,
         compute: Compute,
         batches: Iterator[Sequence[Tensor]],
@@ -113,7 +114,9 @@ class Stepper:
         return images, labels, permutation
 
     def _update(self, batches: Iterable[Batch]) -> Tensor:
-        with standardized(self.model, sums=self.reduction):
+        # A scaled gradient is looked at before the step.
+        fused = None if self.scaler.is_enabled() else self.optimizer
+        with standardized(self.model, optimizer=fused, sums=self.reduction):
             with ranks.together(), self.reduction.meeting():
                 shares: list[Tensor] = []
                 for own, batch in zip(self.own, batches, strict=True):
@@ -123,9 +126,10 @@ class Stepper:
                     if len(shares) < len(self.own):
                         self.on_micro_batch(len(shares))
                 loss = torch.stack(shares).sum()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+        if not fused:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
         return loss
 
     def _accumulate(self, own: int, batch: Batch) -> Tensor:

@@ -1,5 +1,5 @@
-// Weight standardization of the filters of many layers, forward and backward. A filter is one task:
-// its statistics, then its elements while they are in cache.
+// Weight standardization of the filters of many layers, forward, backward, and backward with a step
+// of SGD. A filter is one task: its statistics, then its elements while they are in cache.
 
 #include "bitkern/weight_standardize.h"
 
@@ -22,14 +22,15 @@ void transpose(const T* from, int64_t rows, int64_t columns, T* to) {
 }
 
 // From one layout of a filter, [inner, taps] or channels_last [taps, inner], to the other.
-template <class T>
-void change_layout(const WeightStandardizeLayer& layer, bool from_channels_last, const T* from,
+template <class Layer, class T>
+void change_layout(const Layer& layer, bool from_channels_last, const T* from,
                    T* to) {
   if (from_channels_last) transpose(from, layer.taps, layer.inner, to);
   else transpose(from, layer.inner, layer.taps, to);
 }
 
-bool same_layout(const WeightStandardizeLayer& layer) {
+template <class Layer>
+bool same_layout(const Layer& layer) {
   return layer.weight_channels_last == layer.out_channels_last || layer.inner == 1 ||
          layer.taps == 1;
 }
@@ -69,15 +70,20 @@ template <class T, class Out>
 
 // With c = weight - mean and d the denominator:
 // dweight = gain * scale / d * (dout - mean(dout) - c * sum(dout * c) / (std * d * K)).
-// `dout` is the filter's, in the layout of the weight; `bytes` are those of all of dweight.
-template <class T, class Out>
-[[gnu::flatten]] void backward(const WeightStandardizeProblem& problem,
-                               const WeightStandardizeLayer& layer, int64_t filter,
-                               const Out* dout, int64_t bytes) {
-  const int64_t length = layer.inner * layer.taps;
-  const T* weight = static_cast<const T*>(layer.weight) + filter * length;
-  T* dweight = static_cast<T*>(layer.dweight) + filter * length;
-  const Vec mean = broadcast(layer.mean[filter]);
+struct Gradient {
+  double product, denominator;  // product: sum(dout * c)
+  Vec mean, minus_slope, shift, factor;
+
+  Vec at(Vec dout, Vec weight) const {
+    return fma(weight - mean, minus_slope, dout + shift) * factor;
+  }
+};
+
+// Of a filter whose `dout` is in the layout of the weight; `scale` includes the gain.
+template <class Problem, class T, class Out>
+Gradient gradient(const Problem& problem, float center, double std, double scale, int64_t length,
+                  const T* weight, const Out* dout) {
+  const Vec mean = broadcast(center);
   Vec sums = {}, products = {}, distances = {};
   for_vectors(length, [&](int64_t i, auto lanes) {
     const Vec g = load(dout + i, lanes);
@@ -88,30 +94,66 @@ template <class T, class Out>
   });
   // Distances from the rounded mean are deviations and a rest.
   const double rest = sum(distances) / double(length);
-  const double std = layer.std[filter];
   const double denominator = problem.eps_outside ? std + problem.eps : std;
   const double product = sum(products) - rest * sum(sums);
   const double projection = product / (std * denominator * double(length - problem.unbiased));
   // A constant filter with eps outside the root: the root has no slope there, and c is 0.
   const double slope = problem.eps_outside && std == 0 ? 0 : projection;
-  const Vec minus_slope = broadcast(float(-slope));
-  const Vec shift = broadcast(float(rest * slope - sum(sums) / double(length)));
-  const Vec factor = broadcast(float(gain_of<T>(layer, filter) * layer.scale / denominator));
+  return {product,
+          denominator,
+          mean,
+          broadcast(float(-slope)),
+          broadcast(float(rest * slope - sum(sums) / double(length))),
+          broadcast(float(scale / denominator))};
+}
+
+// `dout` is the filter's, in the layout of the weight; `bytes` are those of all of dweight.
+template <class T, class Out>
+[[gnu::flatten]] void backward(const WeightStandardizeProblem& problem,
+                               const WeightStandardizeLayer& layer, int64_t filter,
+                               const Out* dout, int64_t bytes) {
+  const int64_t length = layer.inner * layer.taps;
+  const T* weight = static_cast<const T*>(layer.weight) + filter * length;
+  T* dweight = static_cast<T*>(layer.dweight) + filter * length;
+  const Gradient gradient =
+      BITKERN_ISA::gradient(problem, layer.mean[filter], layer.std[filter],
+                            gain_of<T>(layer, filter) * layer.scale, length, weight, dout);
   const bool streams = past_cache(bytes, dweight, length);
   for_vectors(length, [=](int64_t i, auto lanes) {
-    const Vec g = load(dout + i, lanes) + shift;
-    store(dweight + i, fma(load(weight + i, lanes) - mean, minus_slope, g) * factor, lanes, streams);
+    store(dweight + i, gradient.at(load(dout + i, lanes), load(weight + i, lanes)), lanes, streams);
   });
   if (layer.dgain) {
-    const float dgain = float(layer.scale * product / denominator);
+    const float dgain = float(layer.scale * gradient.product / gradient.denominator);
     store(static_cast<T*>(layer.dgain) + filter, broadcast(dgain), 1);
   }
 }
 
-int64_t elements_of(const WeightStandardizeLayers& layers) {
+// As PyTorch's SGD. `dout` is the filter's, in the layout of the weight.
+[[gnu::flatten]] void sgd(const WeightStandardizeSgdProblem& problem,
+                          const WeightStandardizeSgdLayer& layer, int64_t filter,
+                          const float* dout) {
+  const int64_t length = layer.inner * layer.taps;
+  float* weight = layer.weight + filter * length;
+  float* buffer = layer.buffer + filter * length;
+  const Gradient gradient = BITKERN_ISA::gradient(problem, layer.mean[filter], layer.std[filter],
+                                                  layer.scale, length, weight, dout);
+  const Vec decay = broadcast(problem.weight_decay), momentum = broadcast(problem.momentum);
+  const Vec share = broadcast(1 - problem.dampening), minus_lr = broadcast(-*problem.lr);
+  const bool nesterov = problem.nesterov;
+  for_vectors(length, [=](int64_t i, auto lanes) {
+    const Vec w = load(weight + i, lanes);
+    const Vec g = fma(w, decay, gradient.at(load(dout + i, lanes), w));
+    const Vec mean = fma(load(buffer + i, lanes), momentum, g * share);
+    store(buffer + i, mean, lanes);
+    store(weight + i, fma(nesterov ? fma(mean, momentum, g) : mean, minus_lr, w), lanes);
+  });
+}
+
+template <class Layers>
+int64_t elements_of(const Layers& layers) {
   int64_t elements = 0;
   for (int64_t i = 0; i < layers.size; ++i) {
-    const WeightStandardizeLayer& layer = layers.data[i];
+    const auto& layer = layers.data[i];
     elements += layer.filters * layer.inner * layer.taps;
   }
   return elements;
@@ -119,8 +161,8 @@ int64_t elements_of(const WeightStandardizeLayers& layers) {
 
 // body(layer, filter, scratch) for every filter, where `scratch` has room for one. A thread gets a
 // run of filters with its share of the elements.
-template <class Body>
-void for_filters(const WeightStandardizeLayers& layers, int num_threads, Body&& body) {
+template <class Layers, class Body>
+void for_filters(const Layers& layers, int num_threads, Body&& body) {
   const int64_t elements = elements_of(layers);
   int64_t longest = 0;
   for (int64_t i = 0; i < layers.size; ++i) {
@@ -133,7 +175,7 @@ void for_filters(const WeightStandardizeLayers& layers, int num_threads, Body&& 
     const Range mine = team.share(elements);
     int64_t start = 0;
     for (int64_t i = 0; i < layers.size; ++i) {
-      const WeightStandardizeLayer& layer = layers.data[i];
+      const auto& layer = layers.data[i];
       const int64_t length = layer.inner * layer.taps;
       for (int64_t filter = 0; filter < layer.filters; ++filter, start += length) {
         if (start < mine.begin || start >= mine.end) continue;
@@ -181,6 +223,16 @@ void weight_standardize_backward(const WeightStandardizeProblem& problem,
       };
       for_filters(layers, num_threads, body);
     });
+  });
+}
+
+void weight_standardize_sgd(const WeightStandardizeSgdProblem& problem,
+                            const WeightStandardizeSgdLayers& layers, int num_threads) {
+  for_filters(layers, num_threads, [&](const auto& layer, int64_t filter, float* scratch) {
+    const float* dout = layer.dout + filter * layer.inner * layer.taps;
+    if (same_layout(layer)) return sgd(problem, layer, filter, dout);
+    change_layout(layer, layer.out_channels_last, dout, scratch);
+    sgd(problem, layer, filter, scratch);
   });
 }
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bitkern.nn import WSConv2d
-from bitkern.ops.weight_standardize import DetachedWeights
+from bitkern.ops.detached import DetachedWeights
 from bitkern.transfer import loop, ranks
 from tests.distributed import training
 from tests.distributed.training import OPTIONS, save
@@ -157,7 +157,7 @@ def resumed_run_has_the_same_bits(folder):
 
 def failure_wherever_it_is_stops_all(folder):
     """In the first or last micro-batch, forward or backward, or standardization's backward."""
-    backward, own = DetachedWeights.backward, "the disk is gone"
+    sgd, own = DetachedWeights.sgd, "the disk is gone"
 
     def fail(*arguments):
         raise OSError(own)
@@ -169,7 +169,7 @@ def failure_wherever_it_is_stops_all(folder):
             if number:
                 setattr(model, name, lambda call, at=int(number): fail() if call == at else None)
             else:
-                DetachedWeights.backward = fail
+                DetachedWeights.sgd = fail
         try:
             with small_buckets():
                 loop.train(model, image_set(), PLAIN, **OPTIONS)
@@ -178,7 +178,7 @@ def failure_wherever_it_is_stops_all(folder):
         else:
             raise AssertionError(f"{place}: expected an error")
         finally:
-            DetachedWeights.backward = backward
+            DetachedWeights.sgd = sgd
         assert ranks.sums_of(1) == [ranks.world_size()], "nothing is left to meet for"
 
 

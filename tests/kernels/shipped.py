@@ -14,15 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bitkern.backends.triton import (
-    config,
-    group_norm_act,
-    group_norm_add_relu,
-    launch,
-    weight_standardize,
-)
+from bitkern.backends.triton import group_norm_act, group_norm_add_relu, launch, weight_standardize
 from bitkern.backends.triton.kernels.tiles import STAGES
-from bitkern.variant import Variant
+from bitkern.variant import SgdOptions, Variant
 from tests.kernels import machine_code
 
 PROVEN = ("sm_80", "sm_90", "sm_100")  # by what their machine code does; others must not spill
@@ -45,7 +39,7 @@ KERNELS = GROUP_NORM_ACT | {
     "group_norm_act_sum_samples",
     "weight_standardize_forward_one", "weight_standardize_backward_one",
     "weight_standardize_forward_all", "weight_standardize_backward_all",
-    "weight_standardize_store_pointers",
+    "weight_standardize_sgd_all", "weight_standardize_store_pointers",
 }  # fmt: skip
 FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
 
@@ -144,6 +138,20 @@ def standardizations(dtype, out_dtype, channels_last, shapes, gain=False, varian
     both(shapes)
     for shape in shapes:
         both([shape])
+    if not gain and dtype == torch.float32:
+        sgd_steps(channels_last, shapes, variant)
+
+
+def sgd_steps(channels_last, shapes, variant):
+    weights, douts = (
+        [torch.empty(s, device="meta").contiguous(memory_format=FORMATS[layout]) for s in shapes]
+        for layout in channels_last
+    )
+    stats = torch.empty(2, sum(s[0] for s in shapes), device="meta")
+    for nesterov in (False, True):
+        options = SgdOptions(0.1, 0.9, 0.0, 1e-4, nesterov)
+        of = douts, weights, weights, [1.0] * len(shapes), stats, Variant(1e-10, *variant), options
+        weight_standardize.weight_standardize_sgd(*of)
 
 
 def shipped(everything):
@@ -243,8 +251,8 @@ def selected(extent):
             if every and number % every == 0:
                 yield entry, target
                 kernel, types, constants, warps = entry
-                if kernel.__name__.endswith("ward_all"):  # the tile of unaligned layers alone
-                    unaligned = (*constants[:-1], config.FILTER_TILES[-1:])
+                if kernel.__name__.endswith("_all"):  # the tile of unaligned layers alone
+                    unaligned = (*constants[:-1], constants[-1][-1:])
                     yield (kernel, types, unaligned, warps), target
 
 

@@ -9,7 +9,7 @@ import torch
 from bitkern.backends.triton import config
 from bitkern.backends.triton import weight_standardize as kernels
 from tests import standardization
-from tests.standardization import DTYPES, FORMATS, SHAPES, VARIANTS
+from tests.standardization import DTYPES, FORMATS, SGD, SHAPES, VARIANTS
 
 Problem = functools.partial(standardization.Problem, kernels)
 
@@ -76,6 +76,21 @@ def test_many_layers_with_other_gradients(device):
     ).check()  # fmt: skip
 
 
+@pytest.mark.parametrize("options", SGD)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sgd(device, variant, options):
+    layers = 4 if variant == "original" else 5  # of one element there is no unbiased variance
+    case = Problem(device, SHAPES[:layers], **VARIANTS[variant] | {"gain": False})
+    case.check_sgd(SGD[options])
+
+
+@pytest.mark.parametrize("format, dout_format", [list(FORMATS), list(FORMATS)[::-1]])
+def test_sgd_of_other_formats(device, format, dout_format):
+    shapes = [(3, 520, 3, 3), (2, 5, 3, 2), (3, 8, 1, 1)]
+    case = Problem(device, shapes, format=format, dout_format=dout_format)
+    case.check_sgd(SGD["dampening"])
+
+
 @pytest.mark.parametrize("variant", ["bit", "jax", "nfnet"])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_no_variance(device, variant, layers):
@@ -119,9 +134,11 @@ def test_tables_are_made_once(device):
 @pytest.mark.parametrize("length", [1, 8, 63, 64, 255, 256, 257, 4608, 8192, 8193, 73728])
 @pytest.mark.parametrize("filters", [1, 64, 100, 2048])
 def test_tiles(filters, length):
-    kind = config.FILTER_TILES[config.filter_kind(length, length % 8 == 0)]
-    alone, warps = config.filter_tile(filters, length, length % 8 == 0)
-    for tile in (kind, alone):
+    aligned = length % 8 == 0
+    of_step = config.SGD_TILES[config.filter_kind(length, aligned, config.SGD_TILES)]
+    kind = config.FILTER_TILES[config.filter_kind(length, aligned)]
+    alone, warps = config.filter_tile(filters, length, aligned)
+    for tile in (of_step, kind, alone):
         assert tile.whole == (length <= tile.block and length % 8 == 0)
         assert tile.aligned == (length % 8 == 0)
         assert tile.filters * tile.block <= 8192

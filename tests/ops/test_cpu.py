@@ -14,6 +14,7 @@ import torch
 import bitkern
 from bitkern import backends
 from bitkern.backends import cpu
+from tests import standardization
 from tests.helpers import affine, maps
 
 pytestmark = pytest.mark.skipif(
@@ -85,6 +86,25 @@ def test_any_number_of_threads():
         torch.set_num_threads(threads)
         for _ in range(3):
             assert_equal(everything(), expected)
+
+
+@pytest.mark.parametrize("variant", standardization.VARIANTS)
+@pytest.mark.parametrize("options", standardization.SGD)
+def test_a_step_of_sgd(variant, options):
+    """On one thread or several; unaligned and single elements, and other layouts of gradients."""
+    how = standardization.VARIANTS[variant] | {"gain": False}
+    shapes = [(70, 65, 3, 3), (3, 520, 3, 3), (5, 3, 7, 7), (40, 64, 1, 1), (4, 1, 1, 1)]
+    shapes = shapes[: -1 if variant == "original" else None]
+    for format in ("oihw", "channels_last"):
+        stepped = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            of = cpu, "cpu", shapes
+            case = standardization.Problem(*of, format=format, dout_format="channels_last", **how)
+            weights, buffers = case.check_sgd(standardization.SGD[options])
+            stepped.append(weights + buffers)
+        assert_equal(*stepped)
 
 
 def test_called_by_several_threads_at_once():

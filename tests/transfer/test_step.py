@@ -20,7 +20,7 @@ from tests.transfer.no_reads import Read, no_reads
 def stepper(model, rule, device="cpu:0", precision="fp32", batch_split=2, weight_decay=0.0):
     compute = Compute.of(device, precision, 0)
     compute.place(model)
-    optimizer = torch.optim.SGD(
+    optimizer = bitkern.optim.SGD(
         model.parameters(), lr=0.0, momentum=0.9, weight_decay=weight_decay, fused=True
     )
     schedule = Schedule(15, rule, 0, batch_split)

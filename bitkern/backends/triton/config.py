@@ -113,15 +113,24 @@ FILTER_TILES = (
     FilterTile(1, 4096, False, True),
     FilterTile(1, 1024, False, False),
 )
+# With a step of SGD, which has a third tensor in registers.
+SGD_TILES = (
+    FilterTile(16, 256, True, True),
+    FilterTile(4, 1024, True, True),
+    FilterTile(2, 2048, True, True),
+    FilterTile(1, 4096, True, True),
+    FilterTile(1, 2048, False, True),
+    FilterTile(1, 1024, False, False),
+)
 FILTER_WARPS = 8
 
 
-def filter_kind(length: int, aligned: bool) -> int:
-    """The index in ``FILTER_TILES`` for filters of this many elements."""
+def filter_kind(length: int, aligned: bool, tiles: tuple[FilterTile, ...] = FILTER_TILES) -> int:
+    """The index in ``tiles`` for filters of this many elements."""
     if not aligned:
-        return len(FILTER_TILES) - 1
-    fitting = (i for i, tile in enumerate(FILTER_TILES) if tile.whole and length <= tile.block)
-    return next(fitting, len(FILTER_TILES) - 2)
+        return len(tiles) - 1
+    fitting = (i for i, tile in enumerate(tiles) if tile.whole and length <= tile.block)
+    return next(fitting, len(tiles) - 2)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -40,17 +40,17 @@ def _layer(own, other, tensors, scale):
 
 
 @functools.cache  # unbounded: a captured CUDA graph goes on reading them
-def _tables(layers, device):
+def _tables(layers, device, tiles=config.FILTER_TILES):
     """sizes and programs on the device, long filters first."""
     refuse_capture("weight_standardize")
     sizes, programs, first_stat = [], [], 0
     for layer in layers:
-        kind = config.filter_kind(layer.length, layer.aligned)
+        kind = config.filter_kind(layer.length, layer.aligned, tiles)
         (scale,) = struct.unpack("i", struct.pack("f", layer.scale))
         sizes.append((layer.filters, layer.length, layer.minor, first_stat, scale, kind))
         first_stat += layer.filters
     for i in sorted(range(len(layers)), key=lambda i: -layers[i].length):
-        step = config.FILTER_TILES[sizes[i][-1]].filters
+        step = tiles[sizes[i][-1]].filters
         programs += [(i, first) for first in range(0, layers[i].filters, step)]
     return (
         torch.tensor(sizes, dtype=torch.int64, device=device),
@@ -122,3 +122,23 @@ def weight_standardize_backward(douts, weights, gains, scales, stats, variant):
     one, many = kernels.weight_standardize_backward_one, kernels.weight_standardize_backward_all
     _launch(one, many, tensors, layers, gains, stats, variant, (weights[0].dtype, douts[0].dtype))
     return dweights, dgains
+
+
+def weight_standardize_sgd(douts, weights, buffers, scales, stats, variant, options):
+    """Backward, and a step of SGD on weights and the buffers of their momentum, in place.
+
+    All fp32; douts dense, each in either memory format, weight and buffer of a layer in one.
+    """
+    if stats.numel() == 0:
+        return
+    tensors = list(zip(douts, weights, buffers, strict=True))
+    layers = [_layer(t[1], t[0], t, scale) for t, scale in zip(tensors, scales, strict=True)]
+    permuted = any(layer.minor != layer.length for layer in layers)
+    sizes, programs = _tables(tuple(layers), stats.device, config.SGD_TILES)
+    eps, *variant = variant
+    lr, (_, momentum, dampening, decay, nesterov) = options.lr_on(stats.device), options
+    pointers = (sizes, programs, _pointers(tensors), stats, lr)
+    numbers = (stats.shape[1], *map(float, (eps, momentum, 1 - dampening, decay)))
+    constants = (*variant, permuted, nesterov, config.SGD_TILES)
+    kernel = kernels.weight_standardize_sgd_all
+    launch(kernel, len(programs), pointers, numbers, constants, config.FILTER_WARPS)

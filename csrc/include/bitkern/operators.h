@@ -10,7 +10,8 @@
   X(group_norm_act_forward, GroupNormActProblem, GroupNormActForward)                \
   X(group_norm_act_backward, GroupNormActProblem, GroupNormActBackward)              \
   X(weight_standardize_forward, WeightStandardizeProblem, WeightStandardizeLayers)   \
-  X(weight_standardize_backward, WeightStandardizeProblem, WeightStandardizeLayers)
+  X(weight_standardize_backward, WeightStandardizeProblem, WeightStandardizeLayers)  \
+  X(weight_standardize_sgd, WeightStandardizeSgdProblem, WeightStandardizeSgdLayers)
 
 #define BITKERN_CUDA_OPERATORS(X)                                                    \
   X(weight_standardize_forward, WeightStandardizeProblem, WeightStandardizeLayers)   \

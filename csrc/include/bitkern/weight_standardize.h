@@ -37,4 +37,32 @@ struct WeightStandardizeLayer {
 
 using WeightStandardizeLayers = Span<WeightStandardizeLayer>;
 
+// Backward and, with its gradient that is never stored, a step of SGD with momentum.
+struct WeightStandardizeSgdProblem {
+  float eps;
+  bool eps_outside, unbiased;
+  const float* lr;  // one number
+  float momentum, dampening, weight_decay;
+  bool nesterov;
+
+  BITKERN_FIELDS(eps, eps_outside, unbiased, lr, momentum, dampening, weight_decay, nesterov)
+};
+
+struct WeightStandardizeSgdLayer {
+  int64_t filters, inner, taps;
+  float scale;
+  bool weight_channels_last;  // of weight and buffer
+  bool out_channels_last;     // of dout
+  const float* mean;          // [filters]
+  const float* std;           // [filters], as in WeightStandardizeLayer
+  const float* dout;          // [filters, K]
+  float* weight;              // [filters, K]
+  float* buffer;              // [filters, K], of the momentum
+
+  BITKERN_FIELDS(filters, inner, taps, scale, weight_channels_last, out_channels_last, mean, std,
+                 dout, weight, buffer)
+};
+
+using WeightStandardizeSgdLayers = Span<WeightStandardizeSgdLayer>;
+
 }  // namespace bitkern

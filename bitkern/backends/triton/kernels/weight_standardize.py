@@ -9,6 +9,7 @@ Tensors: weight, dweight, out, dout [filters, K], K = inner * taps elements stor
 or [taps, inner] in channels_last; gain, dgain [filters]; stats (fp32) [2, filters of all layers]:
 mean and std, std = sqrt(var + eps), or sqrt(var) with eps outside. sizes (int64) [layers, 6];
 programs (int32) [programs, 2]: layer and first filter; pointers (int64) [layers, tensors].
+A step of SGD has buffer, of the momentum (fp32) [filters, K] as weight, and lr (fp32), one number.
 """
 
 import triton
@@ -102,12 +103,29 @@ def _forward_tile(
 
 
 @triton.jit
+def _put(gradient, weight, dweight, buffer, at, mask, sgd, NESTEROV: tl.constexpr):
+    """A gradient to dweight; or with a buffer of momentum a step of PyTorch's SGD instead."""
+    if buffer is None:
+        tl.store(dweight + at, gradient, mask=mask)
+    else:
+        lr, momentum, share, decay = sgd
+        before = _load(weight + at, mask)
+        gradient += before * decay
+        mean = _load(buffer + at, mask) * momentum + gradient * share
+        tl.store(buffer + at, mean, mask=mask)
+        if NESTEROV:
+            mean = mean * momentum + gradient
+        tl.store(weight + at, before - mean * lr, mask=mask)
+
+
+@triton.jit
 def _backward_tile(
-    dout, weight, dweight, gain, dgain, stats, first, filters, K, minor, first_stat, all_filters,
-    scale, eps, EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, FILTERS: tl.constexpr,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr,
+    dout, weight, dweight, gain, dgain, buffer, sgd, stats, first, filters, K, minor, first_stat,
+    all_filters, scale, eps, EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr,
+    FILTERS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+    PERMUTED: tl.constexpr, NESTEROV: tl.constexpr = False,
 ):  # fmt: skip
-    """dweight in its own order. With c = weight - mean and d the denominator:
+    """dweight, or weight and buffer, in their own order. With c = weight - mean, d the denominator:
 
     dweight = gain * scale / d * (dout - mean(dout) - c * sum(dout * c) / (d * std * (K or K - 1)))
     """
@@ -158,14 +176,15 @@ def _backward_tile(
     slope = slope[:, None]
     factor = factor[:, None]
     if WHOLE:
-        tl.store(dweight + own, (g - constant - centered * slope) * factor, mask=mask)
+        value = (g - constant - centered * slope) * factor
+        _put(value, weight, dweight, buffer, own, mask, sgd, NESTEROV)
     else:
         for i in tl.range(tl.cdiv(K, BLOCK), num_stages=STAGES if ALIGNED else 1):
             own, other = _addresses(filter, i * BLOCK + k, K, minor, PERMUTED)
             mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
             centered = _load(weight + own, mask) - mean - rest[:, None]
             value = _load(dout + other, mask) - constant - centered * slope
-            tl.store(dweight + own, value * factor, mask=mask)
+            _put(value * factor, weight, dweight, buffer, own, mask, sgd, NESTEROV)
 
 
 @triton.jit(do_not_specialize=["filters", "K", "minor"])
@@ -187,8 +206,9 @@ def weight_standardize_backward_one(
     WHOLE: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr,
 ):  # fmt: skip
     _backward_tile(
-        dout, weight, dweight, gain, dgain, stats, tl.program_id(0) * FILTERS, filters, K, minor,
-        0, filters, scale, eps, EPS_OUTSIDE, UNBIASED, FILTERS, BLOCK, WHOLE, ALIGNED, PERMUTED,
+        dout, weight, dweight, gain, dgain, None, None, stats, tl.program_id(0) * FILTERS, filters,
+        K, minor, 0, filters, scale, eps, EPS_OUTSIDE, UNBIASED, FILTERS, BLOCK, WHOLE, ALIGNED,
+        PERMUTED,
     )  # fmt: skip
 
 
@@ -265,7 +285,32 @@ def weight_standardize_backward_all(
                 gain = _tensor(pointers, layer, 3, TENSORS, WEIGHT, ALIGNED)
                 dgain = _tensor(pointers, layer, 4, TENSORS, WEIGHT, ALIGNED)
             _backward_tile(
-                dout, weight, dweight, gain, dgain, stats, first, filters, K, minor, first_stat,
-                all_filters, scale, eps, EPS_OUTSIDE, UNBIASED, TILES[i][0], TILES[i][1],
-                TILES[i][2], ALIGNED, PERMUTED,
+                dout, weight, dweight, gain, dgain, None, None, stats, first, filters, K, minor,
+                first_stat, all_filters, scale, eps, EPS_OUTSIDE, UNBIASED, TILES[i][0],
+                TILES[i][1], TILES[i][2], ALIGNED, PERMUTED,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["all_filters"])
+def weight_standardize_sgd_all(
+    sizes, programs, pointers, stats, lr, all_filters, eps, momentum, share, decay,
+    EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, PERMUTED: tl.constexpr,
+    NESTEROV: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    layer = tl.load(programs + 2 * tl.program_id(0))
+    first = tl.load(programs + 2 * tl.program_id(0) + 1)
+    filters, K, minor = _size(sizes, layer, 0), _size(sizes, layer, 1), _size(sizes, layer, 2)
+    first_stat, kind = _size(sizes, layer, 3), _size(sizes, layer, 5)
+    scale = _size(sizes, layer, 4).to(tl.float32, bitcast=True)
+    sgd = (tl.load(lr), momentum, share, decay)
+    for i in tl.static_range(len(TILES)):
+        if kind == i:
+            ALIGNED: tl.constexpr = TILES[i][3]
+            dout = _tensor(pointers, layer, 0, 3, tl.float32, ALIGNED)
+            weight = _tensor(pointers, layer, 1, 3, tl.float32, ALIGNED)
+            buffer = _tensor(pointers, layer, 2, 3, tl.float32, ALIGNED)
+            _backward_tile(
+                dout, weight, None, None, None, buffer, sgd, stats, first, filters, K, minor,
+                first_stat, all_filters, scale, eps, EPS_OUTSIDE, UNBIASED, TILES[i][0],
+                TILES[i][1], TILES[i][2], ALIGNED, PERMUTED, NESTEROV,
             )  # fmt: skip
