@@ -18,7 +18,7 @@ from bitkern.convert.libraries import replacements
 from bitkern.convert.libraries.common import PaddedConv
 from bitkern.nn import GroupNormAct, WSConv2d
 from bitkern.nn.norms import INSTANCE_NORMS, GroupNorm
-from bitkern.ops.weight_standardize import weight_standardize_detached
+from bitkern.ops.detached import weight_standardize_detached
 
 # Elements of gradients of a weight: what stays in a CPU's cache, and is enough for a GPU's launch.
 AT_ONCE = 1 << 20

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitkern.layout import cast_like, memory_format
+from bitkern.layout import cast_like
 from bitkern.variant import SgdOptions, Variant
 
 Activation = Literal["relu", "silu", "leaky_relu", "gelu", "mish", "hardswish", "none"]
