@@ -177,6 +177,11 @@ def inductor(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callabl
     return compiled  # type: ignore[no-any-return]
 
 
+def has_amx() -> bool:
+    """Whether the processor has matrix units of its own."""
+    return torch.cpu._is_amx_tile_supported()
+
+
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """A parameter that a module itself holds; None if it has none or computes it."""
     return module._parameters.get(name)

@@ -45,6 +45,7 @@ INSIDE = {
     "ops": (
         ("group_norm_act", "weight_standardize"),
         ("detached", "group_norm_add_relu", "ws_conv2d"),
+        ("convolution",),
         ("group_norm_act_conv",),
     ),
     "nn": (

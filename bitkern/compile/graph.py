@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from bitkern import _torch, ops
 from bitkern.ops import Conv
-from bitkern.ops.group_norm_act_conv import numeric_padding
+from bitkern.ops.convolution import numeric_padding
 from bitkern.reference import Activation
 
 # Names and defaults of the arguments, in their order.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitkern import ops
 from bitkern.ops import Conv
-from bitkern.ops.group_norm_act_conv import convolution_parameters
+from bitkern.ops.convolution import convolution_parameters
 from bitkern.ops.ws_conv2d import conv_channels_last, conv_dtype
 from bitkern.reference import ACTIVATIONS, Activation
 from bitkern.variant import Variant

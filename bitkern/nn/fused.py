@@ -9,7 +9,7 @@ from bitkern import _torch, ops
 from bitkern.nn.layers import GroupNormAct, WSConv2d, conv_fusion
 from bitkern.nn.norms import InstanceNorm
 from bitkern.ops import Conv, group_norm_act
-from bitkern.ops.group_norm_act_conv import convolution_parameters
+from bitkern.ops.convolution import convolution_parameters
 from bitkern.reference import Activation
 
 

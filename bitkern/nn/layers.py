@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from bitkern import _torch
 from bitkern.nn.current import current
 from bitkern.ops import Conv, group_norm_act
+from bitkern.ops.convolution import numeric_padding
 from bitkern.ops.group_norm_act import check_act, check_companion
-from bitkern.ops.group_norm_act_conv import numeric_padding
 from bitkern.ops.ws_conv2d import standardize_for
 from bitkern.reference import Activation, compute_dtype
 from bitkern.variant import Variant

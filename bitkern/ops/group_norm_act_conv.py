@@ -8,7 +8,7 @@ are what a block with a projection has.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,47 +16,9 @@ from torch import Tensor
 from bitkern import _torch, reference
 from bitkern.backends import choose, launchers
 from bitkern.layout import dense, dense_like
+from bitkern.ops.convolution import Conv, convolution, convolution_backward
 from bitkern.ops.group_norm_act import add_group_norm_act, check, group_norm_act, parameters
-from bitkern.ops.ws_conv2d import autocast_dtype
 from bitkern.reference import Activation
-
-
-class Conv(NamedTuple):
-    """The arguments of a convolution besides its parameters; an int for each spatial dimension."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool
-    output_padding: tuple[int, ...]
-    groups: int
-
-
-def numeric_padding(
-    padding: Any, dilation: Sequence[int], kernel_size: Sequence[int]
-) -> tuple[int, ...] | None:
-    """The numbers of a padding that may be ``"same"`` or ``"valid"``; None if sides differ."""
-    if not isinstance(padding, str):
-        return tuple(padding)
-    if padding == "valid":
-        return (0,) * len(kernel_size)
-    total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
-    return None if any(t % 2 for t in total) else tuple(t // 2 for t in total)
-
-
-def convolution_parameters(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> tuple[list[Tensor], list[Tensor | None]] | None:
-    """Weights and biases in the dtype of convolutions of x; None if that is not x's own."""
-    autocast = autocast_dtype(x)
-    if autocast not in (None, x.dtype):
-        return None
-    if autocast is not None:
-        weights = [w.to(x.dtype) for w in weights]
-        biases = [None if b is None else b.to(x.dtype) for b in biases]
-    fit = all(p is None or p.dtype == x.dtype for p in (*weights, *biases))
-    return (list(weights), list(biases)) if fit else None
-
 
 _RECOMPUTE = "group_norm_act_recompute"
 
@@ -83,7 +45,7 @@ class GroupNormActConvFunction(torch.autograd.Function):
             x, residual, num_groups, weight, bias, eps, act
         )
         each = zip(weights, biases, convs, strict=True)
-        outs = [torch.convolution(a, w, b, *conv) for w, b, conv in each]
+        outs = [convolution(a, w, b, conv) for w, b, conv in each]
         ctx.constants = convs, num_groups, eps, act, implementation
         ctx.save_for_backward(x if total is None else total, weight, bias, mean, rstd, *weights)
         ctx.set_materialize_grads(False)
@@ -107,15 +69,17 @@ class GroupNormActConvFunction(torch.autograd.Function):
             # A backend need not have it.
             recompute = getattr(implementation, _RECOMPUTE, reference.group_norm_act_recompute)
             a = recompute(total, num_groups, weight, bias, mean, rstd, act)
-        da, dweights, dbiases = None, [None] * len(convs), [None] * len(convs)
+        da: Tensor | None = None
+        dweights: list[Tensor | None] = [None] * len(convs)
+        dbiases: list[Tensor | None] = [None] * len(convs)
         for i, (conv, dout) in enumerate(zip(convs, douts, strict=True)):
             if dout is None:
                 continue
             mask = [need_dx or need_dparams, need_weights[i], need_biases[i]]
-            part, dweights[i], dbiases[i] = torch.ops.aten.convolution_backward(
-                dout, a, weights[i], [dout.shape[1]], *conv, mask
-            )
-            da = part if da is None else da + part if differentiated else da.add_(part)
+            of = dout, a, weights[i], conv, mask
+            part, dweights[i], dbiases[i] = convolution_backward(*of, differentiated)
+            if part is not None:
+                da = part if da is None else da + part if differentiated else da.add_(part)
         del a
         dx, dweight, dbias = dtotal, None, None
         if da is not None:
