@@ -1,5 +1,6 @@
 """A run killed with SIGKILL, wherever, is resumed to the files of one that never was."""
 
+import html
 import json
 import multiprocessing
 import os
@@ -62,6 +63,11 @@ def content(folder):
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
     summary = json.loads(found.pop("summary.json"))
     del summary["seconds"]
+    command = summary.pop("command", "")  # which names the folder
+    for name in ("report.json", "report.html"):
+        if name in found and command:
+            for written in (json.dumps(command), html.escape(command)):
+                found[name] = found[name].replace(written.encode(), b"")
     return found, summary
 
 
