@@ -60,7 +60,8 @@ _DROPOUT = {"input": None, "p": 0.5, "training": True, "inplace": False}
 _ADDITIONS = {operator.add: False, torch.add: False, "add": False}
 _ADDITIONS |= {operator.iadd: True, "add_": True, "__iadd__": True}
 _MULTIPLICATIONS = operator.mul, torch.mul, "mul"
-_SCALES = *_MULTIPLICATIONS, operator.imul, "mul_", "__imul__"
+_SCALES = dict.fromkeys(_MULTIPLICATIONS, False)
+_SCALES |= {operator.imul: True, "mul_": True, "__imul__": True}
 _SIGMOIDS = torch.sigmoid, F.sigmoid, "sigmoid"
 _MODES = "_enter_", "_exit_", "_set_grad_enabled", "set_grad_enabled", "_saved_tensors_hooks"
 # In place: Python's operators, and functions whose last argument says so.
@@ -205,22 +206,26 @@ def modulation_of(node: fx.Node, of: fx.Node) -> dict[str, fx.Node]:
         shift, *factors = node.args
         found = {"scale": _other(factors, of), "shift": shift}
     elif node.target in _SCALES and not node.kwargs:
-        found = {"scale": _other(node.args, of)}
+        found = {"scale": _other(node.args, of, _SCALES[node.target])}
     elif node.target in _ADDITIONS and not node.kwargs:
-        found = {"shift": _other(node.args, of)}
+        found = {"shift": _other(node.args, of, _ADDITIONS[node.target])}
     else:
+        return {}
+    if of in found.values():
         return {}
     map_, made = value(of), value(node)
     for given in map(value, found.values()):
         if not isinstance(given, Tensor) or given.ndim != map_.ndim or given.ndim < 3:
             return {}
-        if any(size != 1 for size in given.shape[2:]):
+        if not given.is_floating_point() or any(size != 1 for size in given.shape[2:]):
             return {}
     return found if (made.dtype, made.shape) == (map_.dtype, map_.shape) else {}
 
 
-def _other(of_two: Sequence[Any], one: fx.Node) -> Any:
-    """The other of two arguments; None if there are not two of which one is that."""
+def _other(of_two: Sequence[Any], one: fx.Node, in_place: bool = False) -> Any:
+    """The other of two arguments; None if not one of two is that, or the other is changed."""
+    if in_place and of_two[0] is not one:
+        return None
     others = [given for given in of_two if given is not one]
     return others[0] if len(of_two) == 2 and len(others) == 1 else None
 

@@ -9,6 +9,7 @@ the end of a post-activation block where the sum was, if nothing changes the inp
 """
 
 import operator
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -104,7 +105,8 @@ def _chain(norm: Norm) -> Chain:
             break
         activation = "silu" if silu is not None else activation_of(following, last)
         modulation = modulation_of(following, last) if act == "none" else {}
-        if modulation and (later := _place(norm, place, following, modulation)):
+        later = _place(norm, modulations, place, nodes, following, modulation)
+        if later is not None:
             place = later
             modulations.append(modulation)
         elif activation is not None and act == "none":
@@ -118,13 +120,32 @@ def _chain(norm: Norm) -> Chain:
 
 
 def _place(
-    norm: Norm, place: fx.Node, node: fx.Node, modulation: dict[str, fx.Node]
+    norm: Norm,
+    modulations: list[dict[str, fx.Node]],
+    place: fx.Node,
+    own: Sequence[fx.Node],
+    node: fx.Node,
+    modulation: dict[str, fx.Node],
 ) -> fx.Node | None:
-    """Where a norm can be computed with a scale and shift, which a node applies."""
-    if all(given < place for given in modulation.values()):
-        return place
-    read = norm.x, norm.weight, norm.bias
-    return None if changed(read, between(norm.node, node)) else node
+    """Where a norm can be computed with one more scale and shift, which a node applies."""
+    if not modulation:
+        return None
+    given = [*modulation.values()]
+    if all(each < place for each in given):
+        return None if changed(given, _others(place, node, own)) else place
+    read = _read(norm, modulations)
+    return None if changed(read, _others(norm.node, node, own)) else node
+
+
+def _read(norm: Norm, modulations: Iterable[dict[str, fx.Node]]) -> list[Any]:
+    """What a norm and the scales and shifts behind it are computed from."""
+    given = [node for each in modulations for node in each.values()]
+    return [norm.x, norm.weight, norm.bias, *given]
+
+
+def _others(first: fx.Node, last: fx.Node, own: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes between two of a chain that are not its own."""
+    return [node for node in between(first, last) if node not in own]
 
 
 def _fuse_act(graph: fx.Graph, chain: Chain) -> str:
@@ -187,8 +208,8 @@ def _fuse_end(graph: fx.Graph, chain: Chain) -> str | None:
     if total.in_place and total.first is not chain.last:
         return None
     (relu,) = total.node.users
-    read = chain.norm.x, chain.norm.weight, chain.norm.bias
-    quiet = not changed(read, between(chain.norm.node, total.node))
+    read = _read(chain.norm, chain.modulations)
+    quiet = not changed(read, _others(chain.norm.node, total.node, chain.nodes))
     if activation_of(relu, total.node) != "relu" or not quiet:
         return None
     if not same_mode([chain.norm.node, relu]):
@@ -207,10 +228,10 @@ def _sum_before(chain: Chain) -> Sum | None:
     total = sum_of(chain.norm.x)
     if total is None or (total.in_place and not fresh(total.first, _MAKERS)):
         return None
-    given = [p for p in (chain.norm.weight, chain.norm.bias) if isinstance(p, fx.Node)]
-    given += [node for each in chain.modulations for node in each.values()]
+    _, *read = _read(chain.norm, chain.modulations)
+    given = [p for p in read if isinstance(p, fx.Node)]
     early = all(p < total.node for p in given)
-    early = early and not changed(given, between(total.node, chain.norm.node))
+    early = early and not changed(given, _others(total.node, chain.last, chain.nodes))
     first = min(total.node.users) is chain.norm.node
     return total if early and first and same_mode([total.node, chain.norm.node]) else None
 

@@ -15,7 +15,7 @@ from bitkern import ops
 from bitkern.ops import Conv
 from bitkern.ops.convolution import convolution_parameters
 from bitkern.ops.ws_conv2d import conv_channels_last, conv_dtype
-from bitkern.reference import ACTIVATIONS, Activation
+from bitkern.reference import ACTIVATIONS, Activation, compute_dtype
 from bitkern.variant import Variant
 
 # num_groups, weight, bias, eps, act; num_groups is None for one group per channel.
@@ -47,8 +47,8 @@ def modulated(
 
 
 def _per_channel(given: Tensor, x: Tensor) -> Tensor:
-    """(C,), or (N, C) if there is one for each sample."""
-    given = given.flatten(1).expand(-1, x.shape[1])
+    """(C,), or (N, C) if there is one for each sample; in the dtype of the arithmetic."""
+    given = given.to(compute_dtype(x.dtype)).flatten(1).expand(-1, x.shape[1])
     return given[0] if len(given) == 1 else given
 
 

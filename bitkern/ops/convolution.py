@@ -1,7 +1,8 @@
 """Convolutions: what they are called with, and the fastest way to compute them.
 
 Where a processor has matrix units (AMX), oneDNN's convolutions fall behind its matrix products.
-There, bfloat16 maps in channels_last are convolved by products: 1x1 convolutions, which are
+There, convolutions that are one node with the norm before them use products, for bfloat16 maps in
+channels_last: 1x1 convolutions, which are
 products of a matrix (N * H * W, C), and the gradients of the weights of small maps, of which all
 windows are gathered. docs/performance.md has the measurements.
 """
@@ -18,6 +19,7 @@ from bitkern.ops.ws_conv2d import autocast_dtype
 
 SMALL = 14 * 14  # pixels of a map, and
 WIDE = 256 * 256  # input times output channels, for which gathering all windows is faster
+WINDOWS = 1 << 26  # elements of all windows, at most
 
 
 class Conv(NamedTuple):
@@ -29,6 +31,15 @@ class Conv(NamedTuple):
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
+
+    def expanded(self, dimensions: int) -> "Conv":
+        """With an int for each dimension where there is one for all."""
+        stride, padding, dilation, transposed, output_padding, groups = self
+        parts = stride, padding, dilation, output_padding
+        stride, padding, dilation, output_padding = (
+            tuple(part) * dimensions if len(part) == 1 else tuple(part) for part in parts
+        )
+        return Conv(stride, padding, dilation, transposed, output_padding, groups)
 
 
 def numeric_padding(
@@ -100,7 +111,9 @@ def _pointwise(weight: Tensor, conv: Conv) -> bool:
 
 
 def _gathers(dout: Tensor, weight: Tensor, conv: Conv) -> bool:
-    small = dout.shape[2:].numel() <= SMALL and weight.shape[:2].numel() >= WIDE
+    pixels = dout.shape[2:].numel()
+    small = pixels <= SMALL and weight.shape[:2].numel() >= WIDE
+    small = small and len(dout) * pixels * weight[0].numel() <= WINDOWS
     return small and not conv.transposed and conv.groups == 1 and conv.dilation == (1, 1)
 
 

@@ -129,6 +129,7 @@ def group_norm_act_conv(
         ValueError, TypeError: as ``add_group_norm_act``, and for weights that do not fit x.
     """
     check(x, residual, num_groups, weight, bias, act)
+    convs = [conv.expanded(x.ndim - 2) for conv in convs]
     for w, b, conv in zip(weights, biases, convs, strict=True):
         for name, parameter in (("weights", w), ("biases", b)):
             if parameter is not None and (parameter.dtype, parameter.device) != (x.dtype, x.device):

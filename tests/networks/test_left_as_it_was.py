@@ -130,6 +130,48 @@ def changed_before_a_late_scale(s, x):
     return F.relu(y * h.mean((2, 3), keepdim=True) + s.b.view(1, 8, 1, 1))
 
 
+def scale_changed_after_the_norm(s, x):
+    scale = x.mean((2, 3), keepdim=True) * 1
+    y = s.gn(x)
+    scale.mul_(3)
+    return F.silu(y * scale)
+
+
+def scale_changed_before_a_late_shift(s, x):
+    scale = x.mean((2, 3), keepdim=True) * 1
+    y = s.gn(x).detach() * scale.detach()
+    scale.mul_(3)
+    return F.silu(y + scale.sin())
+
+
+def scale_changed_before_a_sum(s, x):
+    scale = (x.mean((2, 3), keepdim=True) * 1).detach()
+    y = s.gn(x) * scale
+    scale.mul_(3)
+    return F.relu(y + x)
+
+
+def a_norm_added_to_memory(s, x):
+    h = x.mean((2, 3), keepdim=True) * 1
+    v = h.view(len(x), 8)
+    h += F.group_norm(x[:, :, :1, :1], 2)
+    return F.silu(h) + v[:, :, None, None]
+
+
+def an_integer_scale(s, x):
+    mask = x.mean((2, 3), keepdim=True) > 0
+    return F.silu(F.group_norm(x, 2) * mask) + F.silu(F.group_norm(x, 2) + mask.long())
+
+
+def a_norm_times_a_scale_of_itself(s, x):
+    y = F.group_norm(x[:, :, :1, :1], 2)
+    return F.silu(torch.addcmul(y, y, x.mean((2, 3), keepdim=True)))
+
+
+def strides_of_one_number(s, x):
+    return torch.conv2d(F.relu(s.gn(x)), s.w, stride=(2,), padding=(0,), dilation=(1,))
+
+
 def a_scale_for_each_pixel(s, x):
     return F.relu(s.gn(x) * x.sigmoid() + x.mean((2, 3), keepdim=True))
 
