@@ -282,12 +282,13 @@ def loader(path: Path) -> None:
 
 PARTS = (
     {"cli": "a file for each command"},
-    {"demo": "on digits", "selftest": "on your GPU"},
+    {"demo": "on digits", "selftest": "of the kernels"},
     {"export": "runs for timm, transformers, ONNX, AOTInductor"},
-    {"transfer": "recipes, data, training, reports"},
+    {"transfer": "recipes, data, reports", "private": "by Opacus"},
     {"convert": "your networks", "models": "BiT, weights"},
     {"compile": "the backend of torch.compile, for whole networks"},
     {"nn": "layers; norm, activation, conv as one node"},
+    {"optim": "SGD, in one pass with weight standardization"},
     {"ops": "checks, autograd, torch.library"},
     {"backends": "which one serves a call, and why: Triton, C++, CUDA"},
     {"reference": "the formulas", "csrc": "C++ and CUDA"},

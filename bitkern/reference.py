@@ -7,7 +7,7 @@ in the package is tested against them. 16-bit inputs are computed in float32 and
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -148,15 +148,8 @@ def ws_conv2d(
     unbiased: bool = False,
 ) -> Tensor:
     """2-d convolution with a standardized weight. See ``bitkern.ops.ws_conv2d``."""
-    weight = weight_standardize(
-        weight,
-        eps,
-        gain=gain,
-        scale=scale,
-        eps_outside=eps_outside,
-        unbiased=unbiased,
-        dtype=x.dtype,
-    )
+    options: Any = {"gain": gain, "scale": scale, "eps_outside": eps_outside, "unbiased": unbiased}
+    weight = weight_standardize(weight, eps, dtype=x.dtype, **options)
     bias = None if bias is None else bias.to(x.dtype)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
