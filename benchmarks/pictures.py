@@ -284,7 +284,7 @@ PARTS = (
     {"cli": "a file for each command"},
     {"demo": "on digits", "selftest": "of the kernels"},
     {"export": "runs for timm, transformers, ONNX, AOTInductor"},
-    {"transfer": "recipes, data, reports", "private": "by Opacus"},
+    {"transfer": "trains, reports", "private": "by Opacus"},
     {"convert": "your networks", "models": "BiT, weights"},
     {"compile": "the backend of torch.compile, for whole networks"},
     {"nn": "layers; norm, activation, conv as one node"},
