@@ -49,9 +49,10 @@ def execute(files, tests, target, triton):
     return json.loads(line.removeprefix("executed: "))
 
 
-@pytest.mark.parametrize("target, triton", [("sm_80", "installed"), ("sm_90", "3.6.0")])
-def test_a_selection(target, triton):
-    assert execute(KERNELS, SELECTION, target, triton).keys() >= {"weight_standardize_forward_all"}
+def test_a_selection():
+    assert execute(KERNELS, SELECTION, "sm_90", "3.6.0").keys() >= {
+        "weight_standardize_forward_all"
+    }
 
 
 # Five minutes of a processor each; the other combinations have been run by hand.
