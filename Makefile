@@ -7,7 +7,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc python -type
 # Modules are compiled when they are first imported, and kept: most of what is installed never is.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all lint sanitize wheel docs
+.PHONY: demo test test-all sweeps lint sanitize wheel docs
 
 demo: .venv/installed
 	$(BIN)/bitkern demo --out runs/demo
@@ -16,8 +16,11 @@ test: .venv/installed build/triton-3.6.0
 	$(PYTEST) -m "not sweep"
 
 # The rest as well: what takes minutes, the benchmarks on tiny shapes among it.
-test-all: test
-	$(PYTEST) --dist worksteal -m sweep
+test-all: test sweeps
+
+SWEEPS := tests
+sweeps: .venv/installed build/triton-3.6.0
+	$(PYTEST) --dist worksteal -m sweep $(SWEEPS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
