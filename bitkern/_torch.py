@@ -73,7 +73,7 @@ def hooked(module: nn.Module) -> bool:
 
 
 def batched(x: torch.Tensor) -> bool:
-    """Whether vmap batches a tensor, or may: torch.func's does so under what its grad shows."""
+    """Whether vmap batches a tensor, or may: inside torch.func's grad it does not show."""
     functorch = torch._C._functorch
     active = torch._C._are_functorch_transforms_active()
     return active or functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x)

@@ -1,8 +1,10 @@
 """Weight standardization by a backend's launchers, against float64."""
 
 import torch
+from torch import nn
 
 from bitkern import reference
+from bitkern.nn import GroupNormAct, WSConv2d
 from bitkern.variant import SgdOptions, Variant
 from tests.helpers import assert_accurate
 
@@ -16,6 +18,20 @@ VARIANTS = {
 }
 # A long filter, an unaligned one, 1x1, one that a tile just holds, a single element.
 SHAPES = [(3, 1024, 3, 3), (5, 3, 7, 7), (40, 64, 1, 1), (2, 256, 2, 2), (4, 1, 1, 1)]
+
+
+def net():
+    """Layers of four kinds: plain, with gain, another eps and scale, frozen."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        WSConv2d(3, 8, 3, padding=1, bias=False),
+        GroupNormAct(4, 8),
+        WSConv2d(8, 8, 1, gain=True, scale=0.7),
+        GroupNormAct(2, 8, act="silu"),
+        WSConv2d(8, 8, 3, eps=1e-5, eps_outside=True, unbiased=True, scale=0.3),
+        WSConv2d(8, 8, 1).requires_grad_(False),
+        WSConv2d(8, 4, 1),
+    )
 
 
 class Problem:

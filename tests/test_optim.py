@@ -11,25 +11,12 @@ from torch import nn
 
 import bitkern
 from bitkern import _torch, standardized
-from bitkern.nn import GroupNormAct, WSConv2d
+from bitkern.nn import WSConv2d
 from bitkern.ops.detached import DetachedWeights
 from bitkern.optim import SGD
+from tests.standardization import net
 
 FUSED = {(3, 8, 3), (8, 8, 3), (8, 4, 1)}  # in, out, kernel of the layers that have the pass
-
-
-def net():
-    """Layers of four kinds: plain, with gain, another eps and scale, frozen."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        WSConv2d(3, 8, 3, padding=1, bias=False),
-        GroupNormAct(4, 8),
-        WSConv2d(8, 8, 1, gain=True, scale=0.7),
-        GroupNormAct(2, 8, act="silu"),
-        WSConv2d(8, 8, 3, eps=1e-5, eps_outside=True, unbiased=True, scale=0.3),
-        WSConv2d(8, 8, 1).requires_grad_(False),
-        WSConv2d(8, 4, 1),
-    )
 
 
 def groups(model):

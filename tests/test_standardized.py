@@ -9,23 +9,10 @@ from torch import nn
 
 import bitkern
 from bitkern import ops, standardized
-from bitkern.nn import GroupNormAct, WSConv2d
+from bitkern.nn import WSConv2d
 from bitkern.nn.standardized import per_forward
 from bitkern.ops.detached import DetachedWeights
-
-
-def net():
-    """Layers of four kinds: plain, with gain, another eps, frozen."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        WSConv2d(3, 8, 3, padding=1, bias=False),
-        GroupNormAct(4, 8),
-        WSConv2d(8, 8, 1, gain=True, scale=0.7),
-        GroupNormAct(2, 8, act="silu"),
-        WSConv2d(8, 8, 3, eps=1e-5, eps_outside=True),
-        WSConv2d(8, 8, 1).requires_grad_(False),
-        WSConv2d(8, 4, 1),
-    )
+from tests.standardization import net
 
 
 def gradients(model, batches, context):

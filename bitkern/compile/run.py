@@ -14,6 +14,7 @@ from torch import Tensor
 from bitkern import ops
 from bitkern.ops import Conv
 from bitkern.ops.convolution import convolution_parameters
+from bitkern.ops.group_norm_act import modulated as modulated_affine
 from bitkern.ops.ws_conv2d import conv_channels_last, conv_dtype
 from bitkern.reference import ACTIVATIONS, Activation, compute_dtype
 from bitkern.variant import Variant
@@ -32,18 +33,14 @@ def _groups(x: Tensor, num_groups: int | None) -> int | None:
 
 
 def modulated(
-    x: Tensor, affine: Sequence[Tensor | None], scale: Tensor | None, shift: Tensor | None
+    x: Tensor,
+    affine: tuple[Tensor | None, Tensor | None],
+    scale: Tensor | None,
+    shift: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias of ``norm(x) * scale + shift``, which broadcast to (N, C, 1, …)."""
-    weight, bias = affine
-    if scale is not None:
-        scale = _per_channel(scale, x)
-        weight = scale if weight is None else weight * scale
-        bias = None if bias is None else bias * scale
-    if shift is not None:
-        shift = _per_channel(shift, x)
-        bias = shift if bias is None else bias + shift
-    return weight, bias
+    scale, shift = (None if given is None else _per_channel(given, x) for given in (scale, shift))
+    return modulated_affine(*affine, scale, shift)
 
 
 def _per_channel(given: Tensor, x: Tensor) -> Tensor:

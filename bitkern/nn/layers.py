@@ -9,7 +9,7 @@ from bitkern import _torch
 from bitkern.nn.current import current
 from bitkern.ops import Conv, group_norm_act
 from bitkern.ops.convolution import numeric_padding
-from bitkern.ops.group_norm_act import check_act, check_companion
+from bitkern.ops.group_norm_act import check_act, check_companion, modulated
 from bitkern.ops.ws_conv2d import standardize_for
 from bitkern.reference import Activation, compute_dtype
 from bitkern.variant import Variant
@@ -191,15 +191,11 @@ class GroupNormAct(nn.GroupNorm):
             TypeError: a dtype does not fit.
         """
         act, modules = self.fusion()
-        weight: Tensor | None = self.weight
-        bias: Tensor | None = self.bias
         if scale is not None:
-            factor = 1 + _per_sample("scale", scale, input)
-            weight = factor if weight is None else weight * factor
-            bias = None if bias is None else bias * factor
+            scale = 1 + _per_sample("scale", scale, input)
         if shift is not None:
             shift = _per_sample("shift", shift, input)
-            bias = shift if bias is None else bias + shift
+        weight, bias = modulated(self.weight, self.bias, scale, shift)
         y = group_norm_act(input, self.num_groups, weight, bias, self.eps, act)
         for module in modules:
             y = module(y)

@@ -83,6 +83,18 @@ def parameters(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | Non
     )
 
 
+def modulated(
+    weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of ``norm(x) * scale + shift``; all of (C,) or (N, C), or None."""
+    if scale is not None:
+        weight = scale if weight is None else weight * scale
+        bias = None if bias is None else bias * scale
+    if shift is not None:
+        bias = shift if bias is None else bias + shift
+    return weight, bias
+
+
 def _implementation(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
     return launchers(choose("group_norm_act", x, weight, bias).name, "group_norm_act")
 
