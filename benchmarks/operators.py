@@ -83,8 +83,8 @@ def _ours_add_norm(x, residual, weight, bias):
 
 
 def _eager_add_norm(x, residual, weight, bias):
-    total = x + residual
-    return total, F.relu(F.group_norm(total, GROUPS, weight, bias))
+    summed = x + residual
+    return summed, F.relu(F.group_norm(summed, GROUPS, weight, bias))
 
 
 def _ours_norm_add(x, residual, weight, bias):

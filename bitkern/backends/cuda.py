@@ -34,10 +34,10 @@ def weight_standardize_forward(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    of = weights, gains, scales, variant, dtype, channels_last
+    args = weights, gains, scales, variant, dtype, channels_last
     with torch.cuda.device(weights[0].device):
         stream = torch.cuda.current_stream().cuda_stream
-        return extension.standardize_forward(extension.load()[0].cuda, stream, *of)
+        return extension.standardize_forward(extension.load()[0].cuda, stream, *args)
 
 
 def weight_standardize_backward(
@@ -48,7 +48,7 @@ def weight_standardize_backward(
     stats: torch.Tensor,
     variant: Variant,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-    of = douts, weights, gains, scales, stats, variant
+    args = douts, weights, gains, scales, stats, variant
     with torch.cuda.device(weights[0].device):
         stream = torch.cuda.current_stream().cuda_stream
-        return extension.standardize_backward(extension.load()[0].cuda, stream, *of)
+        return extension.standardize_backward(extension.load()[0].cuda, stream, *args)

@@ -59,12 +59,12 @@ def norm_act(x: Tensor, affine: Affine) -> Tensor:
 
 
 def add_norm_act(x: Tensor, residual: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
-    """``s = x + residual`` and ``act(norm(s))``."""
+    """``summed = x + residual`` and ``act(norm(summed))``."""
     num_groups, weight, bias, eps, act = affine
     groups = _groups(x, num_groups)
     if groups is None or x.shape != residual.shape or x.dtype != residual.dtype:
-        total = x + residual
-        return total, norm_act(total, affine)
+        summed = x + residual
+        return summed, norm_act(summed, affine)
     return ops.add_group_norm_act(x, residual, groups, weight, bias, eps, act)
 
 
@@ -86,7 +86,7 @@ def norm_act_conv(
     convs: Sequence[tuple[Any, ...]],
     calls: Sequence[Call],
 ) -> tuple[Tensor, ...]:
-    """``s = x (+ residual)`` and convolutions of ``act(norm(s))``; s comes first.
+    """``summed = x (+ residual)`` and convolutions of ``act(norm(summed))``; the sum comes first.
 
     One node of autograd, which computes the activation again in backward, where the convolutions
     run in x's dtype; else autocast converts what each of them gets.
@@ -98,13 +98,16 @@ def norm_act_conv(
     parameters = convolution_parameters(x, weights, biases)
     if groups is not None and parameters is not None:
         specs = [Conv(*conv) for conv in convs]
-        s, outs = ops.group_norm_act_conv(
+        summed, outs = ops.group_norm_act_conv(
             x, residual, groups, weight, bias, eps, act, *parameters, specs
         )
-        return s, *outs
-    s, a = (x, norm_act(x, affine)) if residual is None else add_norm_act(x, residual, affine)
+        return summed, *outs
+    if residual is None:
+        summed, a = x, norm_act(x, affine)
+    else:
+        summed, a = add_norm_act(x, residual, affine)
     each = zip(weights, biases, calls, strict=True)
-    return s, *(getattr(torch, name)(a, w, b, *rest) for w, b, (name, rest) in each)
+    return summed, *(getattr(torch, name)(a, w, b, *rest) for w, b, (name, rest) in each)
 
 
 class StandardizedWeights:

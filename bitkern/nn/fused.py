@@ -63,23 +63,23 @@ def norm_act_conv(
     residual: Tensor | None = None,
     recompute: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:
-    """``s = x (+ residual)`` and ``[conv(norm(s)) for conv in convs]``, fused; returns (s, list).
+    """``summed = x (+ residual)`` and a list of ``conv(norm(summed))``, fused; returns both.
 
-    What a pre-activation block is made of. For backward it keeps s and computes ``norm(s)`` once
-    more (``bitkern.ops.group_norm_act_conv``); with ``recompute=False`` it keeps both.
+    For backward it keeps the sum and computes ``norm(summed)`` once more
+    (``bitkern.ops.group_norm_act_conv``); with ``recompute=False`` it keeps both.
     Modules with hooks are called as modules, so that the hooks see what they always see.
 
     Args:
         norm: a ``GroupNormAct``; any other module is called.
-        convs: modules applied to ``norm(s)``; fused where they are bare ``WSConv2d`` or
+        convs: modules applied to ``norm(summed)``; fused where they are bare ``WSConv2d`` or
             convolutions of PyTorch.
         x, residual: (N, C, *); residual may be None.
     """
     act = fused_act(norm, x)
     if act is None:
-        s = x if residual is None else x + residual
-        activation = norm(s)
-        return s, [conv(activation) for conv in convs]
+        summed = x if residual is None else x + residual
+        activation = norm(summed)
+        return summed, [conv(activation) for conv in convs]
     affine = norm.num_groups, norm.weight, norm.bias, norm.eps, act
     fused = [found for found in map(fusible_conv, convs) if found]
     if recompute and len(fused) == len(convs):
@@ -89,7 +89,7 @@ def norm_act_conv(
             specs = [conv for _, conv in fused]
             return ops.group_norm_act_conv(x, residual, *affine, *parameters, specs)
     if residual is None:
-        s, activation = x, group_norm_act(x, *affine)
+        summed, activation = x, group_norm_act(x, *affine)
     else:
-        s, activation = ops.add_group_norm_act(x, residual, *affine)
-    return s, [conv(activation) for conv in convs]
+        summed, activation = ops.add_group_norm_act(x, residual, *affine)
+    return summed, [conv(activation) for conv in convs]

@@ -77,10 +77,10 @@ class Bottleneck(Paired):
         """The block of x + residual: branch and shortcut."""
         projection = self.projection()
         convs = [self.conv1] if projection is None else [projection, self.conv1]
-        s, (*projected, branch) = self._norm_act_conv(self.norm1, convs, x, residual)
+        summed, (*projected, branch) = self._norm_act_conv(self.norm1, convs, x, residual)
         _, (branch,) = self._norm_act_conv(self.norm2, [self.conv2], branch)
         _, (branch,) = self._norm_act_conv(self.norm3, [self.conv3], branch)
-        return self.finish(branch), projected[0] if projected else s
+        return self.finish(branch), projected[0] if projected else summed
 
     def _norm_act_conv(
         self,

@@ -10,8 +10,8 @@ across threads. The tile is loaded in two dimensions and reshaped to three befor
 Loaded in three, some versions of Triton spread DEPTH over threads.
 
 Shapes: [N, P, C] of N samples, P pixels and C channels stands for [N, C, P] as well, by
-CHANNELS_LAST; G groups of ``size`` = C / G channels; a program's ``block`` of channels is a
-multiple of size. UNIT divides the contiguous dimension and its part of the block.
+CHANNELS_LAST; G groups of ``group_size`` = C / G channels; a program's ``block`` of channels is a
+multiple of group_size. UNIT divides the contiguous dimension and its part of the block.
 """
 
 import triton
@@ -22,7 +22,9 @@ import triton.language as tl
 # three of them may be more than there is shared memory.
 STAGES = tl.constexpr(3)
 
-kernel = triton.jit(do_not_specialize=["channels", "pixels", "size", "block", "tiles", "splits"])
+kernel = triton.jit(
+    do_not_specialize=["channels", "pixels", "group_size", "block", "tiles", "splits"]
+)
 
 
 @triton.jit
@@ -104,12 +106,12 @@ def sum_depth(
 
 
 @triton.jit
-def over_groups(v, channel, size, ONE_GROUP: tl.constexpr):
+def over_groups(v, channel, group_size, ONE_GROUP: tl.constexpr):
     """v [LANES] summed over each channel's group, for every channel; [1] if it is one group."""
     if ONE_GROUP:
         return tl.zeros([1], tl.float32) + tl.sum(v, 0)
     else:
-        group = channel // size
+        group = channel // group_size
         # Not a product with the mask: a NaN stays in its group.
         return tl.sum(tl.where(group[:, None] == group[None, :], v[None, :], 0.0), 1)
 
@@ -118,15 +120,15 @@ def over_groups(v, channel, size, ONE_GROUP: tl.constexpr):
 def statistics(
     mean,  # [N, G]
     rstd,  # [N, G]
-    sample, channels, channel, size, in_block, ONE_GROUP: tl.constexpr,
+    sample, channels, channel, group_size, in_block, ONE_GROUP: tl.constexpr,
 ):  # fmt: skip
     """Of each channel's group; [1] for one group, which takes fewer registers."""
-    groups = channels // size
+    groups = channels // group_size
     if ONE_GROUP:
         at = sample * groups + tl.program_id(0) % groups + tl.zeros([1], tl.int64)
         return tl.load(mean + at), tl.load(rstd + at)
     else:
-        at = sample * groups + channel // size
+        at = sample * groups + channel // group_size
         return load(mean + at, in_block), load(rstd + at, in_block)
 
 
