@@ -74,9 +74,12 @@ def hooked(module: nn.Module) -> bool:
 
 def batched(x: torch.Tensor) -> bool:
     """Whether vmap batches a tensor, or may: inside torch.func's grad it does not show."""
+    return torch._C._are_functorch_transforms_active() or _is_batched(x)
+
+
+def _is_batched(x: torch.Tensor) -> bool:
     functorch = torch._C._functorch
-    active = torch._C._are_functorch_transforms_active()
-    return active or functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x)
+    return functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x)
 
 
 def backward_is_differentiated(*grads: torch.Tensor | None) -> bool:
@@ -89,7 +92,7 @@ def backward_is_differentiated(*grads: torch.Tensor | None) -> bool:
         torch.is_grad_enabled()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or any(g is not None and batched(g) for g in grads)
+        or any(g is not None and _is_batched(g) for g in grads)
     )
 
 
@@ -228,11 +231,11 @@ def padding_of(conv: nn.Conv2d) -> list[int]:
 def plain_conv(module: nn.Module) -> bool:
     """Whether a module computes what a convolution of PyTorch does, and no more."""
     cls: Any = type(module)
-    for of in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        if isinstance(module, of):
-            return cls.forward is of.forward and cls._conv_forward is of._conv_forward
+    for base in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if isinstance(module, base):
+            return cls.forward is base.forward and cls._conv_forward is base._conv_forward
     transposed = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
-    return any(isinstance(module, of) and cls.forward is of.forward for of in transposed)
+    return any(isinstance(module, base) and cls.forward is base.forward for base in transposed)
 
 
 def aoti_package(program: torch.export.ExportedProgram, path: Path) -> None:

@@ -3,7 +3,6 @@
 import functools
 import sys
 import types
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,13 +33,10 @@ class Cpu(Backend):
         "weight_standardize": FLOATS,
     }
 
+    expected = True
+
     def unavailable(self) -> str | None:
-        _, reason = extension.load()
-        if reason:
-            # Of no file: a line of this package below it would say nothing.
-            text = f"no kernels for the CPU: {reason}"
-            warnings.warn_explicit(text, UserWarning, "bitkern", 1)
-        return reason or None
+        return extension.load()[1] or None
 
     def launchers(self, kernel: str) -> types.ModuleType:
         return sys.modules[__name__]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitkern import _torch, reference
-from bitkern.backends import choose, launchers, operator
+from bitkern.backends import Launchers, choose, choose_launchers, launchers, operator
 from bitkern.layout import dense, dense_like
 from bitkern.reference import Activation
 
@@ -95,10 +95,6 @@ def modulated(
     return weight, bias
 
 
-def _implementation(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
-    return launchers(choose("group_norm_act", x, weight, bias).name, "group_norm_act")
-
-
 # The registered operators, for torch.compile and torch.export. An operator cannot return None:
 # an empty tensor stands for the sum that there is not, and for a gradient that nobody wants.
 
@@ -120,11 +116,12 @@ def _group_norm_act(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    act: str,
+    act: Activation,
 ) -> tuple[Tensor, ...]:
     x = dense(x)
     weight, bias = parameters(weight, bias)
-    summed, *rest = _implementation(x, weight, bias).group_norm_act_forward(
+    kernels = choose_launchers("group_norm_act", x, weight, bias)
+    summed, *rest = kernels.group_norm_act_forward(
         x, dense_like(residual, x), num_groups, weight, bias, eps, act
     )
     return or_empty(summed, x), *rest
@@ -166,9 +163,8 @@ def _group_norm_act_backward(
     summed = dense(summed)
     dy, dsummed = dense_like(dy, summed), dense_like(dsummed, summed)
     weight, bias = parameters(weight, bias)
-    grads = _implementation(summed, weight, bias).group_norm_act_backward(
-        dy, dsummed, summed, num_groups, weight, bias, *rest
-    )
+    kernels = choose_launchers("group_norm_act", summed, weight, bias)
+    grads = kernels.group_norm_act_backward(dy, dsummed, summed, num_groups, weight, bias, *rest)
     return tuple(or_empty(grad, summed) for grad in grads)
 
 
@@ -255,7 +251,7 @@ class GroupNormActFunction(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
         act: Activation,
-        implementation: Any,
+        implementation: Launchers,
     ) -> Any:
         inputs = x, residual, num_groups, weight, bias, eps, act
         outputs = implementation.group_norm_act_forward(*inputs)

@@ -14,18 +14,15 @@ import torch
 from torch import Tensor
 
 from bitkern import _torch, reference
-from bitkern.backends import choose, launchers
+from bitkern.backends import Launchers, choose_launchers
 from bitkern.layout import dense, dense_like
 from bitkern.ops.convolution import Conv, convolution, convolution_backward
 from bitkern.ops.group_norm_act import add_group_norm_act, check, group_norm_act, parameters
 from bitkern.reference import Activation
 
-_RECOMPUTE = "group_norm_act_recompute"
-
 
 class GroupNormActConvFunction(torch.autograd.Function):
-    """Takes (convs, num_groups, eps, act, implementation, x, residual, weight, bias, and the
-    weights and, or None, biases of the convolutions)."""
+    """The node; ``parameters`` are weight and bias of the norm, then those of the convolutions."""
 
     @staticmethod
     def forward(
@@ -34,7 +31,7 @@ class GroupNormActConvFunction(torch.autograd.Function):
         num_groups: int,
         eps: float,
         act: Activation,
-        implementation: Any,
+        implementation: Launchers,
         x: Tensor,
         residual: Tensor | None,
         *parameters: Any,
@@ -53,6 +50,7 @@ class GroupNormActConvFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        implementation: Launchers
         convs, num_groups, eps, act, implementation = ctx.constants
         summed, weight, bias, mean, rstd, *weights = ctx.saved_tensors
         differentiated = _torch.backward_is_differentiated(*grads)
@@ -67,7 +65,9 @@ class GroupNormActConvFunction(torch.autograd.Function):
         a = summed  # only its shape matters to a convolution whose weight needs no gradient
         if any(need_weights):
             # A backend need not have it.
-            recompute = getattr(implementation, _RECOMPUTE, reference.group_norm_act_recompute)
+            recompute = getattr(
+                implementation, "group_norm_act_recompute", reference.group_norm_act_recompute
+            )
             a = recompute(summed, num_groups, weight, bias, mean, rstd, act)
         da: Tensor | None = None
         dweights: list[Tensor | None] = [None] * len(convs)
@@ -76,8 +76,9 @@ class GroupNormActConvFunction(torch.autograd.Function):
             if dout is None:
                 continue
             mask = [need_dx or need_dparams, need_weights[i], need_biases[i]]
-            of = dout, a, weights[i], conv, mask
-            part, dweights[i], dbiases[i] = convolution_backward(*of, differentiated)
+            part, dweights[i], dbiases[i] = convolution_backward(
+                dout, a, weights[i], conv, mask, differentiated
+            )
             if part is not None:
                 da = part if da is None else da + part if differentiated else da.add_(part)
         del a
@@ -152,7 +153,7 @@ def group_norm_act_conv(
             summed, a = add_group_norm_act(x, residual, *affine)
         each = zip(weights, biases, convs, strict=True)
         return summed, [torch.convolution(a, w, b, *conv) for w, b, conv in each]
-    implementation = launchers(choose("group_norm_act", x, weight, bias).name, "group_norm_act")
+    implementation = choose_launchers("group_norm_act", x, weight, bias)
     weight, bias = parameters(weight, bias)
     x = dense(x)
     residual = dense_like(residual, x)
