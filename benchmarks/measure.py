@@ -1,4 +1,4 @@
-"""How times are taken: clocks, warm-up, rounds, memory, and the two ceilings of a device."""
+"""Timing: clocks, warm-up, rounds, memory, and the two ceilings of a device."""
 
 import ctypes
 import gc
@@ -42,7 +42,7 @@ class Event:
 
 
 def clock(device):
-    """What pytest-benchmark takes as a timer: end - start is the time between, in seconds."""
+    """A timer for pytest-benchmark: end - start is the time between, in seconds."""
     return Event if device == "cuda" else time.perf_counter
 
 
@@ -57,7 +57,7 @@ def l2_bytes(device):
 
 
 def settle(run, device):
-    """What comes before each timed run, so that no contender pays for the one before it.
+    """Prepare a timed run, so that no contender pays for the one before it.
 
     On a GPU the L2 cache is evicted, and the GPU kept busy while the host enqueues what is timed
     next. On the CPU the task runs untimed for a while: after a serial contender the threads sleep,
@@ -86,7 +86,7 @@ def _timed(run, device):
 
 
 def _median(run, device):
-    """Of ten, or as many as begin in a second: bf16 can be that slow."""
+    """The median of ten runs, or of as many as begin in a second: bf16 can be that slow."""
     samples = []
     while len(samples) < 10 and sum(samples) < 1:
         samples.append(_timed(run, device))
@@ -110,7 +110,7 @@ def matrix_rate(device, dtype):
 
 
 class Timings:
-    """Of each contender: ``seconds`` per call, ``peak_mb`` of GPU memory, or its ``failures``."""
+    """``seconds`` per call, ``peak_mb`` of GPU memory, or ``failures``, of each contender."""
 
     def __init__(self):
         self.seconds, self.peak_mb, self.failures = {}, {}, {}

@@ -104,7 +104,7 @@ def results(name: str) -> dict:
 
 
 def release(measured: dict) -> str:
-    """Of PyTorch."""
+    """The release of PyTorch."""
     return measured["torch"].partition("+")[0]
 
 

@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype the arithmetic runs in: float64 stays float64, everything else is float32."""
+    """The dtype of the arithmetic: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -83,7 +83,7 @@ def group_norm_act(
 def _group_norm(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """In the dtype of the arithmetic."""
+    """Normalize; the result has the dtype of the arithmetic."""
     dtype = compute_dtype(x.dtype)
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
     # torch.group_norm, because F.group_norm refuses groups of a single element.

@@ -1,4 +1,4 @@
-"""What the runs say: claims.json, and claims.md with a picture of each claim.
+"""Results of the runs: claims.json, and claims.md with a picture of each claim.
 
 ``python -m benchmarks.claims.report FILE.json DIR`` writes the page of a claims.json into DIR.
 """
@@ -144,7 +144,7 @@ MEANING = {
 
 
 def _sentence(comparison):
-    """What was seen, from the numbers alone."""
+    """The verdict in words, from the numbers alone."""
     estimate = comparison["estimate"]
     if estimate is None or estimate["error"] is None:
         return f"Too uncertain to say: fewer than two seeds have {comparison['what']}."
@@ -156,7 +156,7 @@ def _sentence(comparison):
 
 
 def _could(comparison):
-    """Whether the interval is narrow enough for the smallest effect of interest."""
+    """Return whether the interval is narrow enough for the smallest effect of interest."""
     estimate = comparison["estimate"]
     if estimate is None or estimate["error"] is None:
         return ""

@@ -21,7 +21,7 @@ digits = cache(transfer.digits)
 
 @cache
 def unseen_letters(seed):
-    """In fonts that training does not see."""
+    """Letters in fonts that training does not see."""
     return letters(demo.HELD_OUT_LETTERS, seed, held_out=True)
 
 

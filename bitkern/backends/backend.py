@@ -59,7 +59,7 @@ class Launchers(Protocol):
 
 
 class Backend:
-    """Where kernels run, what they take, why they cannot, and their launchers.
+    """An implementation of some kernels: devices, dtypes, availability and launchers.
 
     A backend is a subclass with one instance, handed to ``bitkern.backends.register``.
 
@@ -78,7 +78,7 @@ class Backend:
     expected: bool = False
 
     def runs_on(self, device: str) -> bool:
-        """Whether the kernels take tensors of a type of device."""
+        """Return whether the kernels take tensors of a type of device."""
         return device in self.devices
 
     def unavailable(self) -> str | None:

@@ -1,4 +1,4 @@
-"""The compiled kernels on the CPU: tensors to addresses, outputs allocated."""
+"""Launchers of the compiled kernels on the CPU."""
 
 import functools
 import sys
@@ -118,7 +118,7 @@ def group_norm_act_forward(
     act: str,
     shortcut: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y is that of group_norm_add_relu if there is a shortcut."""
+    """Given a shortcut, y is that of group_norm_add_relu."""
     summed = None if residual is None else torch.empty_like(x)
     y = torch.empty_like(x)
     mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
@@ -158,7 +158,7 @@ def group_norm_act_backward(
     y: torch.Tensor | None = None,
     dshortcut: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Those of group_norm_add_relu if y is given; dshortcut, if any, is written to."""
+    """Given y, the backward of group_norm_add_relu; dshortcut, if any, is written to."""
     dx = torch.empty_like(summed) if need_dx else None
     dweight = torch.empty_like(weight) if need_dparams and weight is not None else None
     dbias = torch.empty_like(bias) if need_dparams and bias is not None else None

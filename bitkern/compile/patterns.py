@@ -1,4 +1,4 @@
-"""Norms in a graph, and what becomes of what surrounds them.
+"""Fusion of the norms in a graph with the nodes around them.
 
     (sum ->) norm (-> scale, shift) (-> activation) (-> convolutions)    one node of autograd
     norm (-> scale, shift) -> sum -> ReLU                                one kernel
@@ -39,7 +39,7 @@ _MAKERS = run.norm_act_conv, run.norm_act, run.norm_add_relu, run.add_norm_act
 
 
 class Chain(NamedTuple):
-    """A norm and what follows it one after the other, each the only use of the one before."""
+    """A norm and the nodes that follow it, each the only user of the one before."""
 
     norm: Norm
     act: str
@@ -56,7 +56,7 @@ class Chain(NamedTuple):
         return "modulated norm" if self.modulations else "norm"
 
     def affine(self, graph: fx.Graph, place: fx.Node, x: fx.Node) -> tuple[Any, ...]:
-        """As ``run.Affine``, for what is inserted before a place and normalizes x."""
+        """``run.Affine`` for a node that is inserted before ``place`` and normalizes x."""
         norm = self.norm
         weight, bias = norm.weight, norm.bias
         with graph.inserting_before(place):
@@ -70,7 +70,7 @@ class Chain(NamedTuple):
 def fuse(
     graph: fx.Graph, parameters: set[fx.Node]
 ) -> tuple[dict[fx.Node, str], dict[fx.Node, str]]:
-    """Rewrite what surrounds the norms of a graph; what became of each, what was left, and why."""
+    """Fuse the norms of a graph; returns how each was fused, and why some were not."""
     fused: dict[fx.Node, str] = {}
     left: dict[fx.Node, str] = {}
     for node in list(graph.nodes):
@@ -127,7 +127,7 @@ def _place(
     node: fx.Node,
     modulation: dict[str, fx.Node],
 ) -> fx.Node | None:
-    """Where a norm can be computed with one more scale and shift, which a node applies."""
+    """The node before which a norm can be computed with one more scale and shift."""
     if not modulation:
         return None
     given = [*modulation.values()]
@@ -138,13 +138,13 @@ def _place(
 
 
 def _read(norm: Norm, modulations: Iterable[dict[str, fx.Node]]) -> list[Any]:
-    """What a norm and the scales and shifts behind it are computed from."""
+    """Inputs of a norm and of the scales and shifts behind it."""
     given = [node for each in modulations for node in each.values()]
     return [norm.x, norm.weight, norm.bias, *given]
 
 
 def _others(first: fx.Node, last: fx.Node, own: Sequence[fx.Node]) -> list[fx.Node]:
-    """The nodes between two of a chain that are not its own."""
+    """The nodes between two nodes of a chain that do not belong to it."""
     return [node for node in between(first, last) if node not in own]
 
 
@@ -224,7 +224,7 @@ def _fuse_end(graph: fx.Graph, chain: Chain) -> str | None:
 
 
 def _sum_before(chain: Chain) -> Sum | None:
-    """The sum that a norm is the first to see, if it may be computed with it."""
+    """The residual addition that can be computed with a norm, its first user."""
     total = sum_of(chain.norm.x)
     if total is None or (total.in_place and not fresh(total.first, _MAKERS)):
         return None
@@ -237,7 +237,7 @@ def _sum_before(chain: Chain) -> Sum | None:
 
 
 def _replace(graph: fx.Graph, node: fx.Node, total: Sum | None, outputs: list[fx.Node]) -> None:
-    """Take a sum, if there is one, and outputs from the results of a node."""
+    """Replace a residual addition, if any, and outputs by the results of a node."""
     for i, old in enumerate([None if total is None else total.node, *outputs]):
         if old is not None:
             with graph.inserting_after(node):
@@ -252,7 +252,7 @@ def _convolves(user: fx.Node, of: fx.Node) -> Convolution | None:
 
 
 def _movable(conv: Convolution, place: fx.Node, parameters: set[fx.Node]) -> bool:
-    """Whether a convolution's parameters are at a place what they are where it stands."""
+    """Return whether a convolution's parameters have the same values at another place."""
     for node in (conv.weight, conv.bias):
         if not isinstance(node, fx.Node) or node.target is run.standardized_weight:
             continue

@@ -1,7 +1,7 @@
-"""What a rewritten graph calls: the operators, by what is known when they run.
+"""The functions that a rewritten graph calls.
 
-Sizes, dtypes and autocast are those of the call; where a kernel does not fit them, a function does
-what the graph said.
+Sizes, dtypes and autocast are known when they run; where no kernel supports them, a function
+computes what the original graph did.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ Call = tuple[str, tuple[Any, ...]]
 
 
 def _groups(x: Tensor, num_groups: int | None) -> int | None:
-    """The number of groups; None for what ``F.instance_norm`` refuses."""
+    """The number of groups; None for inputs that ``F.instance_norm`` refuses."""
     if num_groups is not None:
         return num_groups
     return x.shape[1] if x.ndim > 2 and x.shape[2:].numel() > 1 else None
@@ -110,8 +110,8 @@ def norm_act_conv(
     return summed, *(getattr(torch, name)(a, w, b, *rest) for w, b, (name, rest) in each)
 
 
-class StandardizedWeights:
-    """Weights of a kind, standardized in one launch when the first convolution asks for its own."""
+class LazyWeights:
+    """A group of weights, standardized in one launch when the first convolution needs one."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class StandardizedWeights:
         self.outs: dict[Any, list[Tensor]] = {}
 
     def get(self, index: int, x: Tensor) -> Tensor:
-        """One of them, in the dtype in which a convolution of x runs."""
+        """A standardized weight, in the dtype in which a convolution of x runs."""
         dtype = conv_dtype(x, self.weights[0])
         key = dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         if key not in self.outs:
@@ -141,6 +141,6 @@ class StandardizedWeights:
         return self.outs[key][index]
 
 
-def standardized_weight(weights: StandardizedWeights, index: int, x: Tensor) -> Tensor:
-    """As ``StandardizedWeights.get``."""
+def standardized_weight(weights: LazyWeights, index: int, x: Tensor) -> Tensor:
+    """A weight of ``weights``; a function, for the graph."""
     return weights.get(index, x)

@@ -1,4 +1,4 @@
-"""Convolutions and norms of classes that nobody but the user knows, after comparing them."""
+"""Conversion of the user's own convolutions and norms, after a numerical comparison."""
 
 import contextlib
 import copy
@@ -20,7 +20,7 @@ Options = dict[str, Any]
 
 
 def convert_classes(module: nn.Module, classes: Mapping[type, Any]) -> None:
-    """Give modules of these classes that of their value, where both compute the same.
+    """Convert modules of the classes that are keys to the classes that are values.
 
     Raises ValueError or TypeError naming ``classes``; then nothing has been changed.
     """
@@ -95,7 +95,7 @@ def _check(name: str, part: Any, target: type, options: Options) -> None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """For work in which threads would wait for each other."""
+    """Run the block on one thread: threads would wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -128,7 +128,7 @@ def _twin(part: nn.Module) -> nn.Module:
 
 
 def _scales(weight: Tensor) -> Tensor:
-    """Of filters whose standard deviations go from 0.1 down to 1e-5."""
+    """Factors that give filters standard deviations from 0.1 down to 1e-5."""
     powers = torch.arange(weight.shape[0], **IN_FLOAT64) % 5 + 1
     return (10**-powers).reshape(-1, *[1] * (weight.ndim - 1))
 

@@ -15,7 +15,7 @@ CacheDir = str | PathLike[str] | None
 
 
 def cache_folder(cache_dir: CacheDir = None) -> Path:
-    """Where the ``.npz`` of BiT are: ``cache_dir``, else where the environment says."""
+    """The folder of BiT's ``.npz`` files: ``cache_dir``, else as the environment says."""
     folder = cache_dir or os.environ.get("BITKERN_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(folder or Path(base, "bitkern")).expanduser()

@@ -14,17 +14,17 @@ from bitkern.reference import Activation
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether somebody sees a module being called: a hook, or a forward put over its own."""
+    """Return whether somebody sees a module being called: a hook, or a forward put over its own."""
     return _torch.hooked(module) or "forward" in vars(module)
 
 
-# By the function, not the class: classes that bitkern.convert puts in have it, and a subclass with
-# a forward of its own has not.
+# Compared by function, not by class: the classes of bitkern.convert share it, and a subclass that
+# overrides forward does not have it.
 _FORWARDS = GroupNormAct.forward, InstanceNorm.forward
 
 
 def fused_act(norm: Any, x: Tensor) -> Activation | None:
-    """The activation that a kernel computes with a norm of x; None if it cannot do all of that."""
+    """The activation that a kernel computes together with a norm of x; None if it cannot."""
     if getattr(type(norm), "forward", None) not in _FORWARDS or watched(norm) or not norm.takes(x):
         return None
     act: Activation
@@ -33,7 +33,7 @@ def fused_act(norm: Any, x: Tensor) -> Activation | None:
 
 
 def fusible_conv(module: nn.Module) -> tuple[nn.Module, Conv] | None:
-    """The convolution that a module is and nothing but; None if it cannot be fused."""
+    """The single convolution that a module computes; None if it cannot be fused."""
     if watched(module):
         return None
     if type(module).forward is nn.Sequential.forward:

@@ -172,12 +172,12 @@ class _StepLayerGroup(LayerGroup):
 
 
 def _is_fsdp(module: nn.Module) -> bool:
-    """Whether FSDP2's ``fully_shard`` wraps the module, without the slow import of FSDP2."""
+    """Return whether FSDP2's ``fully_shard`` wraps the module, without the slow import of FSDP2."""
     return hasattr(type(module), "unshard")
 
 
 def _is_available(conv: WSConv2d) -> bool:
-    """Whether a layer's weight exists before its call: not computed, nor set by hooks."""
+    """Return whether a layer's weight exists before its call: not computed, nor set by hooks."""
     if "forward" in vars(conv) or _torch.forward_pre_hooked(conv):
         return False
     parameters: list[Any] = [_torch.own_parameter(conv, "weight")]
@@ -194,7 +194,7 @@ class _Shared(NamedTuple):
     state: Hashable
 
     def is_current(self, weight: Tensor) -> bool:
-        """Whether it was computed from a weight as that is now."""
+        """Return whether it was computed from a weight as that is now."""
         return weight is self.sources[0] and _torch.state_of(self.sources) == self.state
 
 

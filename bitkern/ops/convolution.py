@@ -33,7 +33,7 @@ class Conv(NamedTuple):
     groups: int
 
     def expanded(self, dimensions: int) -> "Conv":
-        """With an int for each dimension where there is one for all."""
+        """The same arguments with an int for each dimension."""
         stride, padding, dilation, transposed, output_padding, groups = self
         parts = stride, padding, dilation, output_padding
         stride, padding, dilation, output_padding = (
@@ -100,7 +100,7 @@ def convolution_backward(
 
 
 def _products(a: Tensor) -> bool:
-    """Whether matrix products of a map are faster than its convolutions."""
+    """Return whether matrix products of a map are faster than its convolutions."""
     fits = a.ndim == 4 and a.dtype == torch.bfloat16 and a.device.type == "cpu"
     return fits and _torch.has_amx() and a.numel() > 0 and a.permute(0, 2, 3, 1).is_contiguous()
 

@@ -38,7 +38,7 @@ class DetachedWeights(NamedTuple):
         return dict(zip(douts, dweights, strict=True)), dgains_by_layer
 
     def can_step(self, i: int, weight: Tensor, buffer: Tensor) -> bool:
-        """Whether ``sgd`` takes the weight of a layer, whose momentum is in ``buffer``."""
+        """Return whether ``sgd`` takes the weight of a layer, whose momentum is in ``buffer``."""
         # The launchers of a backend from elsewhere need not have it.
         if self.gains is not None or not hasattr(self.implementation, "weight_standardize_sgd"):
             return False

@@ -21,7 +21,7 @@ def max_splits(lanes: int) -> int:
 
 
 class GroupNormPlan(NamedTuple):
-    """How one sample is cut into work. A tile is [depth * rows pixels, lanes channels]."""
+    """The division of one sample into work. A tile is [depth * rows pixels, lanes channels]."""
 
     block: int  # channels of a program: whole groups
     lanes: int  # the next power of two

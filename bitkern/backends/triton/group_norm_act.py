@@ -37,7 +37,7 @@ def _problem(x, num_groups, tensors):
 
 
 def _per_sample(weight, bias):
-    """Whether the parameters are (N, C)."""
+    """Return whether the parameters are (N, C)."""
     parameter = bias if weight is None else weight
     return parameter is not None and parameter.ndim == 2
 

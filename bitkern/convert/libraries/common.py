@@ -1,4 +1,4 @@
-"""What the layers, blocks and stages of timm and transformers have in common."""
+"""Mixins for the layers, blocks and stages of timm and transformers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,14 +26,14 @@ class StandardizedConv(WSConv2d):
 
 
 class PaddedConv(StandardizedConv):
-    """A convolution that may pad its input by as much as that needs."""
+    """A convolution that may pad its input according to its size."""
 
     def pads(self) -> bool:
-        """Whether this one does."""
+        """Return whether this layer pads."""
         raise NotImplementedError
 
     def padded(self, x: Tensor) -> Tensor:
-        """``x``, padded."""
+        """Pad ``x``."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Bottleneck(DeferredResidual, preact.Bottleneck):
         return all(type(norm).forward is GroupNormAct.forward for norm in norms)
 
     def projection(self) -> nn.Module | None:
-        """The shortcut's convolution, where pool and norm beside it do nothing; else all of it."""
+        """The shortcut's convolution if the rest of ``downsample`` does nothing; else all of it."""
         module = self.downsample
         if module is None:
             return None
