@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 
-def transformed() -> str | None:
+def active_transform() -> str | None:
     """The active transform or tracer, which cannot see into a kernel; None if there is none."""
     if torch._C._are_functorch_transforms_active():
         return "torch.func"
@@ -108,7 +108,7 @@ def compiled(module: nn.Module) -> bool:
     return wrapped or module._compiled_call_impl is not None
 
 
-def state_of(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
+def version_key(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
     """A key that changes with tensors: in place, or by another memory in ``data``."""
     return tuple((0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors)
 
@@ -145,7 +145,7 @@ def mutates(target: Any) -> bool | None:
     return None
 
 
-def storage_of(tensor: torch.Tensor) -> int:
+def storage_key(tensor: torch.Tensor) -> int:
     """A key that tensors, fake ones too, have in common if they share memory."""
     storage: int = tensor.untyped_storage()._cdata
     return storage

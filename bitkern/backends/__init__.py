@@ -140,7 +140,7 @@ def _refusal(
     for tensor in tensors:
         if tensor is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return f"the kernels read memory, which a {type(tensor).__name__} does not show"
-    transform = _torch.transformed()
+    transform = _torch.active_transform()
     return f"{transform} cannot see into a kernel" if transform else unavailable(name)
 
 

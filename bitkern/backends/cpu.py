@@ -3,7 +3,7 @@
 import functools
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ import torch
 from bitkern.backends import extension
 from bitkern.backends.backend import FLOATS, Backend
 from bitkern.backends.extension import DTYPES, Struct
-from bitkern.variant import SgdOptions, Variant
 
 _ACTS = {
     "none": 0,
@@ -213,38 +212,10 @@ def group_norm_add_relu_backward(
     return dx, dresidual, dweight, dbias
 
 
-def weight_standardize_forward(
-    weights: Sequence[torch.Tensor],
-    gains: Sequence[torch.Tensor] | None,
-    scales: Sequence[float],
-    variant: Variant,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    args = weights, gains, scales, variant, dtype, channels_last
-    return extension.standardize_forward(_kernels(), torch.get_num_threads(), *args)
+def _standardize(launch: Callable[..., Any], *args: Any) -> Any:
+    return launch(_kernels(), torch.get_num_threads(), *args)
 
 
-def weight_standardize_backward(
-    douts: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    gains: Sequence[torch.Tensor] | None,
-    scales: Sequence[float],
-    stats: torch.Tensor,
-    variant: Variant,
-) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-    args = douts, weights, gains, scales, stats, variant
-    return extension.standardize_backward(_kernels(), torch.get_num_threads(), *args)
-
-
-def weight_standardize_sgd(
-    douts: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    buffers: Sequence[torch.Tensor],
-    scales: Sequence[float],
-    stats: torch.Tensor,
-    variant: Variant,
-    options: SgdOptions,
-) -> None:
-    args = douts, weights, buffers, scales, stats, variant, options
-    extension.standardize_sgd(_kernels(), torch.get_num_threads(), *args)
+weight_standardize_forward = functools.partial(_standardize, extension.standardize_forward)
+weight_standardize_backward = functools.partial(_standardize, extension.standardize_backward)
+weight_standardize_sgd = functools.partial(_standardize, extension.standardize_sgd)

@@ -277,12 +277,12 @@ def changes(node: fx.Node) -> bool:
 
 def changed(nodes: Iterable[Any], by: Iterable[fx.Node]) -> bool:
     """Return whether nodes ``by`` change memory of ``nodes``, through any view."""
-    storages = {_torch.storage_of(fake) for fake in map(value, nodes) if isinstance(fake, Tensor)}
+    storages = {_torch.storage_key(fake) for fake in map(value, nodes) if isinstance(fake, Tensor)}
     for node in filter(changes, by):
         fakes = [value(given) for given in node.all_input_nodes]
         if any(isinstance(f, tuple | list) for f in fakes):
             return True
-        if storages & {_torch.storage_of(fake) for fake in fakes if isinstance(fake, Tensor)}:
+        if storages & {_torch.storage_key(fake) for fake in fakes if isinstance(fake, Tensor)}:
             return True
     return False
 

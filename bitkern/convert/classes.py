@@ -35,7 +35,7 @@ def convert_classes(module: nn.Module, classes: Mapping[type, Any]) -> None:
             settings = {k: v for k, v in vars(part).items() if not k.startswith("_")}
             key = repr((part, settings))
             if key not in alike:
-                with one_thread(), torch.enable_grad():
+                with _one_thread(), torch.enable_grad():
                     _check(name, part, target, options)
                 alike.add(key)
             chosen.append((part, target, options))
@@ -76,13 +76,9 @@ def _check(name: str, part: Any, target: type, options: Options) -> None:
     theirs = _twin(part)
     x = torch.randn(_shape(part), generator=torch.Generator().manual_seed(0), **IN_FLOAT64)
     expected = _run(theirs, x)
-
-    def distance(options: Options) -> float:
-        ours = copy.copy(theirs)
-        _assign(ours, target, options)
-        return _distance(_run(ours, x), expected)
-
-    far = distance(options)
+    ours = copy.copy(theirs)
+    _assign(ours, target, options)
+    far = _distance(_run(ours, x), expected)
     if far <= TOLERANCE:
         return
     raise ValueError(
@@ -94,7 +90,7 @@ def _check(name: str, part: Any, target: type, options: Options) -> None:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     """Run the block on one thread: threads would wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -104,20 +100,14 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def in_float64(module: nn.Module) -> nn.Module:
-    """A copy on the CPU, in float64, without hooks; of meta tensors with values yet to be given."""
-    twin = copy.deepcopy(module)
+def _twin(part: nn.Module) -> nn.Module:
+    """A copy on the CPU, in float64, without hooks, whose parameters show eps and scale."""
+    twin = copy.deepcopy(part)
     if any(t.is_meta for t in (*twin.parameters(), *twin.buffers())):
         twin.to_empty(device="cpu")
     twin.to(**IN_FLOAT64)
-    for part in twin.modules():
-        _torch.drop_hooks(part)
-    return twin
-
-
-def _twin(part: nn.Module) -> nn.Module:
-    """A copy with parameters at which eps and scale tell."""
-    twin = in_float64(part)
+    for module in twin.modules():
+        _torch.drop_hooks(module)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in twin.parameters():

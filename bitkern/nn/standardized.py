@@ -111,7 +111,7 @@ class _StepLayerGroup(LayerGroup):
             dtype=dtype,
             channels_last=channels_last,
         )
-        self.state = _torch.state_of([*self.weights, *(self.gains or ())])
+        self.state = _torch.version_key([*self.weights, *(self.gains or ())])
         # A result held by its own hook would be a reference cycle that Python cannot collect.
         self.detached = detached._replace(outs=[])
         for i, out in enumerate(detached.outs):
@@ -131,7 +131,7 @@ class _StepLayerGroup(LayerGroup):
         grad, out.grad = out.grad.to(self.detached.stats.dtype), None
         self.arrived = True
         if self.closed:
-            if _torch.state_of([*self.weights, *(self.gains or ())]) != self.state:
+            if _torch.version_key([*self.weights, *(self.gains or ())]) != self.state:
                 raise RuntimeError(
                     "standardized: a backward pass after the block, of weights that have changed "
                     f"since: {_FORM}"
@@ -195,7 +195,7 @@ class _Shared(NamedTuple):
 
     def is_current(self, weight: Tensor) -> bool:
         """Return whether it was computed from a weight as that is now."""
-        return weight is self.sources[0] and _torch.state_of(self.sources) == self.state
+        return weight is self.sources[0] and _torch.version_key(self.sources) == self.state
 
 
 class StandardizedWeights:
@@ -233,7 +233,7 @@ class StandardizedWeights:
             outs = group.standardize(conv_dtype(x, weight), conv_channels_last(x, weight))
             for i, (conv, out) in enumerate(zip(group.convs, outs, strict=True)):
                 sources = group.weights[i : i + 1] + (group.gains or [])[i : i + 1]
-                yield conv, _Shared(out, sources, _torch.state_of(sources))
+                yield conv, _Shared(out, sources, _torch.version_key(sources))
 
     def on_changed(self, conv: nn.Module, weight: Tensor) -> Tensor | None:
         """Result of ``get`` for a layer whose weight is not the one standardized."""
@@ -248,7 +248,7 @@ class _StepWeights(StandardizedWeights):
     def __init__(self, module: nn.Module, sums: Sums) -> None:
         super().__init__(module, partial(_StepLayerGroup, sums=sums))
         self.parameters = [p for p in module.parameters() if type(p) is nn.Parameter]
-        self.state = _torch.state_of(self.parameters)
+        self.state = _torch.version_key(self.parameters)
         self.asked = self.ddp = False
 
     def get(self, conv: nn.Module, weight: Tensor, x: Tensor) -> Tensor | None:
@@ -289,7 +289,7 @@ class _StepWeights(StandardizedWeights):
 
     def check(self) -> None:
         """Raise RuntimeError if the block was not a step's forward and backward passes."""
-        if _torch.state_of(self.parameters) != self.state:
+        if _torch.version_key(self.parameters) != self.state:
             raise RuntimeError(f"standardized: a parameter has changed inside the block: {_FORM}")
         if self.asked and not any(group.arrived for group in self.groups):
             raise RuntimeError(
@@ -303,7 +303,7 @@ def per_forward(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     Does nothing inside ``standardized``, whose weights are there already, and under the compiler
     and transforms, which cannot see into it: there each layer standardizes its own.
     """
-    if torch.compiler.is_compiling() or _torch.transformed():
+    if torch.compiler.is_compiling() or _torch.active_transform():
         return contextlib.nullcontext()
     return using(current() or StandardizedWeights(module, LayerGroup))
 

@@ -103,6 +103,18 @@ def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
+def empty_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Fake mean and rstd."""
+    shape, dtype = (x.shape[0], num_groups), reference.compute_dtype(x.dtype)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+def empty_gradients(*wanted: tuple[bool, Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """Fake gradients of tensors, each with whether it is wanted."""
+    grads = (torch.empty_like(p) if need and p is not None else None for need, p in wanted)
+    return tuple(or_empty(grad, like) for grad in grads)
+
+
 @torch.library.custom_op(
     "bitkern::group_norm_act",
     mutates_args=(),
@@ -138,10 +150,7 @@ def _(
     act: str,
 ) -> tuple[Tensor, ...]:
     summed = None if residual is None else torch.empty_like(dense(x))
-    stats = (x.shape[0], num_groups)
-    dtype = reference.compute_dtype(x.dtype)
-    mean, rstd = x.new_empty(stats, dtype=dtype), x.new_empty(stats, dtype=dtype)
-    return or_empty(summed, x), torch.empty_like(dense(x)), mean, rstd
+    return or_empty(summed, x), torch.empty_like(dense(x)), *empty_statistics(x, num_groups)
 
 
 @torch.library.custom_op(
@@ -182,12 +191,9 @@ def _(
     need_dx: bool,
     need_dparams: bool,
 ) -> tuple[Tensor, ...]:
-    wanted = [need_dx, need_dparams, need_dparams]
-    grads = [
-        torch.empty_like(p) if need and p is not None else None
-        for need, p in zip(wanted, (dense(summed), *parameters(weight, bias)), strict=True)
-    ]
-    return tuple(or_empty(grad, summed) for grad in grads)
+    weight, bias = parameters(weight, bias)
+    wanted = (need_dx, dense(summed)), (need_dparams, weight), (need_dparams, bias)
+    return empty_gradients(*wanted, like=summed)
 
 
 # Autograd, the same for the registered operator and for eager mode.

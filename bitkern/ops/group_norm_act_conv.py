@@ -145,7 +145,7 @@ def group_norm_act_conv(
                 f"weights: expected {expected} for x of shape {tuple(x.shape)} and "
                 f"{conv.groups} groups, got {tuple(w.shape)}"
             )
-    if torch.compiler.is_compiling() or _torch.transformed():  # which see no autograd.Function
+    if torch.compiler.is_compiling() or _torch.active_transform():  # which see no autograd.Function
         affine = num_groups, weight, bias, eps, act
         if residual is None:
             summed, a = x, group_norm_act(x, *affine)

@@ -15,7 +15,13 @@ from torch import Tensor
 from bitkern import _torch, reference
 from bitkern.backends import Launchers, choose, choose_launchers, launchers, operator
 from bitkern.layout import dense, dense_like
-from bitkern.ops.group_norm_act import check, or_empty, parameters
+from bitkern.ops.group_norm_act import (
+    check,
+    empty_gradients,
+    empty_statistics,
+    or_empty,
+    parameters,
+)
 
 # The registered operators, for torch.compile and torch.export. An operator cannot return None: an
 # empty tensor stands for a gradient that nobody wants.
@@ -52,10 +58,7 @@ def _(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    stats = (x.shape[0], num_groups)
-    dtype = reference.compute_dtype(x.dtype)
-    mean, rstd = x.new_empty(stats, dtype=dtype), x.new_empty(stats, dtype=dtype)
-    return torch.empty_like(dense(x)), mean, rstd
+    return torch.empty_like(dense(x)), *empty_statistics(x, num_groups)
 
 
 @torch.library.custom_op(
@@ -97,12 +100,9 @@ def _(
     need_dresidual: bool,
     need_dparams: bool,
 ) -> tuple[Tensor, ...]:
-    wanted = [need_dx, need_dresidual, need_dparams, need_dparams]
-    grads = [
-        torch.empty_like(p) if need and p is not None else None
-        for need, p in zip(wanted, (dense(x), dense(x), *parameters(weight, bias)), strict=True)
-    ]
-    return tuple(or_empty(grad, x) for grad in grads)
+    weight, bias = parameters(weight, bias)
+    maps = (need_dx, dense(x)), (need_dresidual, dense(x))
+    return empty_gradients(*maps, (need_dparams, weight), (need_dparams, bias), like=x)
 
 
 # Autograd, the same for the registered operator and for eager mode.
