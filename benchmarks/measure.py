@@ -120,20 +120,20 @@ class Race:
     """Contenders on one task. A contender is a function that prepares and returns the task to run.
 
     "ours" is timed by pytest-benchmark, the others with the same clock, all by the median. A peer
-    that fails, or whose turn comes after ``deadline``, is recorded with the reason. What is known
-    goes to ``progress(timings)``.
+    that fails, or whose turn comes after ``deadline``, is recorded with the reason.
+    ``progress(timings)`` is called with the results so far.
     """
 
     def __init__(self, benchmark, contenders, device, *, seconds, calls=1, deadline=float("inf")):
         """``seconds`` to spend on the rounds; ``calls`` that one run of a task consists of."""
-        torch.compiler.reset()  # else the eighth shape of a function silently runs uncompiled
+        torch.compiler.reset()  # otherwise the eighth shape silently runs uncompiled
         self.benchmark, self.contenders, self.device = benchmark, contenders, device
         self.seconds, self.calls, self.deadline = seconds, calls, deadline
         self.peers = [name for name in contenders if name != "ours"]
         self.timings = Timings()
 
     def together(self, progress):
-        """All are prepared first and take turns, so that a change of the machine meets them all."""
+        """Prepare all, then take turns, so that a change of the machine affects all contenders."""
         ours, spent = self._prepared("ours")
         runs = {}
         for name in self.peers:
@@ -153,7 +153,7 @@ class Race:
         progress(self.timings)
 
     def alone(self, progress):
-        """One after the other, each with the memory to itself; ``progress`` after each of them."""
+        """Run one after the other, each with the memory to itself; ``progress`` after each."""
         ours, spent = self._prepared("ours")
         self._pedantic(ours, spent, partial(settle, ours, self.device))
         del ours
@@ -170,8 +170,8 @@ class Race:
 
     def _pedantic(self, ours, spent, setup):
         def per_call():
-            # pytest-benchmark divides by it what it saves and compares; it takes no argument for
-            # this where there is a setup.
+            # pytest-benchmark divides the times it saves and compares by this; with a setup it
+            # takes no argument for it.
             self.benchmark.stats.iterations = self.calls
             setup()
 

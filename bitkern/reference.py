@@ -154,9 +154,9 @@ def ws_conv2d(
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-# The same operators as launchers, with the signatures of the kernels: what the registered
-# operators run on tensors that no kernel serves, and the formulas that the kernels implement. The
-# backward formulas can be differentiated, in statistics that were computed from the inputs too.
+# The same operators as launchers, with the signatures of the kernels. The registered operators run
+# them on tensors that no kernel supports; they are the formulas that the kernels implement. The
+# backward formulas can be differentiated, also through statistics computed from the inputs.
 
 
 def group_norm_act_forward(

@@ -53,7 +53,7 @@ class Choice(NamedTuple):
 
 class _Requested(threading.local):
     name: str | None = None  # by use_backend, in this thread
-    anywhere = False  # whether use_backend was ever called: else threads of autograd need not look
+    anywhere = False  # use_backend was called: threads of autograd have to look it up
 
 
 _requested = _Requested()

@@ -64,7 +64,7 @@ _SCALES = dict.fromkeys(_MULTIPLICATIONS, False)
 _SCALES |= {operator.imul: True, "mul_": True, "__imul__": True}
 _SIGMOIDS = torch.sigmoid, F.sigmoid, "sigmoid"
 _MODES = "_enter_", "_exit_", "_set_grad_enabled", "set_grad_enabled", "_saved_tensors_hooks"
-# In place: Python's operators, and functions whose last argument says so.
+# In-place operators of Python, and functions whose last argument is ``inplace``.
 _AUGMENTED = {
     *("iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior"),
     *("ipow", "irshift", "isub", "itruediv", "ixor"),

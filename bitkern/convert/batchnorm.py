@@ -53,7 +53,7 @@ def _normalized(module: nn.Module) -> set[nn.Conv2d]:
             part.training = training
 
 
-# What Python code raises when it meets a symbolic value.
+# Errors of Python code that is given a symbolic value.
 _UNTRACEABLE = torch.fx.proxy.TraceError, TypeError, ValueError, AttributeError, RuntimeError
 
 

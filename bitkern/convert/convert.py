@@ -78,9 +78,9 @@ def convert(
         standardize(module)
     layers, blocks = replacements("LAYERS"), replacements("BLOCKS")
     layers[nn.GroupNorm] = GroupNorm
-    # Inner modules first: a block is converted for what is inside.
+    # Inner modules first: a block is converted if its parts are.
     for part in reversed(list(module.modules())):
-        if "forward" in vars(part):  # put over that of the class, which nobody calls
+        if "forward" in vars(part):  # its own forward, not that of its class, is called
             continue
         cls = layers.get(type(part))
         if type(part) in INSTANCE_NORMS and not part.track_running_stats:

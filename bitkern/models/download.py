@@ -63,7 +63,7 @@ def download(url: str, path: Path) -> None:
     except _BadFileError as error:
         _drop_parts(path)
         reason = str(error)
-    except OSError as error:  # of the disk: those of the network are breaks
+    except OSError as error:  # of the disk; those of the network are _ConnectionBrokenError
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _drop_parts(path)
         raise OSError(

@@ -45,7 +45,7 @@ class WSConv2d(nn.Conv2d):
     learnable ``gain`` of shape (out_channels, 1, 1, 1), as in NFNets (arXiv 2101.08692).
     """
 
-    folded: ClassVar[Any] = nn.Conv2d  # what bitkern.fold makes of it
+    folded: ClassVar[Any] = nn.Conv2d  # the class that bitkern.fold assigns
     __prepare_scriptable__ = _refuse_to_script
 
     eps: float

@@ -252,7 +252,7 @@ class _StepWeights(StandardizedWeights):
         self.asked = self.ddp = False
 
     def get(self, conv: nn.Module, weight: Tensor, x: Tensor) -> Tensor | None:
-        self.ddp |= _torch.active_ddp() is not None  # whose hooks want the gradients
+        self.ddp |= _torch.active_ddp() is not None  # its hooks need the gradients
         out = super().get(conv, weight, x)
         self.asked |= out is not None and out.requires_grad and torch.is_grad_enabled()
         return out

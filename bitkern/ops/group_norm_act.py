@@ -95,8 +95,8 @@ def modulated(
     return weight, bias
 
 
-# The registered operators, for torch.compile and torch.export. An operator cannot return None:
-# an empty tensor stands for the sum that there is not, and for a gradient that nobody wants.
+# The registered operators, for torch.compile and torch.export. An operator cannot return None: an
+# empty tensor stands for a missing sum, and for a gradient that is not wanted.
 
 
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def _gradients(
     """Gradients of the inputs x, residual, num_groups, weight, bias, eps, act."""
     need_x, need_residual, _, need_weight, need_bias = ctx.needs_input_grad[:5]
     dx, dweight, dbias = dsummed, None, None
-    if dy is not None:  # else only the sum was used
+    if dy is not None:  # otherwise only the sum was used
         summed, weight, bias, mean, rstd = ctx.saved_tensors
         if _torch.backward_is_differentiated(dsummed, dy):
             mean, rstd = reference.group_statistics(summed, ctx.num_groups, ctx.eps)

@@ -1,4 +1,4 @@
-"""The end of a post-activation residual block: group normalization, the shortcut, ReLU.
+"""The end of a post-activation residual block: group normalization, residual addition, ReLU.
 
     y = relu(weight * (x - mean) * rstd + bias + residual)
 
@@ -24,7 +24,7 @@ from bitkern.ops.group_norm_act import (
 )
 
 # The registered operators, for torch.compile and torch.export. An operator cannot return None: an
-# empty tensor stands for a gradient that nobody wants.
+# empty tensor stands for a gradient that is not wanted.
 
 
 @torch.library.custom_op(
