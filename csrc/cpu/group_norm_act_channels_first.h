@@ -47,7 +47,7 @@ struct ChannelsFirst {
   int64_t offset(int64_t unit, int64_t channel, int64_t pixel) const {
     return (unit * group_size + channel) * shape.pixels + pixel;
   }
-  // Of a channel of the unit's group, among all parameters.
+  // The index of a channel of the unit's group among all parameters.
   int64_t channel(int64_t unit, int64_t c) const {
     return unit % parameter_groups * group_size + c;
   }

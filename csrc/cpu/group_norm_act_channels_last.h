@@ -159,7 +159,7 @@ struct ForwardChannelsLast : ChannelsLast {
         const float scale = rstd * weight[c];
         coefficient(slot, MEAN)[c] = center;
         coefficient(slot, SCALE)[c] = scale;
-        // What rounding takes from the mean is not small where the mean is large.
+        // The rounding error of the mean is not small where the mean is large.
         coefficient(slot, BIAS)[c] = bias[c] - scale * float(group.mean - center);
       }
     }
