@@ -217,7 +217,7 @@ inline void stream(T* p, Vec value) {
 #endif
 }
 
-// Decides whether to stream an output of `bytes`, `p` being one of its runs of `length` elements: an
+// Decides whether to stream an output of `bytes`, `p` one of its runs of `length` elements: an
 // output that fits into a usual last-level cache beside the input stays there for its consumer.
 template <class T>
 inline bool past_cache(int64_t bytes, const T* p, int64_t length) {
