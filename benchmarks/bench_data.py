@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def gate(folder, case):
-    """What is cut out of the cache is what is decoded anew; threads change nothing."""
+    """Check that the cache and threads give the crops of a fresh decode."""
     data = transfer.image_folder(folder, "train")
     rule = loaders.rule(case.resize, case.crop, case.batch, steps=3)
     ways = {"cache": "ram", "workers": 2}, {"cache": "off"}

@@ -44,7 +44,7 @@ GPU_MODES = ("default", "max-autotune-no-cudagraphs")
 
 # Stages 1 and 3 of R50x1 at 224 pixels, stage 3 of R152x4 at 480.
 SHAPES = [(8, 256, 56, 56), (8, 512, 14, 14), (1, 1024, 30, 30)]
-# Of a diffusion model's U-Net, whose norms a time step modulates.
+# Norms of a diffusion model's U-Net, modulated by the time step.
 MODULATED = [(4, 256, 32, 32), (2, 512, 64, 64)]
 CPU = [
     Case("group_norm_act", SHAPES[0], "fp32", "channels_last", modes=("default",)),

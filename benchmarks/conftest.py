@@ -11,8 +11,8 @@ from benchmarks.measure import DEVICE
 
 HERE = Path(__file__).parent
 RECORD, DEADLINE = pytest.StashKey(), pytest.StashKey()
-BUDGET = 540.0  # seconds: what was begun by then ends within the 10 minutes that are promised
-# Where pytest-benchmark has something to say beside our table.
+BUDGET = 540.0  # seconds, after which no row begins, so that the run ends within 10 minutes
+# Options with which pytest-benchmark prints beside our table.
 PLUGIN = "save", "autosave", "compare", "json", "histogram"
 
 
@@ -45,13 +45,13 @@ def pytest_generate_tests(metafunc):
         cases = module.CASES + module.FULL * option("full", False)
         if option("tiny", False):
             cases = module.TINY
-        # pytest-benchmark compares by these: a case has one id, whatever else is selected.
+        # pytest-benchmark compares by id, so a case has one id in every selection.
         ids = [f"{case.kind}/{case}" + "/compile" * bool(case.modes) for case in cases]
         metafunc.parametrize("case", cases, ids=ids)
 
 
 def pytest_collection_modifyitems(items):
-    """Operators before models, and what compiles last, in case the time does not last for all."""
+    """Run operators before models and compiled peers last, in case the budget ends first."""
 
     def late(item):
         if item.path.parent != HERE:
@@ -116,7 +116,7 @@ def bench(request, benchmark, results, in_time):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_terminal_summary(terminalreporter, config):
-    """Below all that others print, also where pytest-benchmark raises: something became slower."""
+    """Print the table last, also where pytest-benchmark raises because something became slower."""
     try:
         return (yield)
     finally:

@@ -1,4 +1,4 @@
-"""What a GPU should take for GroupNorm + activation: predictions, from plans and machine code.
+"""Predicted GPU time of GroupNorm + activation, from plans and machine code.
 
 A program copies its tiles, and works on them; what limits a launch is the bytes that are under way
 (Little's law), the copy rate of the device's memory, or the instructions of the loop. No constant
@@ -43,7 +43,7 @@ SHIPPED = Code()
 
 
 class Pass(NamedTuple):
-    """Of a launch over its tensors, all programs together."""
+    """A pass of a launch over its tensors, all programs together."""
 
     programs: int
     tile_bytes: int  # read, of all tensors
@@ -87,7 +87,7 @@ def _wave(programs, count, share, a_pass, code, device):
 
 
 def seconds(launch: list[Pass], code: Code, device: Device) -> float:
-    """Of one launch in a row of them."""
+    """Seconds of one launch in a row of them."""
     return LAUNCH + sum(pass_seconds(a_pass, code, device) for a_pass in launch)
 
 

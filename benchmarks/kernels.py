@@ -49,13 +49,13 @@ def configured(asked):
     config.TILE_BYTES, config.RESIDENT_BYTES = asked.tile << 10, asked.resident << 10
     from bitkern.backends.triton import group_norm_act, launch, weight_standardize
 
-    of = launch.options
-    launch.options = lambda warps: of(warps) | {"maxnreg": asked.maxnreg or None}
+    shipped = launch.options
+    launch.options = lambda warps: shipped(warps) | {"maxnreg": asked.maxnreg or None}
     return group_norm_act, weight_standardize, launch
 
 
 def seconds(run, device):
-    """Of one call: the median of ten graphs of REPEATS calls."""
+    """Seconds of one call: the median of ten graphs of REPEATS calls."""
     if device == "cpu":
         began = time.perf_counter()
         run()
@@ -111,19 +111,21 @@ def group_norms(module, shape, device):
     x = x.bfloat16().contiguous(memory_format=torch.channels_last)
     residual, dy = torch.randn_like(x), torch.randn_like(x)
     weight, bias = torch.randn(2, channels, device=device)
-    of = 32, weight, bias
-    _, y, mean, rstd = module.group_norm_act_forward(x, None, *of, 1e-5, "relu")
+    args = 32, weight, bias
+    _, y, mean, rstd = module.group_norm_act_forward(x, None, *args, 1e-5, "relu")
     leaf = x.float().requires_grad_()
     z = torch.group_norm(leaf, 32, weight, bias, 1e-5)
     z.relu().backward(dy.float())
-    back = (*of, mean, rstd, "relu", True, True)
+    back = (*args, mean, rstd, "relu", True, True)
     dx = module.group_norm_act_backward(dy, None, x, *back)[0]
     check(y, z.detach().relu())
     check(dx, leaf.grad, z.detach())
     calls = {
-        "forward": lambda: module.group_norm_act_forward(x, None, *of, 1e-5, "relu"),
-        "forward, residual": lambda: module.group_norm_act_forward(x, residual, *of, 1e-5, "relu"),
-        "recompute": lambda: module.group_norm_act_recompute(x, *of, mean, rstd, "relu"),
+        "forward": lambda: module.group_norm_act_forward(x, None, *args, 1e-5, "relu"),
+        "forward, residual": lambda: module.group_norm_act_forward(
+            x, residual, *args, 1e-5, "relu"
+        ),
+        "recompute": lambda: module.group_norm_act_recompute(x, *args, mean, rstd, "relu"),
         "backward": lambda: module.group_norm_act_backward(dy, None, x, *back),
         "backward, residual": lambda: module.group_norm_act_backward(dy, dy, x, *back),
     }
@@ -136,17 +138,17 @@ def standardizations(module, tiny, device):
 
     sizes = [(8, 64, 3), (32, 64, 1)] if tiny else [(512, 512, 3), (2048, 1024, 1)] * 8
     weights = [torch.randn(o, i, k, k, device=device) for o, i, k in sizes]
-    of = None, [1.0] * len(weights)
+    args = None, [1.0] * len(weights)
     variant = Variant(1e-10, False, False)
-    outs, stats = module.weight_standardize_forward(weights, *of, variant, torch.bfloat16, True)
+    outs, stats = module.weight_standardize_forward(weights, *args, variant, torch.bfloat16, True)
     moved = sum(w.nbytes + out.nbytes for w, out in zip(weights, outs, strict=True))
     std, mean = torch.std_mean(weights[0].flatten(1), 1, correction=0)
     check(outs[0], (weights[0] - mean[:, None, None, None]) / std[:, None, None, None])
     yield "forward", moved, record(module, lambda: module.weight_standardize_forward(
-        weights, *of, variant, torch.bfloat16, True))  # fmt: skip
+        weights, *args, variant, torch.bfloat16, True))  # fmt: skip
     moved += sum(w.nbytes for w in weights)
     yield "backward", moved, record(module, lambda: module.weight_standardize_backward(
-        outs, weights, *of, stats, variant))  # fmt: skip
+        outs, weights, *args, stats, variant))  # fmt: skip
 
 
 def predictions(shape, name, rate):

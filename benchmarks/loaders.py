@@ -1,4 +1,4 @@
-"""What loads images: ours and others. Each is measured in a process of its own.
+"""Image loaders: ours and others. Each is measured in a process of its own.
 
 ``python -m benchmarks.loaders NAME FOLDER RESIZE CROP BATCH SECONDS`` prints what it measured.
 Crops are cut out of images resized to (RESIZE, RESIZE); where that is 0, they are inception crops.
@@ -158,7 +158,7 @@ def _tree(pid):
 
 
 def memory_mb():
-    """What this process and its workers hold, shared pages counted once."""
+    """Memory of this process and its workers, shared pages counted once."""
     total = 0
     for pid in _tree(os.getpid()):
         try:
@@ -188,7 +188,7 @@ class Memory(threading.Thread):
 
 
 def cpu_seconds():
-    """Of this process, those that it started, and those of them that have ended."""
+    """Processor time of this process and those that it started, ended ones included."""
     total = 0
     for pid in _tree(os.getpid()):
         with open(f"/proc/{pid}/stat") as file:

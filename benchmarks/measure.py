@@ -1,4 +1,4 @@
-"""How times are taken: clocks, warm-up, rounds, memory, and the two ceilings of a device."""
+"""Timing: clocks, warm-up, rounds, memory, and the two ceilings of a device."""
 
 import ctypes
 import gc
@@ -42,7 +42,7 @@ class Event:
 
 
 def clock(device):
-    """What pytest-benchmark takes as a timer: end - start is the time between, in seconds."""
+    """A timer for pytest-benchmark: end - start is the time between, in seconds."""
     return Event if device == "cuda" else time.perf_counter
 
 
@@ -57,7 +57,7 @@ def l2_bytes(device):
 
 
 def settle(run, device):
-    """What comes before each timed run, so that no contender pays for the one before it.
+    """Prepare a timed run, so that no contender pays for the one before it.
 
     On a GPU the L2 cache is evicted, and the GPU kept busy while the host enqueues what is timed
     next. On the CPU the task runs untimed for a while: after a serial contender the threads sleep,
@@ -86,7 +86,7 @@ def _timed(run, device):
 
 
 def _median(run, device):
-    """Of ten, or as many as begin in a second: bf16 can be that slow."""
+    """The median of ten runs, or of as many as begin in a second: bf16 can be that slow."""
     samples = []
     while len(samples) < 10 and sum(samples) < 1:
         samples.append(_timed(run, device))
@@ -110,7 +110,7 @@ def matrix_rate(device, dtype):
 
 
 class Timings:
-    """Of each contender: ``seconds`` per call, ``peak_mb`` of GPU memory, or its ``failures``."""
+    """``seconds`` per call, ``peak_mb`` of GPU memory, or ``failures``, of each contender."""
 
     def __init__(self):
         self.seconds, self.peak_mb, self.failures = {}, {}, {}
@@ -120,20 +120,20 @@ class Race:
     """Contenders on one task. A contender is a function that prepares and returns the task to run.
 
     "ours" is timed by pytest-benchmark, the others with the same clock, all by the median. A peer
-    that fails, or whose turn comes after ``deadline``, is recorded with the reason. What is known
-    goes to ``progress(timings)``.
+    that fails, or whose turn comes after ``deadline``, is recorded with the reason.
+    ``progress(timings)`` is called with the results so far.
     """
 
     def __init__(self, benchmark, contenders, device, *, seconds, calls=1, deadline=float("inf")):
         """``seconds`` to spend on the rounds; ``calls`` that one run of a task consists of."""
-        torch.compiler.reset()  # else the eighth shape of a function silently runs uncompiled
+        torch.compiler.reset()  # otherwise the eighth shape silently runs uncompiled
         self.benchmark, self.contenders, self.device = benchmark, contenders, device
         self.seconds, self.calls, self.deadline = seconds, calls, deadline
         self.peers = [name for name in contenders if name != "ours"]
         self.timings = Timings()
 
     def together(self, progress):
-        """All are prepared first and take turns, so that a change of the machine meets them all."""
+        """Prepare all, then take turns, so that a change of the machine affects all contenders."""
         ours, spent = self._prepared("ours")
         runs = {}
         for name in self.peers:
@@ -153,7 +153,7 @@ class Race:
         progress(self.timings)
 
     def alone(self, progress):
-        """One after the other, each with the memory to itself; ``progress`` after each of them."""
+        """Run one after the other, each with the memory to itself; ``progress`` after each."""
         ours, spent = self._prepared("ours")
         self._pedantic(ours, spent, partial(settle, ours, self.device))
         del ours
@@ -170,8 +170,8 @@ class Race:
 
     def _pedantic(self, ours, spent, setup):
         def per_call():
-            # pytest-benchmark divides by it what it saves and compares; it takes no argument for
-            # this where there is a setup.
+            # pytest-benchmark divides the times it saves and compares by this; with a setup it
+            # takes no argument for it.
             self.benchmark.stats.iterations = self.calls
             setup()
 

@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """How a model is built and run. bf16 is by autocast, or "pure": parameters and all."""
+    """The way to build and run a model. bf16 is by autocast, or "pure": parameters and all."""
 
     build: object
     bf16: str | None
@@ -145,7 +145,7 @@ def prepared(case, device):
 
 
 def seconds_of_ours(case, device):
-    """How long our task takes the second time."""
+    """Seconds of the second run of our task."""
     run = task(case, contenders_of(case)["ours"], device)
     run()
     began = time.perf_counter()

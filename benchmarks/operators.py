@@ -70,25 +70,25 @@ def feature_maps(case, device, seed=0):
     return x.to(DTYPES[case.dtype], memory_format=FORMATS[case.layout])
 
 
-def _ours_norm(x, weight, bias):
-    return (bitkern.ops.group_norm_act(x, GROUPS, weight, bias),)
+def _norm(module):
+    return lambda x, weight, bias: (module.group_norm_act(x, GROUPS, weight, bias),)
+
+
+def _add_norm(module):
+    return lambda x, r, weight, bias: module.add_group_norm_act(x, r, GROUPS, weight, bias)
+
+
+def _norm_add(module):
+    return lambda x, r, weight, bias: (module.group_norm_add_relu(x, r, GROUPS, weight, bias),)
 
 
 def _eager_norm(x, weight, bias):
     return (F.relu(F.group_norm(x, GROUPS, weight, bias)),)
 
 
-def _ours_add_norm(x, residual, weight, bias):
-    return bitkern.ops.add_group_norm_act(x, residual, GROUPS, weight, bias)
-
-
 def _eager_add_norm(x, residual, weight, bias):
-    total = x + residual
-    return total, F.relu(F.group_norm(total, GROUPS, weight, bias))
-
-
-def _ours_norm_add(x, residual, weight, bias):
-    return (bitkern.ops.group_norm_add_relu(x, residual, GROUPS, weight, bias),)
+    summed = x + residual
+    return summed, F.relu(F.group_norm(summed, GROUPS, weight, bias))
 
 
 def _eager_norm_add(x, residual, weight, bias):
@@ -107,25 +107,13 @@ def _eager_modulated(x, scale, shift, weight, bias):
     return (F.silu(y + shift[:, :, None, None]),)
 
 
-def _exact_norm(x, weight, bias):
-    return (reference.group_norm_act(x, GROUPS, weight, bias),)
-
-
-def _exact_add_norm(x, residual, weight, bias):
-    return reference.add_group_norm_act(x, residual, GROUPS, weight, bias)
-
-
-def _exact_norm_add(x, residual, weight, bias):
-    return (reference.group_norm_add_relu(x, residual, GROUPS, weight, bias),)
-
-
 # And the big tensors of forward and backward, each once: x, (residual, sum,) y; then sum or x, dy,
 # (dsum,) dx, or x, y, dy, dx, dresidual.
 NORMS = {
-    "group_norm_act": (_ours_norm, _eager_norm, _exact_norm, (2, 3)),
+    "group_norm_act": (_norm(bitkern.ops), _eager_norm, _norm(reference), (2, 3)),
     "modulated_group_norm_act": (_ours_modulated, _eager_modulated, _eager_modulated, (2, 3)),
-    "add_group_norm_act": (_ours_add_norm, _eager_add_norm, _exact_add_norm, (4, 4)),
-    "group_norm_add_relu": (_ours_norm_add, _eager_norm_add, _exact_norm_add, (3, 5)),
+    "add_group_norm_act": (_add_norm(bitkern.ops), _eager_add_norm, _add_norm(reference), (4, 4)),
+    "group_norm_add_relu": (_norm_add(bitkern.ops), _eager_norm_add, _norm_add(reference), (3, 5)),
 }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 760
-SHOWN = 0.7  # of it, where there is room: the letters are large for those who have a phone
+SHOWN = 0.7  # the share of WIDTH shown on a large screen: letters are sized for phones
 MARGIN = 24
 SIZE = 21  # of letters
 INK, MUTED, LINE = "#1b2530", "#56616d", "#cfd6dd"
@@ -104,7 +104,7 @@ def results(name: str) -> dict:
 
 
 def release(measured: dict) -> str:
-    """Of PyTorch."""
+    """The release of PyTorch."""
     return measured["torch"].partition("+")[0]
 
 

@@ -66,7 +66,7 @@ class Real:
 
 
 class StandIn(Real):
-    """What shows that all of it works."""
+    """A dry run of everything."""
 
     def data(self, name):
         yield from (transfer.digits("train"), transfer.digits("test"))

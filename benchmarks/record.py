@@ -1,4 +1,4 @@
-"""What was measured: rows as JSON, and a short table. ``python -m benchmarks.record FILE…``"""
+"""Measurements: rows as JSON, and a short table. ``python -m benchmarks.record FILE…``"""
 
 import json
 import os
@@ -16,7 +16,7 @@ CEILINGS = ("batchnorm", "compile batchnorm", "folded", "uncached", "whole")
 
 
 def _output(*command):
-    """What a command prints; "unknown" where it is not installed or fails (git: no repository)."""
+    """The output of a command; "unknown" if it is not installed or fails (git: no repository)."""
     if not shutil.which(command[0]):
         return "unknown"
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -32,7 +32,7 @@ def _triton_version():
 
 
 def header(device):
-    """Where and with what: names the device, commit, driver and versions."""
+    """Device, commit, driver and versions."""
     name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     about = {"device": name, "commit": _output("git", "describe", "--always", "--dirty")}
     if device == "cuda":

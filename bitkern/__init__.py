@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        """What is loaded when it is first asked for."""
+        """Load submodules on first use."""
         if name in ("models", "transfer"):
             return importlib.import_module(f"bitkern.{name}")
         if name == "create_model":
@@ -32,5 +32,5 @@ else:
 
 
 def __dir__() -> list[str]:
-    """List what there is, also what is loaded when it is first asked for."""
+    """List the names, also those loaded on first use."""
     return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

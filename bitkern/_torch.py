@@ -1,4 +1,4 @@
-"""Every call of a private name of PyTorch, in one place. Tried on PyTorch 2.11.0 and 2.14.1."""
+"""All uses of private names of PyTorch. Tried on PyTorch 2.11.0 and 2.14.1."""
 
 import copy
 import sys
@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 
-def transformed() -> str | None:
-    """What transforms or records PyTorch's operators right now, and sees no kernel; else None."""
+def active_transform() -> str | None:
+    """The active transform or tracer, which cannot see into a kernel; None if there is none."""
     if torch._C._are_functorch_transforms_active():
         return "torch.func"
     if forward_ad._current_level >= 0:
@@ -32,12 +32,12 @@ _BACKEND = "bitkern.backend"
 
 
 def carry_backend(name: str | None) -> None:
-    """Tell the threads in which autograd runs what this one begins, too."""
+    """Make a backend's name known to the threads of autograd, too."""
     torch._C._stash_obj_in_tls(_BACKEND, name)
 
 
 def carried_backend() -> str | None:
-    """What ``carry_backend`` was given, in the thread that began the backward pass or in this."""
+    """The name given to ``carry_backend``, by this thread or the one that began backward."""
     return torch._C._get_obj_in_tls(_BACKEND) if torch._C._is_key_in_tls(_BACKEND) else None
 
 
@@ -62,7 +62,7 @@ _GLOBAL_HOOKS = (
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether hooks see a module being called, its own or those on all modules."""
+    """Return whether hooks see a module being called, its own or those on all modules."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -73,14 +73,17 @@ def hooked(module: nn.Module) -> bool:
 
 
 def batched(x: torch.Tensor) -> bool:
-    """Whether vmap batches a tensor, or may: inside torch.func's grad it does not show."""
+    """Return whether vmap batches a tensor, or may: inside torch.func's grad it does not show."""
+    return torch._C._are_functorch_transforms_active() or _is_batched(x)
+
+
+def _is_batched(x: torch.Tensor) -> bool:
     functorch = torch._C._functorch
-    active = torch._C._are_functorch_transforms_active()
-    return active or functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x)
+    return functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x)
 
 
 def backward_is_differentiated(*grads: torch.Tensor | None) -> bool:
-    """Whether the backward pass that runs now is itself differentiated, or batched.
+    """Return whether the backward pass that runs now is itself differentiated, or batched.
 
     The engine runs it with gradients enabled for ``create_graph=True``, whoever asks for that;
     ``is_grads_batched=True`` shows in the incoming gradients alone.
@@ -89,34 +92,34 @@ def backward_is_differentiated(*grads: torch.Tensor | None) -> bool:
         torch.is_grad_enabled()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or any(g is not None and batched(g) for g in grads)
+        or any(g is not None and _is_batched(g) for g in grads)
     )
 
 
 def forward_pre_hooked(module: nn.Module) -> bool:
-    """Whether hooks run before a module, and may change its weight."""
+    """Return whether hooks run before a module, and may change its weight."""
     return bool(module._forward_pre_hooks)
 
 
 def compiled(module: nn.Module) -> bool:
-    """Whether torch.compile made a module, or its ``compile()`` was called."""
+    """Return whether torch.compile made a module, or its ``compile()`` was called."""
     dynamo = sys.modules.get("torch._dynamo")  # which is slow to import
     wrapped = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
     return wrapped or module._compiled_call_impl is not None
 
 
-def state_of(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
-    """What tells whether tensors have changed: in place, or by another's memory in ``data``."""
+def version_key(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
+    """A key that changes with tensors: in place, or by another memory in ``data``."""
     return tuple((0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors)
 
 
 def grad_hooked(p: torch.Tensor) -> bool:
-    """Whether hooks of Python see the gradient of a parameter."""
+    """Return whether hooks of Python see the gradient of a parameter."""
     return bool(p._backward_hooks or p._post_accumulate_grad_hooks)
 
 
 def step_hooked(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether hooks see the steps of an optimizer, its own or those on all optimizers."""
+    """Return whether hooks see the steps of an optimizer, its own or those on all optimizers."""
     return bool(
         optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
@@ -131,7 +134,7 @@ def refuse_scaler(optimizer: torch.optim.Optimizer) -> None:
 
 
 def mutates(target: Any) -> bool | None:
-    """Whether an operator's schema lets it change an argument; None for what has no schema."""
+    """Return whether an operator's schema lets it change an argument; None without a schema."""
     if isinstance(target, torch._ops.HigherOrderOperator):
         return True
     if isinstance(target, torch._ops.OpOverload):
@@ -142,8 +145,8 @@ def mutates(target: Any) -> bool | None:
     return None
 
 
-def storage_of(tensor: torch.Tensor) -> int:
-    """What tells whether tensors, fake ones too, share memory."""
+def storage_key(tensor: torch.Tensor) -> int:
+    """A key that tensors, fake ones too, have in common if they share memory."""
     storage: int = tensor.untyped_storage()._cdata
     return storage
 
@@ -158,7 +161,7 @@ def compilation(gm: torch.fx.GraphModule) -> tuple[str, str | None]:
 
 
 def at_recompile_limit(compile_id: str) -> bool:
-    """Whether a frame was compiled as often as Dynamo allows; its graph is the last."""
+    """Return whether a frame was compiled as often as Dynamo allows."""
     frame_compile_id = compile_id.rpartition("/")[2].partition("_")[0]
     limit: int = torch._dynamo.config.recompile_limit
     return frame_compile_id.isdigit() and int(frame_compile_id) + 1 >= limit
@@ -178,7 +181,7 @@ def inductor(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callabl
 
 
 def has_amx() -> bool:
-    """Whether the processor has matrix units of its own."""
+    """Return whether the processor has matrix units of its own."""
     return torch.cpu._is_amx_tile_supported()
 
 
@@ -220,19 +223,19 @@ conv_forward = nn.Conv2d._conv_forward
 
 
 def padding_of(conv: nn.Conv2d) -> list[int]:
-    """By how much a convolution pads its input, in the order of ``torch.nn.functional.pad``."""
+    """The padding of a convolution, in the order of ``torch.nn.functional.pad``."""
     padding: list[int] = conv._reversed_padding_repeated_twice
     return padding
 
 
 def plain_conv(module: nn.Module) -> bool:
-    """Whether a module computes what a convolution of PyTorch does, and no more."""
+    """Return whether a module computes what a convolution of PyTorch does, and no more."""
     cls: Any = type(module)
-    for of in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        if isinstance(module, of):
-            return cls.forward is of.forward and cls._conv_forward is of._conv_forward
+    for base in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if isinstance(module, base):
+            return cls.forward is base.forward and cls._conv_forward is base._conv_forward
     transposed = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
-    return any(isinstance(module, of) and cls.forward is of.forward for of in transposed)
+    return any(isinstance(module, base) and cls.forward is base.forward for base in transposed)
 
 
 def aoti_package(program: torch.export.ExportedProgram, path: Path) -> None:

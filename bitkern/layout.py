@@ -32,6 +32,6 @@ def dense_like(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | Non
 
 def cast_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """``x`` in the dtype and memory format of ``like``; one that vmap batches keeps its strides."""
-    if not torch.compiler.is_compiling() and _torch.batched(x):  # which nobody can trace
+    if not torch.compiler.is_compiling() and _torch.batched(x):  # which Dynamo cannot trace
         return x.to(like.dtype)
     return x.to(like.dtype, memory_format=memory_format(like))

@@ -30,7 +30,7 @@ class SGD(torch.optim.SGD):
 
     @property
     def watched(self) -> bool:
-        """Whether hooks see its steps, who may look at gradients."""
+        """Return whether hooks see its steps, who may look at gradients."""
         return _torch.step_hooked(self)
 
     def momenta(self, params: Set[Tensor]) -> Iterator[tuple[SgdOptions, dict[Tensor, Tensor]]]:

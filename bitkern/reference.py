@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype the arithmetic runs in: float64 stays float64, everything else is float32."""
+    """The dtype of the arithmetic: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -83,7 +83,7 @@ def group_norm_act(
 def _group_norm(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """In the dtype of the arithmetic."""
+    """Normalize; the result has the dtype of the arithmetic."""
     dtype = compute_dtype(x.dtype)
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
     # torch.group_norm, because F.group_norm refuses groups of a single element.
@@ -111,12 +111,12 @@ def add_group_norm_act(
     eps: float = 1e-5,
     act: Activation = "relu",
 ) -> tuple[Tensor, Tensor]:
-    """``s = x + residual`` and ``group_norm_act(s)``; returns both, s first.
+    """``summed = x + residual`` and ``group_norm_act(summed)``; returns both, the sum first.
 
     See ``bitkern.ops.add_group_norm_act``.
     """
-    total = x + residual
-    return total, group_norm_act(total, num_groups, weight, bias, eps, act)
+    summed = x + residual
+    return summed, group_norm_act(summed, num_groups, weight, bias, eps, act)
 
 
 def group_norm_add_relu(
@@ -154,9 +154,9 @@ def ws_conv2d(
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-# The same operators as launchers, with the signatures of the kernels: what the registered
-# operators run on tensors that no kernel serves, and the formulas that the kernels implement. The
-# backward formulas can be differentiated, in statistics that were computed from the inputs too.
+# The same operators as launchers, with the signatures of the kernels. The registered operators run
+# them on tensors that no kernel supports; they are the formulas that the kernels implement. The
+# backward formulas can be differentiated, also through statistics computed from the inputs.
 
 
 def group_norm_act_forward(
@@ -168,11 +168,11 @@ def group_norm_act_forward(
     eps: float,
     act: Activation,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """-> (total or None, y, mean, rstd); mean and rstd are (N, num_groups)."""
-    total = None if residual is None else x + residual
-    s = x if total is None else total
-    y = group_norm_act(s, num_groups, weight, bias, eps, act)
-    return total, y, *group_statistics(s, num_groups, eps)
+    """-> (summed or None, y, mean, rstd); mean and rstd are (N, num_groups)."""
+    summed = x if residual is None else x + residual
+    y = group_norm_act(summed, num_groups, weight, bias, eps, act)
+    statistics = group_statistics(summed, num_groups, eps)
+    return None if residual is None else summed, y, *statistics
 
 
 def group_statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -184,7 +184,7 @@ def group_statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Te
 
 
 def group_norm_act_recompute(
-    total: Tensor,
+    summed: Tensor,
     num_groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -193,19 +193,19 @@ def group_norm_act_recompute(
     act: Activation,
 ) -> Tensor:
     """-> y, from what the forward returned besides it."""
-    channels, maps = total.shape[1], [1] * (total.ndim - 2)
+    channels, maps = summed.shape[1], [1] * (summed.ndim - 2)
 
-    def of_channels(statistic: Tensor) -> Tensor:
+    def per_channel(statistic: Tensor) -> Tensor:
         return statistic.repeat_interleave(channels // num_groups, 1).reshape(-1, channels, *maps)
 
-    y = (total.to(mean.dtype) - of_channels(mean)) * of_channels(rstd)
-    return ACTIVATIONS[act](_affine(y, weight, bias)).to(total.dtype)
+    y = (summed.to(mean.dtype) - per_channel(mean)) * per_channel(rstd)
+    return ACTIVATIONS[act](_affine(y, weight, bias)).to(summed.dtype)
 
 
 def group_norm_act_backward(
     dy: Tensor,
-    dtotal: Tensor | None,
-    total: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
     num_groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -220,25 +220,25 @@ def group_norm_act_backward(
     With xh = (x - mean) * rstd, z = weight * xh + bias and g = dy * act'(z): dweight and dbias are
     the sums of g * xh and g over pixels, and over samples for parameters of (C,), and, the means
     being over a group,
-    ``dx = rstd * (weight * g - mean(weight * g) - xh * mean(weight * g * xh)) + dtotal``.
+    ``dx = rstd * (weight * g - mean(weight * g) - xh * mean(weight * g * xh)) + dsummed``.
     """
-    n, channels = total.shape[:2]
+    n, channels = summed.shape[:2]
     dtype = mean.dtype
-    grouped = (n, num_groups, channels // num_groups, total.shape[2:].numel())
+    grouped = (n, num_groups, channels // num_groups, summed.shape[2:].numel())
 
     def per_channel(parameter: Tensor | None, default: float) -> Tensor:
         if parameter is None:
-            parameter = torch.full((channels,), default, device=total.device)
+            parameter = torch.full((channels,), default, device=summed.device)
         return parameter.to(dtype).reshape(*parameter.shape[:-1], *grouped[1:3], 1)
 
-    def summed(terms: Tensor, parameter: Tensor) -> Tensor:
+    def parameter_gradient(terms: Tensor, parameter: Tensor) -> Tensor:
         terms = terms.sum((0, 3) if parameter.ndim == 1 else 3)
         return terms.reshape(parameter.shape).to(parameter.dtype)
 
     def per_group(statistic: Tensor) -> Tensor:
         return statistic[:, :, None, None]
 
-    xh = (total.to(dtype).reshape(grouped) - per_group(mean)) * per_group(rstd)
+    xh = (summed.to(dtype).reshape(grouped) - per_group(mean)) * per_group(rstd)
     gamma = per_channel(weight, 1.0)
     z = gamma * xh + per_channel(bias, 0.0)
     g = dy.to(dtype).reshape(grouped)
@@ -262,14 +262,14 @@ def group_norm_act_backward(
     if need_dx:
         h = gamma * g
         dx = h - h.mean((2, 3), keepdim=True) - xh * (h * xh).mean((2, 3), keepdim=True)
-        dx = (per_group(rstd) * dx).reshape(total.shape)
-        if dtotal is not None:
-            dx = dx + dtotal
-        dx = cast_like(dx, total)
+        dx = (per_group(rstd) * dx).reshape(summed.shape)
+        if dsummed is not None:
+            dx = dx + dsummed
+        dx = cast_like(dx, summed)
     if need_dparams and weight is not None:
-        dweight = summed(g * xh, weight)
+        dweight = parameter_gradient(g * xh, weight)
     if need_dparams and bias is not None:
-        dbias = summed(g, bias)
+        dbias = parameter_gradient(g, bias)
     return dx, dweight, dbias
 
 
@@ -365,8 +365,8 @@ def weight_standardize_backward(
     """
     eps, eps_outside, unbiased = variant
     dweights, dgains = [], []
-    of_layers = torch.split(stats, [w.shape[0] for w in weights], 1)
-    for i, (dout, w, (mean, std)) in enumerate(zip(douts, weights, of_layers, strict=True)):
+    by_layer = torch.split(stats, [w.shape[0] for w in weights], 1)
+    for i, (dout, w, (mean, std)) in enumerate(zip(douts, weights, by_layer, strict=True)):
         mean, std = mean[:, None], std[:, None]
         denominator = std + eps if eps_outside else std
         c = w.to(mean.dtype).flatten(1) - mean

@@ -56,7 +56,7 @@ class Case(NamedTuple):
 
 
 def _maps(norm: Norm, seed: int) -> Tensor:
-    """With a mean far from 0, and scales that differ by channel."""
+    """Random maps with a mean far from 0 and scales that differ by channel."""
     x = torch.randn(norm.shape, generator=torch.Generator().manual_seed(seed))
     spread = torch.logspace(-1, 1, norm.shape[1]).reshape(-1, *[1] * (len(norm.shape) - 2))
     return (x * spread + 3).to(norm.dtype).contiguous(memory_format=norm.layout)
@@ -148,7 +148,7 @@ def _equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 
 
 def check(case: Case, device: str) -> str | None:
-    """What is wrong with an operator in a case, in words; None if nothing is."""
+    """Describe what is wrong with an operator in a case; None if nothing is."""
     inputs = [t.to(device) for t in case.inputs]
     ours = _results(case.ours, inputs)
     near = _results(case.plain, inputs)

@@ -6,7 +6,7 @@ import torch
 
 
 class Variant(NamedTuple):
-    """What layers that are standardized in one launch have in common.
+    """The options that layers standardized in one launch have in common.
 
     ``eps`` is added to the variance of a filter, or to its root with ``eps_outside``; ``unbiased``
     divides the sum of squares by K - 1 instead of K. A layer's own ``scale`` and gain are factors.
@@ -18,7 +18,7 @@ class Variant(NamedTuple):
 
 
 class SgdOptions(NamedTuple):
-    """What parameters of one group of ``torch.optim.SGD`` have in common."""
+    """The options of one parameter group of ``torch.optim.SGD``."""
 
     lr: float | torch.Tensor
     momentum: float

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 NAME = "bitkern"
 EXTENSION = f"{NAME}.backends.extension"
 
-OPS = '''"""Where this build registers its operators."""
+OPS = '''"""The namespace in which this build registers its operators."""
 
 import torch
 
@@ -125,7 +125,7 @@ class Module:
 
 
 def modules(root: Path) -> dict[str, Module]:
-    """Those under a package's folder, by name."""
+    """The modules under a package's folder, by name."""
     found = {}
     for path in sorted(root.rglob("*.py")):
         *parts, last = NAME, *path.relative_to(root).with_suffix("").parts

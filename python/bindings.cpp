@@ -73,7 +73,7 @@ Struct decode(py::handle from, const char* op) {
   return to;
 }
 
-// What a launcher takes, decoded and kept while it runs.
+// An argument of a launcher, decoded and kept while it runs.
 template <class T>
 struct Argument {
   T value;
@@ -94,7 +94,7 @@ struct Argument<Span<T>> {
   }
 };
 
-// `how` is what a launcher takes last: the number of threads, or the address of the stream.
+// `how` is the last argument of a launcher: the number of threads, or the address of the stream.
 template <class Problem, class Tensors, class How>
 void def(py::module_& m, const char* name, void (*launch)(const Problem&, const Tensors&, How)) {
   using Number = std::conditional_t<std::is_pointer_v<How>, std::uintptr_t, How>;

@@ -68,23 +68,23 @@ Floats group_norm(int64_t batch, bool channels_last, bool adds, int threads) {
   const GroupNormActProblem problem{batch, channels, pixels, groups, channels_last, false,
                                     DType::float32, DType::float32, DType::float32,
                                     Activation::relu};
-  const Floats x = random(n, 0), residual = random(n, 1), dy = random(n, 2), dtotal = random(n, 3);
+  const Floats x = random(n, 0), residual = random(n, 1), dy = random(n, 2), dsummed = random(n, 3);
   const Floats weight = random(channels, 4), bias = random(channels, 5);
-  const float* const addend = adds ? dtotal.data() : nullptr;
+  const float* const shortcut = adds ? dsummed.data() : nullptr;
   Floats out(4 * n + 2 * batch * groups + 2 * channels);
-  float* const total = out.data();
-  float *const y = total + n, *const dx = y + n, *const daddend = dx + n;
-  float *const mean = daddend + n, *const rstd = mean + batch * groups;
+  float* const summed = out.data();
+  float *const y = summed + n, *const dx = y + n, *const dshortcut = dx + n;
+  float *const mean = dshortcut + n, *const rstd = mean + batch * groups;
   float* const dweight = rstd + batch * groups;
   baseline::group_norm_act_forward(
       problem,
-      {x.data(), residual.data(), weight.data(), bias.data(), addend, 1e-5f, total, y, mean, rstd,
-       false},
+      {x.data(), residual.data(), weight.data(), bias.data(), shortcut, 1e-5f, summed, y, mean,
+       rstd, false},
       threads);
   baseline::group_norm_act_backward(
       problem,
-      {dy.data(), dtotal.data(), total, addend ? y : nullptr, weight.data(), bias.data(), mean,
-       rstd, dx, addend ? daddend : nullptr, dweight, dweight + channels},
+      {dy.data(), dsummed.data(), summed, shortcut ? y : nullptr, weight.data(), bias.data(), mean,
+       rstd, dx, shortcut ? dshortcut : nullptr, dweight, dweight + channels},
       threads);
   return out;
 }

@@ -6,12 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks.claims import CLAIMS, networks, report, runs, statistics
-from benchmarks.claims.multi_label import SpreadLabels, several
 from benchmarks.claims.statistics import NOT_SEEN, OPPOSITE, SEEN, UNCERTAIN
 
 ROOT = Path(__file__).parents[1]
@@ -94,27 +92,6 @@ def test_frozen_statistics_stay_and_a_body_is_carried_over():
     assert net.head.fc.weight.shape[0] == 3 and not net.head.fc.weight.any()
 
 
-def test_spread_labels():
-    logits = torch.tensor([[2.0, 1.0, 0.0], [0.5, -1.0, 3.0]])
-    labels = torch.tensor([[True, True, False], [False, False, True]])
-    rule = SpreadLabels(36, 32, 1, (), 0, 0.0)
-    first, second = (-logits.log_softmax(1)).double().tolist()
-    expected = ((first[0] + first[1]) / 2 + second[2]) / 2
-    assert rule.loss(logits, labels).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_images_of_several_letters():
-    data = several(60, seed=0)
-    assert data.multi_label and data.images[0].shape == (8, 16)
-    assert data.images[0].dtype == np.uint8
-    places = np.array([[image[:, :8].any(), image[:, 8:].any()] for image in data.images])
-    shown, labels = places.sum(1), data.labels.sum(1)
-    assert set(shown) == {1, 2} and (places[shown == 1].sum(0) > 0).all()
-    # Two of the same letter are one label.
-    assert (labels <= shown).all() and (labels[shown == 1] == 1).all() and (labels == 2).any()
-    assert not np.array_equal(data.images, several(60, seed=0, held_out=True).images)
-
-
 def test_a_training_that_fails_is_a_result():
     line = runs.execute(runs.Key("small_batch", "BatchNorm, 1", 0), quick=True)
     assert "numbers" not in line
@@ -146,15 +123,15 @@ def lines_of(claim, number):
 
 def test_summary_pairs_seeds():
     """What seeds have in common is no uncertainty of their difference."""
-    claim = CLAIMS["multi_label"]
-    rows = {"sigmoid": 0.5, "softmax": 0.2}
+    claim = CLAIMS["transfer"]
+    rows = {"WS + GroupNorm": 0.5, "BatchNorm": 0.2}
     lines = list(lines_of(claim, lambda cell, seed: rows[cell[0]] + 0.1 * seed + 0.001 * seed**2))
-    (found, *_) = report.summary(lines)["claims"]["multi_label"]["comparisons"]
+    (found, *_) = report.summary(lines)["claims"]["transfer"]["comparisons"]
     assert found["estimate"]["mean"] == pytest.approx(0.3)
     assert found["estimate"]["least"] < 1e-9
     assert found["verdict"] == SEEN
-    lines = [line for line in lines if (line["condition"], line["seed"]) != ("softmax", 2)]
-    (found, *_) = report.summary(lines)["claims"]["multi_label"]["comparisons"]
+    lines = [line for line in lines if (line["condition"], line["seed"]) != ("BatchNorm", 2)]
+    (found, *_) = report.summary(lines)["claims"]["transfer"]["comparisons"]
     assert list(found["values"]) == [0, 1, *range(3, claim.seeds)]
 
 

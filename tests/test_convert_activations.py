@@ -11,7 +11,9 @@ from torch import nn
 from transformers.activations import GELUActivation, GELUTanh, MishActivation
 
 import bitkern
-from bitkern.convert.libraries import replacements
+import bitkern.convert.libraries.timm
+import bitkern.convert.libraries.transformers
+from bitkern.convert import libraries
 from bitkern.nn.activations import act_of
 from bitkern.reference import ACTIVATIONS
 from tests.peers import gradients, randomize, relative
@@ -48,8 +50,7 @@ class OwnReLU(nn.ReLU):
     ids=str,
 )
 def test_act_of(act, module):
-    replacements("LAYERS")  # of timm and transformers, whose activations are known from now on
-    assert act_of(module) == act
+    assert act_of(module, libraries.timm.ACTS | libraries.transformers.ACTS) == act
     if act is not None:
         torch.testing.assert_close(module(X.clone()), ACTIVATIONS[act](X))
 

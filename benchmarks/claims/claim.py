@@ -1,4 +1,4 @@
-"""What a claim is: stated as data, before it is run."""
+"""Claims as data, stated before they are run."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

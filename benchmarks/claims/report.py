@@ -1,4 +1,4 @@
-"""What the runs say: claims.json, and claims.md with a picture of each claim.
+"""Results of the runs: claims.json, and claims.md with a picture of each claim.
 
 ``python -m benchmarks.claims.report FILE.json DIR`` writes the page of a claims.json into DIR.
 """
@@ -23,7 +23,9 @@ what this code does in miniature; it is no evidence about ImageNet, large networ
 trainings, and where a claim is not seen here it may hold there. Hypotheses, metrics, seeds and \
 the smallest effects of interest were committed before the runs; learning rates were tried on \
 seed 100, how many seeds there should be on seeds 0 to 4, with weight decay on all parameters; \
-these seeds are not below. Seconds are by the clock, on two cores that other programs shared.
+these seeds are not below. Seconds are by the clock, on two cores that other programs shared. Two \
+more claims, that MixUp gains more with many examples than with few and that sigmoids transfer \
+better than a softmax from images of several labels, were undecided and are no longer run.
 
 A difference is taken seed by seed, its interval is Student's t of 95 %. A gain is *seen* if the \
 interval lies above zero and the mean is of interest, *not seen* if the interval excludes a gain \
@@ -142,7 +144,7 @@ MEANING = {
 
 
 def _sentence(comparison):
-    """What was seen, from the numbers alone."""
+    """The verdict in words, from the numbers alone."""
     estimate = comparison["estimate"]
     if estimate is None or estimate["error"] is None:
         return f"Too uncertain to say: fewer than two seeds have {comparison['what']}."
@@ -154,7 +156,7 @@ def _sentence(comparison):
 
 
 def _could(comparison):
-    """Whether the interval is narrow enough for the smallest effect of interest."""
+    """Return whether the interval is narrow enough for the smallest effect of interest."""
     estimate = comparison["estimate"]
     if estimate is None or estimate["error"] is None:
         return ""

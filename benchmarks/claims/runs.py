@@ -19,7 +19,7 @@ FIRST_SEED = 10
 
 
 class Key(NamedTuple):
-    """What tells a run from all others."""
+    """The identity of a run."""
 
     claim: str
     condition: str

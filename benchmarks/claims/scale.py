@@ -39,7 +39,7 @@ def run(seed, letters, width, share, steps, few_steps, all_steps):
 
 
 def _wider(measured, letters, sign=1):
-    """What the wider network gains over the other."""
+    """The gain of the wider network over the other."""
     return tuple(
         (sign * factor, (f"x{width}, {measured}", str(letters)))
         for factor, width in ((1, WIDTHS[1]), (-1, WIDTHS[0]))

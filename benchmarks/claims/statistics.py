@@ -39,7 +39,7 @@ def estimate(values):
 
 
 def verdict(estimate, smallest, no_loss=False):
-    """What an estimate says of an effect of which ``smallest`` is the smallest of interest.
+    """The verdict of an estimate on an effect of which ``smallest`` is the smallest of interest.
 
     A gain is seen if it is of interest and its interval lies above 0, and not seen if the interval
     excludes a gain of interest; the opposite is seen if the same is true of a loss. With

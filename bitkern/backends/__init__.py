@@ -1,28 +1,28 @@
-"""Which implementation of an operator runs, and the reason why.
+"""The choice of an implementation for an operator, and the reason for it.
 
-A ``Backend`` has launchers for some kernels, ``<kernel>_forward``, ``<kernel>_backward``, and
-``<kernel>_recompute`` where a node of autograd computes an output again; those of all backends have
-the same signatures. What none serves, the reference does.
+``auto`` tries the backends for the tensors' device and uses the first that supports the call,
+otherwise the reference. The launchers of all backends have the signatures of ``Launchers``.
 """
 
 import contextlib
 import functools
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from bitkern import _torch
-from bitkern.backends.backend import Backend
+from bitkern.backends.backend import Backend, Launchers
 from bitkern.backends.cpu import Cpu
 from bitkern.backends.cuda import Cuda
 from bitkern.backends.reference import Reference
 from bitkern.backends.triton import Triton
 
-__all__ = ["Backend", "Choice", "choose", "explain", "launchers", "operator", "register"]
-__all__ += ["requested", "unavailable", "use_backend"]
+__all__ = ["Backend", "Choice", "Launchers", "choose", "choose_launchers", "explain", "launchers"]
+__all__ += ["operator", "register", "requested", "unavailable", "use_backend"]
 
 BACKENDS: dict[str, Backend] = {}
 _auto: dict[str, list[Backend]] = {}  # by type of device, the newest first
@@ -53,11 +53,11 @@ class Choice(NamedTuple):
 
 class _Requested(threading.local):
     name: str | None = None  # by use_backend, in this thread
-    anywhere = False  # whether anybody ever did: else threads of autograd need not look
+    anywhere = False  # use_backend was called: threads of autograd have to look it up
 
 
 _requested = _Requested()
-# Read once: at each call it was a twentieth of a small one.
+# Read once: os.environ costs 5 % of a small call.
 _default = os.environ.get("BITKERN_BACKEND", "auto")
 
 
@@ -107,9 +107,17 @@ def unavailable(name: str) -> str | None:
 
 
 @functools.cache
-def launchers(name: str, kernel: str) -> Any:
-    """What holds a backend's launchers for a kernel."""
-    return BACKENDS[name].launchers(kernel)
+def launchers(name: str, kernel: str) -> Launchers:
+    """The launchers of a backend for a kernel."""
+    found: Launchers = BACKENDS[name].launchers(kernel)
+    return found
+
+
+@functools.cache
+def _warn_unavailable(name: str, reason: str) -> None:
+    # Of no file: a line of this package below it would say nothing.
+    text = f"no kernels for the {name.upper()}: {reason}"
+    warnings.warn_explicit(text, UserWarning, "bitkern", 1)
 
 
 def _refusal(
@@ -132,7 +140,7 @@ def _refusal(
     for tensor in tensors:
         if tensor is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return f"the kernels read memory, which a {type(tensor).__name__} does not show"
-    transform = _torch.transformed()
+    transform = _torch.active_transform()
     return f"{transform} cannot see into a kernel" if transform else unavailable(name)
 
 
@@ -153,9 +161,17 @@ def choose(kernel: str, *tensors: torch.Tensor | None) -> Choice:
         refusal = _refusal(backend, kernel, device, tensors)
         if refusal is None:
             return Choice(backend.name, f"the {backend.name} kernels serve {device} tensors")
+        if backend.expected and not torch.compiler.is_compiling():
+            if refusal == unavailable(backend.name):
+                _warn_unavailable(backend.name, refusal)
         refusals.append(refusal)
     reason = "; ".join(refusals) or f"there are no kernels for {device} tensors"
     return Choice("reference", reason)
+
+
+def choose_launchers(kernel: str, *tensors: torch.Tensor | None) -> Launchers:
+    """The launchers of the implementation that serves a kernel on these tensors."""
+    return launchers(choose(kernel, *tensors).name, kernel)
 
 
 class Operator(NamedTuple):

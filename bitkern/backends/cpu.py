@@ -1,10 +1,9 @@
-"""The compiled kernels on the CPU: tensors to addresses, outputs allocated."""
+"""Launchers of the compiled kernels on the CPU."""
 
 import functools
 import sys
 import types
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ import torch
 from bitkern.backends import extension
 from bitkern.backends.backend import FLOATS, Backend
 from bitkern.backends.extension import DTYPES, Struct
-from bitkern.variant import SgdOptions, Variant
 
 _ACTS = {
     "none": 0,
@@ -34,13 +32,10 @@ class Cpu(Backend):
         "weight_standardize": FLOATS,
     }
 
+    expected = True
+
     def unavailable(self) -> str | None:
-        _, reason = extension.load()
-        if reason:
-            # Of no file: a line of this package below it would say nothing.
-            text = f"no kernels for the CPU: {reason}"
-            warnings.warn_explicit(text, UserWarning, "bitkern", 1)
-        return reason or None
+        return extension.load()[1] or None
 
     def launchers(self, kernel: str) -> types.ModuleType:
         return sys.modules[__name__]
@@ -91,18 +86,18 @@ def _forward(
     act: str,
     outs: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor],
     *,
-    addend: torch.Tensor | None = None,
+    shortcut: torch.Tensor | None = None,
     normalized: bool = False,
 ) -> None:
-    total, y, mean, rstd = outs
+    summed, y, mean, rstd = outs
     tensors = {
         "x": x.data_ptr(),
         "residual": _address(residual),
         "weight": _address(weight),
         "bias": _address(bias),
-        "addend": _address(addend),
+        "shortcut": _address(shortcut),
         "eps": eps,
-        "total": _address(total),
+        "summed": _address(summed),
         "y": y.data_ptr(),
         "mean": mean.data_ptr(),
         "rstd": rstd.data_ptr(),
@@ -120,20 +115,20 @@ def group_norm_act_forward(
     bias: torch.Tensor | None,
     eps: float,
     act: str,
-    addend: torch.Tensor | None = None,
+    shortcut: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y is that of group_norm_add_relu if there is an addend."""
-    total = None if residual is None else torch.empty_like(x)
+    """Given a shortcut, y is that of group_norm_add_relu."""
+    summed = None if residual is None else torch.empty_like(x)
     y = torch.empty_like(x)
     mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    outs = total, y, mean, rstd
-    _forward(x, residual, num_groups, weight, bias, eps, act, outs, addend=addend)
+    outs = summed, y, mean, rstd
+    _forward(x, residual, num_groups, weight, bias, eps, act, outs, shortcut=shortcut)
     return outs
 
 
 def group_norm_act_recompute(
-    total: torch.Tensor,
+    summed: torch.Tensor,
     num_groups: int,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -141,16 +136,16 @@ def group_norm_act_recompute(
     rstd: torch.Tensor,
     act: str,
 ) -> torch.Tensor:
-    y = torch.empty_like(total)
+    y = torch.empty_like(summed)
     outs = None, y, mean, rstd
-    _forward(total, None, num_groups, weight, bias, 0.0, act, outs, normalized=True)
+    _forward(summed, None, num_groups, weight, bias, 0.0, act, outs, normalized=True)
     return y
 
 
 def group_norm_act_backward(
     dy: torch.Tensor,
-    dtotal: torch.Tensor | None,
-    total: torch.Tensor,
+    dsummed: torch.Tensor | None,
+    summed: torch.Tensor,
     num_groups: int,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -160,27 +155,27 @@ def group_norm_act_backward(
     need_dx: bool,
     need_dparams: bool,
     y: torch.Tensor | None = None,
-    daddend: torch.Tensor | None = None,
+    dshortcut: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Those of group_norm_add_relu if y is given; daddend, if any, is written to."""
-    dx = torch.empty_like(total) if need_dx else None
+    """Given y, the backward of group_norm_add_relu; dshortcut, if any, is written to."""
+    dx = torch.empty_like(summed) if need_dx else None
     dweight = torch.empty_like(weight) if need_dparams and weight is not None else None
     dbias = torch.empty_like(bias) if need_dparams and bias is not None else None
     tensors = {
         "dy": dy.data_ptr(),
-        "dtotal": _address(dtotal),
-        "total": total.data_ptr(),
+        "dsummed": _address(dsummed),
+        "summed": summed.data_ptr(),
         "y": _address(y),
         "weight": _address(weight),
         "bias": _address(bias),
         "mean": mean.data_ptr(),
         "rstd": rstd.data_ptr(),
         "dx": _address(dx),
-        "daddend": _address(daddend),
+        "dshortcut": _address(dshortcut),
         "dweight": _address(dweight),
         "dbias": _address(dbias),
     }
-    problem = _problem(total, num_groups, weight, bias, act)
+    problem = _problem(summed, num_groups, weight, bias, act)
     _kernels().group_norm_act_backward(problem, tensors, torch.get_num_threads())
     return dx, dweight, dbias
 
@@ -193,8 +188,8 @@ def group_norm_add_relu_forward(
     bias: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    of = x, None, num_groups, weight, bias, eps, "relu"
-    _, y, mean, rstd = group_norm_act_forward(*of, addend=residual)
+    args = x, None, num_groups, weight, bias, eps, "relu"
+    _, y, mean, rstd = group_norm_act_forward(*args, shortcut=residual)
     return y, mean, rstd
 
 
@@ -212,43 +207,15 @@ def group_norm_add_relu_backward(
     need_dparams: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     dresidual = torch.empty_like(x) if need_dresidual else None
-    of = num_groups, weight, bias, mean, rstd, "relu", need_dx, need_dparams
-    dx, dweight, dbias = group_norm_act_backward(dy, None, x, *of, y=y, daddend=dresidual)
+    args = num_groups, weight, bias, mean, rstd, "relu", need_dx, need_dparams
+    dx, dweight, dbias = group_norm_act_backward(dy, None, x, *args, y=y, dshortcut=dresidual)
     return dx, dresidual, dweight, dbias
 
 
-def weight_standardize_forward(
-    weights: Sequence[torch.Tensor],
-    gains: Sequence[torch.Tensor] | None,
-    scales: Sequence[float],
-    variant: Variant,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    of = weights, gains, scales, variant, dtype, channels_last
-    return extension.standardize_forward(_kernels(), torch.get_num_threads(), *of)
+def _standardize(launch: Callable[..., Any], *args: Any) -> Any:
+    return launch(_kernels(), torch.get_num_threads(), *args)
 
 
-def weight_standardize_backward(
-    douts: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    gains: Sequence[torch.Tensor] | None,
-    scales: Sequence[float],
-    stats: torch.Tensor,
-    variant: Variant,
-) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-    of = douts, weights, gains, scales, stats, variant
-    return extension.standardize_backward(_kernels(), torch.get_num_threads(), *of)
-
-
-def weight_standardize_sgd(
-    douts: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    buffers: Sequence[torch.Tensor],
-    scales: Sequence[float],
-    stats: torch.Tensor,
-    variant: Variant,
-    options: SgdOptions,
-) -> None:
-    of = douts, weights, buffers, scales, stats, variant, options
-    extension.standardize_sgd(_kernels(), torch.get_num_threads(), *of)
+weight_standardize_forward = functools.partial(_standardize, extension.standardize_forward)
+weight_standardize_backward = functools.partial(_standardize, extension.standardize_backward)
+weight_standardize_sgd = functools.partial(_standardize, extension.standardize_sgd)

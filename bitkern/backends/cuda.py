@@ -1,14 +1,15 @@
-"""The compiled kernels on NVIDIA GPUs, which serve on request."""
+"""Launchers of the compiled kernels on NVIDIA GPUs, which run on request only."""
 
+import functools
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from bitkern.backends import extension
 from bitkern.backends.backend import FLOATS, Backend
-from bitkern.variant import Variant
 
 
 class Cuda(Backend):
@@ -26,29 +27,11 @@ class Cuda(Backend):
         return sys.modules[__name__]
 
 
-def weight_standardize_forward(
-    weights: Sequence[torch.Tensor],
-    gains: Sequence[torch.Tensor] | None,
-    scales: Sequence[float],
-    variant: Variant,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    of = weights, gains, scales, variant, dtype, channels_last
-    with torch.cuda.device(weights[0].device):
+def _standardize(launch: Callable[..., Any], tensors: Sequence[torch.Tensor], *args: Any) -> Any:
+    with torch.cuda.device(tensors[0].device):
         stream = torch.cuda.current_stream().cuda_stream
-        return extension.standardize_forward(extension.load()[0].cuda, stream, *of)
+        return launch(extension.load()[0].cuda, stream, tensors, *args)
 
 
-def weight_standardize_backward(
-    douts: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    gains: Sequence[torch.Tensor] | None,
-    scales: Sequence[float],
-    stats: torch.Tensor,
-    variant: Variant,
-) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-    of = douts, weights, gains, scales, stats, variant
-    with torch.cuda.device(weights[0].device):
-        stream = torch.cuda.current_stream().cuda_stream
-        return extension.standardize_backward(extension.load()[0].cuda, stream, *of)
+weight_standardize_forward = functools.partial(_standardize, extension.standardize_forward)
+weight_standardize_backward = functools.partial(_standardize, extension.standardize_backward)

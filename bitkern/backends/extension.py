@@ -1,4 +1,4 @@
-"""The compiled extension ``bitkern._C``, and what its backends share.
+"""The compiled extension ``bitkern._C``, and launchers that its backends share.
 
 Its functions take dicts in the place of C++ structs, with the names of the fields in
 ``csrc/include/bitkern``: addresses for pointers, 0 for none. A name too few or too many raises
@@ -22,7 +22,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 @functools.cache
 def load() -> tuple[Any, str]:
-    """The extension, and why it is missing: None and a reason, or the module and an empty one."""
+    """The extension and an empty string, or None and the reason why it is missing."""
     try:
         return importlib.import_module("bitkern._C"), ""
     except ModuleNotFoundError:
@@ -43,7 +43,7 @@ def standardize_forward(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The launcher, by the kernels of a device; how: the number of threads, or the stream."""
+    """Launch the kernels of a device; ``how`` is the number of threads, or the stream."""
     format = torch.channels_last if channels_last else torch.contiguous_format
     outs = [torch.empty_like(w, dtype=dtype, memory_format=format) for w in weights]
     filters = sum(w.shape[0] for w in weights)
@@ -65,7 +65,7 @@ def standardize_backward(
     stats: torch.Tensor,
     variant: Variant,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-    """The launcher, as ``standardize_forward``."""
+    """Launch as ``standardize_forward`` does."""
     dweights = [torch.empty_like(w) for w in weights]
     dgains = None if gains is None else [torch.empty_like(gain) for gain in gains]
     problem, layers = _standardization(weights, gains, scales, stats, variant, douts)
@@ -89,7 +89,7 @@ def standardize_sgd(
     variant: Variant,
     options: SgdOptions,
 ) -> None:
-    """The launcher, as ``standardize_forward``."""
+    """Launch as ``standardize_forward`` does."""
     problem, layers = _standardization(weights, None, scales, stats, variant, douts)
     for layer, dout, buffer in zip(layers, douts, buffers, strict=True):
         for name in ("gain", "out", "dweight", "dgain"):
@@ -108,7 +108,7 @@ def _standardization(
     variant: Variant,
     outs: Sequence[torch.Tensor],  # or their gradients
 ) -> tuple[Struct, list[Struct]]:
-    """All but the addresses that only one direction has."""
+    """The structs, without the addresses that only one direction has."""
     problem = {
         "eps": variant.eps,
         "eps_outside": variant.eps_outside,

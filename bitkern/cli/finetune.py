@@ -7,8 +7,8 @@ import torch
 
 from bitkern.cli import options, training
 from bitkern.models import create_model
-from bitkern.models.pretrained import find_release, released
-from bitkern.models.registry import file_of
+from bitkern.models.pretrained import find_release, get_release
+from bitkern.models.registry import weights_path
 from bitkern.transfer import ranks
 from bitkern.transfer.data import ImageSet, few_shot, image_size
 from bitkern.transfer.recipes.hyperrule import HyperRule, hyperrule
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         weights = _weights(args)
         # The other processes then find it in the cache.
         if weights and not args.resume and ranks.is_first_of_host():
-            file_of(weights, args.model)
+            weights_path(weights, args.model)
     with ranks.together():
         model = create_model(args.model, 0, weights=None if args.resume else weights)
     # Never the head of the weights: as many classes need not be the same ones.
@@ -92,7 +92,7 @@ def _weights(args: argparse.Namespace) -> str | None:
         return release.name if release else None
     if args.weights == "none":
         return None
-    return released(args.model).name if args.weights == "pretrained" else args.weights
+    return get_release(args.model).name if args.weights == "pretrained" else args.weights
 
 
 def _load_data(args: argparse.Namespace) -> training.Data:

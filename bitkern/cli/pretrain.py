@@ -10,7 +10,7 @@ import torch
 from bitkern.cli import options, training
 from bitkern.models import ResNetV2, create_model
 from bitkern.models.checkpoints import read_metadata
-from bitkern.models.registry import file_of
+from bitkern.models.registry import weights_path
 from bitkern.transfer import ranks
 from bitkern.transfer.data import DataError, ImageSet, check_same_classes
 from bitkern.transfer.recipes.pretraining import PRESETS, Pretraining, pretraining
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         _check_labels(args, train_set, rule)
         torch.manual_seed(args.seed)
         if args.weights and not args.resume and ranks.is_first_of_host():
-            file_of(args.weights, args.model)
+            weights_path(args.weights, args.model)
     with ranks.together():
         model = _model(args, train_set.classes, rule)
     training.run(args, model, args.weights, rule, data, running, {"preset": args.preset})
@@ -91,7 +91,7 @@ def _check_labels(args: argparse.Namespace, data: ImageSet, rule: Pretraining) -
 
 def _model(args: argparse.Namespace, classes: Sequence[str], rule: Pretraining) -> ResNetV2:
     if args.weights and not args.resume:
-        path = Path(file_of(args.weights, args.model))
+        path = Path(weights_path(args.weights, args.model))
         model = create_model(args.model, weights=path)
         if model.num_classes != len(classes):
             raise ValueError(

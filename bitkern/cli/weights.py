@@ -5,7 +5,7 @@ import json
 
 from bitkern.cli import options
 from bitkern.models.pretrained import RELEASES
-from bitkern.models.weights import cached, fetch, source
+from bitkern.models.weights import fetch, find_cached, source
 
 DISTRIBUTED = False
 
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
         rows = _rows()
         print(json.dumps(rows, indent=2) if args.json else _table(rows))
         return
-    path = fetch(args.name) if args.action == "fetch" else cached(args.name)
+    path = fetch(args.name) if args.action == "fetch" else find_cached(args.name)
     if path is None:
         raise ValueError(f"{args.name}: not in the cache; bitkern weights fetch downloads it")
     print(json.dumps({"name": args.name, "path": str(path)}) if args.json else path)
@@ -40,7 +40,7 @@ def _rows() -> list[dict[str, str | int | bool | None]]:
             "architecture": release.architecture,
             "classes": release.classes,
             "source": source(release),
-            "cached": cached(release.name) is not None,
+            "cached": find_cached(release.name) is not None,
         }
         for release in RELEASES.values()
     ]

@@ -3,11 +3,11 @@
 Dynamo traces the network; this rewrites the graph and hands it back. It runs eagerly, with ordinary
 autograd: no Inductor, no compiler.
 
-- ``graph``: what the nodes of a graph compute, and what they change in place
-- ``weights``: standardized weights, found by what they compute
-- ``patterns``: norms, and what is fused with them
-- ``run``: what a rewritten graph calls
-- ``report``: what became of it, for ``bitkern.explain``
+- ``graph``: the operation of a node, and what it changes in place
+- ``weights``: standardized weights, recognized by evaluation
+- ``patterns``: fusion of norms
+- ``run``: the functions that a rewritten graph calls
+- ``report``: records for ``bitkern.explain``
 """
 
 import operator
@@ -64,7 +64,7 @@ def backend(
 
 
 def _rewrite(gm: fx.GraphModule, parameters: set[fx.Node]) -> list[Row]:
-    """Rewrite a graph and those in it; what became of its norms and weights."""
+    """Rewrite a graph and its subgraphs; returns a row for each norm and weight."""
     names: dict[str, str] = gm.meta.get("dynamo_flat_name_to_original_fqn", {})
     graph = gm.graph
     rows = [row for node in list(graph.nodes) for row in _checkpoint(gm, node, parameters)]
@@ -86,12 +86,12 @@ def _rewrite(gm: fx.GraphModule, parameters: set[fx.Node]) -> list[Row]:
 
 
 def _checkpoint(gm: fx.GraphModule, node: fx.Node, parameters: set[fx.Node]) -> list[Row]:
-    """Rewrite the graph of a checkpointed part; to checkpoint it is left to the backend."""
+    """Rewrite the graph of a checkpointed part, and checkpoint it by torch.utils.checkpoint."""
     if node.target is not torch.ops.higher_order.tag_activation_checkpoint:
         return []
-    of, *given = node.args
-    assert isinstance(of, fx.Node)
-    body = gm.get_submodule(str(of.target))
+    function, *given = node.args
+    assert isinstance(function, fx.Node)
+    body = gm.get_submodule(str(function.target))
     assert isinstance(body, fx.GraphModule)
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
     inside = {p for p, argument in zip(placeholders, given, strict=True) if argument in parameters}
@@ -100,7 +100,7 @@ def _checkpoint(gm: fx.GraphModule, node: fx.Node, parameters: set[fx.Node]) -> 
 
 
 def _canonicalize(graph: fx.Graph) -> None:
-    """Registered operators of bitkern's own layers -> the functions that patterns know."""
+    """Replace registered operators of bitkern's layers by the functions that patterns match."""
     norm, norm_add_relu = torch.ops.bitkern.group_norm_act, torch.ops.bitkern.group_norm_add_relu
     for node in list(graph.nodes):
         results = 2 * calls(node, norm) + calls(node, norm_add_relu)

@@ -1,4 +1,4 @@
-"""What the nodes of a Dynamo graph compute, and what they change in place."""
+"""Analysis of Dynamo graphs: the operation of a node, and what it changes in place."""
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -64,7 +64,7 @@ _SCALES = dict.fromkeys(_MULTIPLICATIONS, False)
 _SCALES |= {operator.imul: True, "mul_": True, "__imul__": True}
 _SIGMOIDS = torch.sigmoid, F.sigmoid, "sigmoid"
 _MODES = "_enter_", "_exit_", "_set_grad_enabled", "set_grad_enabled", "_saved_tensors_hooks"
-# In place: Python's operators, and functions whose last argument says so.
+# In-place operators of Python, and functions whose last argument is ``inplace``.
 _AUGMENTED = {
     *("iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior"),
     *("ipow", "irshift", "isub", "itruediv", "ixor"),
@@ -87,7 +87,7 @@ class Norm(NamedTuple):
 
 
 class Convolution(NamedTuple):
-    """A convolution: its input, parameters, and the rest of its arguments, in two forms."""
+    """A convolution: its input, parameters, and its other arguments in two forms."""
 
     node: fx.Node
     x: Any
@@ -190,7 +190,7 @@ def activation_of(node: fx.Node, of: fx.Node) -> Activation | None:
 
 
 def silu_of(node: fx.Node) -> fx.Node | None:
-    """The product by which ``x * sigmoid(x)`` of a node is written out."""
+    """The node that computes ``x * sigmoid(x)`` of a node x, written out."""
     users = list(node.users)
     sigmoid = next((u for u in users if u.target in _SIGMOIDS and u.args == (node,)), None)
     if len(users) != 2 or sigmoid is None or len(sigmoid.users) != 1:
@@ -223,7 +223,7 @@ def modulation_of(node: fx.Node, of: fx.Node) -> dict[str, fx.Node]:
 
 
 def _other(of_two: Sequence[Any], one: fx.Node, in_place: bool = False) -> Any:
-    """The other of two arguments; None if not one of two is that, or the other is changed."""
+    """The argument beside ``one``; None if there are not two, or that one is changed in place."""
     if in_place and of_two[0] is not one:
         return None
     others = [given for given in of_two if given is not one]
@@ -231,7 +231,7 @@ def _other(of_two: Sequence[Any], one: fx.Node, in_place: bool = False) -> Any:
 
 
 def does_nothing(node: fx.Node, of: fx.Node, dtype: torch.dtype) -> bool:
-    """Whether a node returns another, of a dtype, as it is: idle dropout, a cast to that dtype."""
+    """Return whether a node passes another through: inactive dropout, a cast to ``dtype``."""
     if node.args[:1] != (of,):
         return False
     if node.target in _DROPOUTS:
@@ -258,7 +258,7 @@ def sum_of(node: Any) -> Sum | None:
 
 
 def changes(node: fx.Node) -> bool:
-    """Whether a node may change memory that was there before."""
+    """Return whether a node may change memory that existed before."""
     if node.op not in ("call_function", "call_method"):
         return False
     mutates = _torch.mutates(node.target)
@@ -276,24 +276,24 @@ def changes(node: fx.Node) -> bool:
 
 
 def changed(nodes: Iterable[Any], by: Iterable[fx.Node]) -> bool:
-    """Whether one of these nodes changes memory in which others are, through whatever view."""
-    watched = {_torch.storage_of(fake) for fake in map(value, nodes) if isinstance(fake, Tensor)}
+    """Return whether nodes ``by`` change memory of ``nodes``, through any view."""
+    storages = {_torch.storage_key(fake) for fake in map(value, nodes) if isinstance(fake, Tensor)}
     for node in filter(changes, by):
         fakes = [value(given) for given in node.all_input_nodes]
         if any(isinstance(f, tuple | list) for f in fakes):
             return True
-        if watched & {_torch.storage_of(fake) for fake in fakes if isinstance(fake, Tensor)}:
+        if storages & {_torch.storage_key(fake) for fake in fakes if isinstance(fake, Tensor)}:
             return True
     return False
 
 
 def calls(node: fx.Node, packet: Any) -> bool:
-    """Whether a node calls a registered operator of bitkern's own layers."""
+    """Return whether a node calls a registered operator of bitkern's own layers."""
     return getattr(node.target, "overloadpacket", node.target) is packet
 
 
 def is_mode(node: fx.Node) -> bool:
-    """Whether a node enters or leaves autocast, or switches gradients on or off."""
+    """Return whether a node enters or leaves autocast, or switches gradients on or off."""
     return getattr(node.target, "__name__", "").startswith(_MODES)
 
 
@@ -306,12 +306,12 @@ def between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
 
 
 def same_mode(nodes: list[fx.Node]) -> bool:
-    """Whether no mode is entered or left between nodes."""
+    """Return whether no mode is entered or left between nodes."""
     return not any(is_mode(node) for node in between(min(nodes), max(nodes)))
 
 
 def fresh(x: Any, makers: tuple[Callable[..., Any], ...]) -> bool:
-    """Whether a node is new memory that has one user: of a convolution, or of these functions."""
+    """Return whether a node is the new, once used result of a convolution or of ``makers``."""
     if not isinstance(x, fx.Node) or len(x.users) != 1:
         return False
     if x.target is operator.getitem:  # of several results, not a slice

@@ -1,4 +1,4 @@
-"""Norms in a graph, and what becomes of what surrounds them.
+"""Fusion of the norms in a graph with the nodes around them.
 
     (sum ->) norm (-> scale, shift) (-> activation) (-> convolutions)    one node of autograd
     norm (-> scale, shift) -> sum -> ReLU                                one kernel
@@ -39,7 +39,7 @@ _MAKERS = run.norm_act_conv, run.norm_act, run.norm_add_relu, run.add_norm_act
 
 
 class Chain(NamedTuple):
-    """A norm and what follows it one after the other, each the only use of the one before."""
+    """A norm and the nodes that follow it, each the only user of the one before."""
 
     norm: Norm
     act: str
@@ -56,7 +56,7 @@ class Chain(NamedTuple):
         return "modulated norm" if self.modulations else "norm"
 
     def affine(self, graph: fx.Graph, place: fx.Node, x: fx.Node) -> tuple[Any, ...]:
-        """As ``run.Affine``, for what is inserted before a place and normalizes x."""
+        """``run.Affine`` for a node that is inserted before ``place`` and normalizes x."""
         norm = self.norm
         weight, bias = norm.weight, norm.bias
         with graph.inserting_before(place):
@@ -70,7 +70,7 @@ class Chain(NamedTuple):
 def fuse(
     graph: fx.Graph, parameters: set[fx.Node]
 ) -> tuple[dict[fx.Node, str], dict[fx.Node, str]]:
-    """Rewrite what surrounds the norms of a graph; what became of each, what was left, and why."""
+    """Fuse the norms of a graph; returns how each was fused, and why some were not."""
     fused: dict[fx.Node, str] = {}
     left: dict[fx.Node, str] = {}
     for node in list(graph.nodes):
@@ -127,7 +127,7 @@ def _place(
     node: fx.Node,
     modulation: dict[str, fx.Node],
 ) -> fx.Node | None:
-    """Where a norm can be computed with one more scale and shift, which a node applies."""
+    """The node before which a norm can be computed with one more scale and shift."""
     if not modulation:
         return None
     given = [*modulation.values()]
@@ -138,24 +138,24 @@ def _place(
 
 
 def _read(norm: Norm, modulations: Iterable[dict[str, fx.Node]]) -> list[Any]:
-    """What a norm and the scales and shifts behind it are computed from."""
+    """Inputs of a norm and of the scales and shifts behind it."""
     given = [node for each in modulations for node in each.values()]
     return [norm.x, norm.weight, norm.bias, *given]
 
 
 def _others(first: fx.Node, last: fx.Node, own: Sequence[fx.Node]) -> list[fx.Node]:
-    """The nodes between two of a chain that are not its own."""
+    """The nodes between two nodes of a chain that do not belong to it."""
     return [node for node in between(first, last) if node not in own]
 
 
 def _fuse_act(graph: fx.Graph, chain: Chain) -> str:
-    total = _sum_before(chain)
-    if total is not None and chain.act != "none":
-        affine = chain.affine(graph, total.node, total.first)
-        with graph.inserting_before(total.node):
-            node = graph.call_function(run.add_norm_act, (total.first, total.second, affine))
-        _replace(graph, node, total, [chain.last])
-        _erase(graph, [*reversed(chain.nodes), total.node])
+    addition = _sum_before(chain)
+    if addition is not None and chain.act != "none":
+        affine = chain.affine(graph, addition.node, addition.first)
+        with graph.inserting_before(addition.node):
+            node = graph.call_function(run.add_norm_act, (addition.first, addition.second, affine))
+        _replace(graph, node, addition, [chain.last])
+        _erase(graph, [*reversed(chain.nodes), addition.node])
         return f"residual sum, {chain.name} and activation in one kernel"
     affine = chain.affine(graph, chain.place, chain.norm.x)
     with graph.inserting_before(chain.place):
@@ -175,70 +175,70 @@ def _fuse_convs(graph: fx.Graph, chain: Chain, parameters: set[fx.Node]) -> str 
         return None
     if not same_mode([chain.norm.node, *(conv.node for conv in known)]):
         return None
-    total = _sum_before(chain)
-    place = chain.place if total is None else total.node
-    if total is not None and not all(_movable(conv, place, parameters) for conv in known):
-        total, place = None, chain.place
+    addition = _sum_before(chain)
+    place = chain.place if addition is None else addition.node
+    if addition is not None and not all(_movable(conv, place, parameters) for conv in known):
+        addition, place = None, chain.place
     if not all(_movable(conv, place, parameters) for conv in known):
         return None
-    x = chain.norm.x if total is None else total.first
+    x = chain.norm.x if addition is None else addition.first
     weights = [_moved(graph, conv.weight, place, x) for conv in known]
     biases = [_moved(graph, conv.bias, place, x) for conv in known]
     specs = [tuple(conv.conv) for conv in known if conv.conv is not None]
     calls = [(conv.name, conv.rest) for conv in known]
     rest: Any = chain.affine(graph, place, x), weights, biases, specs, calls
     outputs = [conv.node for conv in known]
-    residual = None if total is None else total.second
+    residual = None if addition is None else addition.second
     with graph.inserting_before(place):
         node = graph.call_function(run.norm_act_conv, (x, residual, *rest))
-    _replace(graph, node, total, outputs)
-    summed = [] if total is None else [total.node]
+    _replace(graph, node, addition, outputs)
+    summed = [] if addition is None else [addition.node]
     _erase(graph, [*outputs, *shared, *reversed(chain.nodes), *summed])
     what = f"{chain.name}, activation and convolution as one"
-    return what if total is None else f"residual sum, {what}"
+    return what if addition is None else f"residual sum, {what}"
 
 
 def _fuse_end(graph: fx.Graph, chain: Chain) -> str | None:
     """``relu(norm + residual)``."""
     if chain.act != "none" or len(chain.last.users) != 1:
         return None
-    total = sum_of(next(iter(chain.last.users)))
-    if total is None or len(total.node.users) != 1:
+    addition = sum_of(next(iter(chain.last.users)))
+    if addition is None or len(addition.node.users) != 1:
         return None
-    if total.in_place and total.first is not chain.last:
+    if addition.in_place and addition.first is not chain.last:
         return None
-    (relu,) = total.node.users
+    (relu,) = addition.node.users
     read = _read(chain.norm, chain.modulations)
-    quiet = not changed(read, _others(chain.norm.node, total.node, chain.nodes))
-    if activation_of(relu, total.node) != "relu" or not quiet:
+    quiet = not changed(read, _others(chain.norm.node, addition.node, chain.nodes))
+    if activation_of(relu, addition.node) != "relu" or not quiet:
         return None
     if not same_mode([chain.norm.node, relu]):
         return None
-    residual = total.second if total.first is chain.last else total.first
-    affine = chain.affine(graph, total.node, chain.norm.x)
-    with graph.inserting_before(total.node):
+    residual = addition.second if addition.first is chain.last else addition.first
+    affine = chain.affine(graph, addition.node, chain.norm.x)
+    with graph.inserting_before(addition.node):
         y = graph.call_function(run.norm_add_relu, (chain.norm.x, residual, affine))
     _substitute(relu, y)
-    _erase(graph, [relu, total.node, *reversed(chain.nodes)])
+    _erase(graph, [relu, addition.node, *reversed(chain.nodes)])
     return f"{chain.name}, sum and ReLU in one kernel"
 
 
 def _sum_before(chain: Chain) -> Sum | None:
-    """The sum that a norm is the first to see, if it may be computed with it."""
-    total = sum_of(chain.norm.x)
-    if total is None or (total.in_place and not fresh(total.first, _MAKERS)):
+    """The residual addition that can be computed with a norm, its first user."""
+    addition = sum_of(chain.norm.x)
+    if addition is None or (addition.in_place and not fresh(addition.first, _MAKERS)):
         return None
     _, *read = _read(chain.norm, chain.modulations)
     given = [p for p in read if isinstance(p, fx.Node)]
-    early = all(p < total.node for p in given)
-    early = early and not changed(given, _others(total.node, chain.last, chain.nodes))
-    first = min(total.node.users) is chain.norm.node
-    return total if early and first and same_mode([total.node, chain.norm.node]) else None
+    early = all(p < addition.node for p in given)
+    early = early and not changed(given, _others(addition.node, chain.last, chain.nodes))
+    first = min(addition.node.users) is chain.norm.node
+    return addition if early and first and same_mode([addition.node, chain.norm.node]) else None
 
 
-def _replace(graph: fx.Graph, node: fx.Node, total: Sum | None, outputs: list[fx.Node]) -> None:
-    """Take a sum, if there is one, and outputs from the results of a node."""
-    for i, old in enumerate([None if total is None else total.node, *outputs]):
+def _replace(graph: fx.Graph, node: fx.Node, addition: Sum | None, outputs: list[fx.Node]) -> None:
+    """Replace a residual addition, if any, and outputs by the results of a node."""
+    for i, old in enumerate([None if addition is None else addition.node, *outputs]):
         if old is not None:
             with graph.inserting_after(node):
                 _substitute(old, graph.call_function(operator.getitem, (node, i)))
@@ -252,7 +252,7 @@ def _convolves(user: fx.Node, of: fx.Node) -> Convolution | None:
 
 
 def _movable(conv: Convolution, place: fx.Node, parameters: set[fx.Node]) -> bool:
-    """Whether a convolution's parameters are at a place what they are where it stands."""
+    """Return whether a convolution's parameters have the same values at another place."""
     for node in (conv.weight, conv.bias):
         if not isinstance(node, fx.Node) or node.target is run.standardized_weight:
             continue

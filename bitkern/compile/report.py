@@ -1,4 +1,4 @@
-"""What became of compiled networks, for ``bitkern.explain``."""
+"""Records of rewritten graphs, for ``bitkern.explain``."""
 
 import re
 import weakref
@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
 
 class Table(tuple[Row, ...]):
-    """``Row`` by ``Row``; printed, rows that tell the same are one."""
+    """A tuple of ``Row``; rows with the same text are printed as one."""
 
     def __str__(self) -> str:
         tell = attrgetter("layer", "converted", "reason")
@@ -45,7 +45,7 @@ _graphs: list[_Graph] = []
 
 
 def record(gm: fx.GraphModule, parameters: Iterable[Tensor], rows: Iterable[Row]) -> None:
-    """Keep what became of a graph, for as long as its parameters live."""
+    """Keep the rows of a graph for as long as its parameters live."""
     compiled, reason = _torch.compilation(gm)
     parameters = tuple(parameters)
     key = compiled, tuple(map(id, parameters))
@@ -63,7 +63,7 @@ def record(gm: fx.GraphModule, parameters: Iterable[Tensor], rows: Iterable[Row]
 
 
 def rows_of(module: nn.Module) -> list[Row] | None:
-    """What became of the graphs in which a module's parameters are; None if there are none."""
+    """The rows of the graphs that have a module's parameters; None if there are none."""
     own = {id(p) for p in module.parameters()}
     found = [g for g in _graphs if any(id(p()) in own for p in g.parameters)]
     return [row for graph in found for row in graph.rows] if found else None

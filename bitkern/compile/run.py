@@ -1,7 +1,7 @@
-"""What a rewritten graph calls: the operators, by what is known when they run.
+"""The functions that a rewritten graph calls.
 
-Sizes, dtypes and autocast are those of the call; where a kernel does not fit them, a function does
-what the graph said.
+Sizes, dtypes and autocast are known when they run; where no kernel supports them, a function
+computes what the original graph did.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ Call = tuple[str, tuple[Any, ...]]
 
 
 def _groups(x: Tensor, num_groups: int | None) -> int | None:
-    """The number of groups; None for what ``F.instance_norm`` refuses."""
+    """The number of groups; None for inputs that ``F.instance_norm`` refuses."""
     if num_groups is not None:
         return num_groups
     return x.shape[1] if x.ndim > 2 and x.shape[2:].numel() > 1 else None
@@ -59,12 +59,12 @@ def norm_act(x: Tensor, affine: Affine) -> Tensor:
 
 
 def add_norm_act(x: Tensor, residual: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
-    """``s = x + residual`` and ``act(norm(s))``."""
+    """``summed = x + residual`` and ``act(norm(summed))``."""
     num_groups, weight, bias, eps, act = affine
     groups = _groups(x, num_groups)
     if groups is None or x.shape != residual.shape or x.dtype != residual.dtype:
-        total = x + residual
-        return total, norm_act(total, affine)
+        summed = x + residual
+        return summed, norm_act(summed, affine)
     return ops.add_group_norm_act(x, residual, groups, weight, bias, eps, act)
 
 
@@ -86,7 +86,7 @@ def norm_act_conv(
     convs: Sequence[tuple[Any, ...]],
     calls: Sequence[Call],
 ) -> tuple[Tensor, ...]:
-    """``s = x (+ residual)`` and convolutions of ``act(norm(s))``; s comes first.
+    """``summed = x (+ residual)`` and convolutions of ``act(norm(summed))``; the sum comes first.
 
     One node of autograd, which computes the activation again in backward, where the convolutions
     run in x's dtype; else autocast converts what each of them gets.
@@ -98,17 +98,20 @@ def norm_act_conv(
     parameters = convolution_parameters(x, weights, biases)
     if groups is not None and parameters is not None:
         specs = [Conv(*conv) for conv in convs]
-        s, outs = ops.group_norm_act_conv(
+        summed, outs = ops.group_norm_act_conv(
             x, residual, groups, weight, bias, eps, act, *parameters, specs
         )
-        return s, *outs
-    s, a = (x, norm_act(x, affine)) if residual is None else add_norm_act(x, residual, affine)
+        return summed, *outs
+    if residual is None:
+        summed, a = x, norm_act(x, affine)
+    else:
+        summed, a = add_norm_act(x, residual, affine)
     each = zip(weights, biases, calls, strict=True)
-    return s, *(getattr(torch, name)(a, w, b, *rest) for w, b, (name, rest) in each)
+    return summed, *(getattr(torch, name)(a, w, b, *rest) for w, b, (name, rest) in each)
 
 
-class StandardizedWeights:
-    """Weights of a kind, standardized in one launch when the first convolution asks for its own."""
+class LazyWeights:
+    """A group of weights, standardized in one launch when the first convolution needs one."""
 
     def __init__(
         self,
@@ -122,7 +125,7 @@ class StandardizedWeights:
         self.outs: dict[Any, list[Tensor]] = {}
 
     def get(self, index: int, x: Tensor) -> Tensor:
-        """One of them, in the dtype in which a convolution of x runs."""
+        """A standardized weight, in the dtype in which a convolution of x runs."""
         dtype = conv_dtype(x, self.weights[0])
         key = dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         if key not in self.outs:
@@ -138,6 +141,6 @@ class StandardizedWeights:
         return self.outs[key][index]
 
 
-def standardized_weight(weights: StandardizedWeights, index: int, x: Tensor) -> Tensor:
-    """As ``StandardizedWeights.get``."""
+def standardized_weight(weights: LazyWeights, index: int, x: Tensor) -> Tensor:
+    """A weight of ``weights``; a function, for the graph."""
     return weights.get(index, x)

@@ -1,6 +1,6 @@
-"""Standardized weights in a graph: found by what they compute, not by the class that does it.
+"""Standardized weights in a graph, recognized by evaluation rather than by class.
 
-What depends on parameters alone and ends in the weight of a convolution is evaluated on random
+Nodes that depend on parameters alone and end in the weight of a convolution are evaluated on random
 values. If each filter comes out as its centered values times a number, and that number is
 ``scale / sqrt(var + eps)`` or ``scale / (sqrt(var) + eps)`` of the filters' variances, the kernel
 computes it.
@@ -33,7 +33,7 @@ class Standardized(NamedTuple):
 
 
 def dependencies(node: fx.Node) -> list[fx.Node]:
-    """A node and all that it depends on, in the order of the graph."""
+    """A node and all nodes that it depends on, in the order of the graph."""
     seen, queue = {node}, [node]
     while queue:
         for dependency in queue.pop().all_input_nodes:
@@ -44,16 +44,16 @@ def dependencies(node: fx.Node) -> list[fx.Node]:
 
 
 def unchanged(node: fx.Node) -> bool:
-    """Whether nothing in the graph changes a node or what it depends on."""
+    """Return whether nothing in the graph changes a node or its dependencies."""
     return not changed(dependencies(node), node.graph.nodes)
 
 
 def standardize_weights(
     graph: fx.Graph, parameters: set[fx.Node]
 ) -> tuple[dict[fx.Node, Standardized], dict[fx.Node, str]]:
-    """Let kernels standardize the weights of convolutions; what was found, what was left, and why.
+    """Let kernels standardize weights of convolutions; returns those found, and why some were not.
 
-    All of a kind run in one launch. The keys are the nodes of the convolutions.
+    Each group runs in one launch. The keys are the nodes of the convolutions.
     """
     found: dict[fx.Node, Standardized] = {}
     left: dict[fx.Node, str] = {}
@@ -90,7 +90,7 @@ def _replace(
             [each.scale for each in unique],
             tuple(variant),
         )
-        weights = graph.call_function(run.StandardizedWeights, arguments)
+        weights = graph.call_function(run.LazyWeights, arguments)
     for node, standardized in convs:
         with graph.inserting_before(node):
             at = unique.index(standardized), convolution_of(node).x  # type: ignore[union-attr]
@@ -107,7 +107,7 @@ _Formulas = dict[Any, tuple[Variant, float] | None]
 
 
 def _structure(nodes: list[fx.Node]) -> str:
-    """What nodes compute and of which shapes, whatever the names of their parameters."""
+    """A key of what nodes compute and of which shapes, without their parameters' names."""
     number = {node: i for i, node in enumerate(nodes)}
 
     def described(node: fx.Node) -> tuple[Any, ...]:
@@ -201,7 +201,7 @@ def _agrees(
     scale: float,
     tolerance: float,
 ) -> bool:
-    """Whether values and gradients are those of the reference, for weights of any size and sign."""
+    """Compare values and gradients with the reference, for weights of any size and sign."""
     shape, (eps, eps_outside, unbiased) = value(weight).shape, variant
     generator = torch.Generator().manual_seed(2)
     large = 20 * torch.rand(shape, generator=generator, dtype=torch.float64) - 9
@@ -214,8 +214,8 @@ def _agrees(
             if ours:
                 options: Any = {"scale": scale, "eps_outside": eps_outside}
                 options["unbiased"] = unbiased
-                of = None if gain is None else leaves[1]
-                out = reference.weight_standardize(leaves[0], eps, gain=of, **options)
+                options["gain"] = None if gain is None else leaves[1]
+                out = reference.weight_standardize(leaves[0], eps, **options)
             else:
                 out = _evaluate(nodes, weight, leaves[0], gain, leaves[1]).double()
             wanted = leaves if gain is not None else leaves[:1]
@@ -229,7 +229,7 @@ def _agrees(
 
 
 def _filters(shape: Sequence[int], first: int) -> tuple[Tensor, Tensor]:
-    """Filters with means, of standard deviations from 0.03 down to 3e-6, at which eps tells; gains.
+    """Filters whose standard deviations, 0.03 down to 3e-6, show the effect of eps; and gains.
 
     The powers of ten begin with the ``first``.
     """
@@ -243,7 +243,7 @@ def _filters(shape: Sequence[int], first: int) -> tuple[Tensor, Tensor]:
 def _evaluate(
     nodes: list[fx.Node], weight: fx.Node, w: Tensor, gain: fx.Node | None, factors: Tensor
 ) -> Tensor:
-    """What nodes make of a weight and a gain. Raises ValueError if they draw random numbers."""
+    """Evaluate nodes for a weight and a gain. Raises ValueError if they draw random numbers."""
     values: dict[fx.Node, Any] = {weight: w}
     if gain is not None:
         values[gain] = factors.view(value(gain).shape)

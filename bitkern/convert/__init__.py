@@ -1,4 +1,4 @@
-"""Models from elsewhere on these kernels, folded for inference, and told what became of them."""
+"""Conversion of existing models to these kernels, folding for inference, and explanation."""
 
 from bitkern.convert.convert import convert
 from bitkern.convert.explain import explain

@@ -1,4 +1,4 @@
-"""Convolutions and batch normalization become weight standardization and GroupNorm."""
+"""Conversion of batch normalization to weight standardization and GroupNorm."""
 
 import math
 from collections import Counter
@@ -14,7 +14,7 @@ from bitkern.variant import Variant
 
 
 def standardize(module: nn.Module) -> None:
-    """Do so in place, where batch normalization alone follows a convolution.
+    """Convert in place the convolutions that batch normalization alone follows.
 
     Raises ValueError if there is no such convolution.
     """
@@ -53,7 +53,7 @@ def _normalized(module: nn.Module) -> set[nn.Conv2d]:
             part.training = training
 
 
-# What Python code raises when it meets a symbolic value.
+# Errors of Python code that is given a symbolic value.
 _UNTRACEABLE = torch.fx.proxy.TraceError, TypeError, ValueError, AttributeError, RuntimeError
 
 

@@ -1,4 +1,4 @@
-"""Convolutions and norms of classes that nobody but the user knows, after comparing them."""
+"""Conversion of the user's own convolutions and norms, after a numerical comparison."""
 
 import contextlib
 import copy
@@ -20,7 +20,7 @@ Options = dict[str, Any]
 
 
 def convert_classes(module: nn.Module, classes: Mapping[type, Any]) -> None:
-    """Give modules of these classes that of their value, where both compute the same.
+    """Convert modules of the classes that are keys to the classes that are values.
 
     Raises ValueError or TypeError naming ``classes``; then nothing has been changed.
     """
@@ -35,7 +35,7 @@ def convert_classes(module: nn.Module, classes: Mapping[type, Any]) -> None:
             settings = {k: v for k, v in vars(part).items() if not k.startswith("_")}
             key = repr((part, settings))
             if key not in alike:
-                with one_thread(), torch.enable_grad():
+                with _one_thread(), torch.enable_grad():
                     _check(name, part, target, options)
                 alike.add(key)
             chosen.append((part, target, options))
@@ -76,13 +76,9 @@ def _check(name: str, part: Any, target: type, options: Options) -> None:
     theirs = _twin(part)
     x = torch.randn(_shape(part), generator=torch.Generator().manual_seed(0), **IN_FLOAT64)
     expected = _run(theirs, x)
-
-    def distance(options: Options) -> float:
-        ours = copy.copy(theirs)
-        _assign(ours, target, options)
-        return _distance(_run(ours, x), expected)
-
-    far = distance(options)
+    ours = copy.copy(theirs)
+    _assign(ours, target, options)
+    far = _distance(_run(ours, x), expected)
     if far <= TOLERANCE:
         return
     raise ValueError(
@@ -94,8 +90,8 @@ def _check(name: str, part: Any, target: type, options: Options) -> None:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """For work in which threads would wait for each other."""
+def _one_thread() -> Iterator[None]:
+    """Run the block on one thread: threads would wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -104,20 +100,14 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def in_float64(module: nn.Module) -> nn.Module:
-    """A copy on the CPU, in float64, without hooks; of meta tensors with values yet to be given."""
-    twin = copy.deepcopy(module)
+def _twin(part: nn.Module) -> nn.Module:
+    """A copy on the CPU, in float64, without hooks, whose parameters show eps and scale."""
+    twin = copy.deepcopy(part)
     if any(t.is_meta for t in (*twin.parameters(), *twin.buffers())):
         twin.to_empty(device="cpu")
     twin.to(**IN_FLOAT64)
-    for part in twin.modules():
-        _torch.drop_hooks(part)
-    return twin
-
-
-def _twin(part: nn.Module) -> nn.Module:
-    """A copy with parameters at which eps and scale tell."""
-    twin = in_float64(part)
+    for module in twin.modules():
+        _torch.drop_hooks(module)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -128,7 +118,7 @@ def _twin(part: nn.Module) -> nn.Module:
 
 
 def _scales(weight: Tensor) -> Tensor:
-    """Of filters whose standard deviations go from 0.1 down to 1e-5."""
+    """Factors that give filters standard deviations from 0.1 down to 1e-5."""
     powers = torch.arange(weight.shape[0], **IN_FLOAT64) % 5 + 1
     return (10**-powers).reshape(-1, *[1] * (weight.ndim - 1))
 

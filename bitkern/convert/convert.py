@@ -1,4 +1,4 @@
-"""Models from elsewhere: their layers run on these kernels, in place.
+"""Conversion of existing models, whose layers then run on these kernels.
 
 ``convert`` assigns to ``module.__class__`` a subclass of the module's class that computes the same
 with the kernels. Everything else of the module stays what it is: parameters and their names, hooks,
@@ -23,7 +23,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def is_bitkern(module: nn.Module) -> bool:
-    """Whether the class of a module is one of this package, and no subclass of it."""
+    """Return whether a module's class is one of this package, not a subclass of it."""
     return type(module).__module__.split(".")[0] == "bitkern"
 
 
@@ -78,9 +78,9 @@ def convert(
         standardize(module)
     layers, blocks = replacements("LAYERS"), replacements("BLOCKS")
     layers[nn.GroupNorm] = GroupNorm
-    # Inner modules first: a block is converted for what is inside.
+    # Inner modules first: a block is converted if its parts are.
     for part in reversed(list(module.modules())):
-        if "forward" in vars(part):  # put over that of the class, which nobody calls
+        if "forward" in vars(part):  # its own forward, not that of its class, is called
             continue
         cls = layers.get(type(part))
         if type(part) in INSTANCE_NORMS and not part.track_running_stats:
@@ -95,7 +95,7 @@ def convert(
 
 
 def _nothing(module: nn.Module) -> str:
-    """Say that there was nothing to convert, and what there would have been."""
+    """The warning that there was nothing to convert, and what ws=True would convert."""
     norms = sum(type(part) is nn.BatchNorm2d for part in module.modules())
     return (
         f"convert: nothing in {type(module).__name__} runs on bitkern: it has no GroupNorm, no "
@@ -107,7 +107,7 @@ def _nothing(module: nn.Module) -> str:
 
 
 def _compiler(module: nn.Module) -> str | None:
-    """What has compiled a module, and would not see a change of its class; else None."""
+    """The compiler of a module, which would not see a change of its class; else None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript"
     return "torch.compile" if _torch.compiled(module) else None

@@ -1,4 +1,4 @@
-"""What of a module was converted, what was left, and why; and which backend serves an operator."""
+"""Explanation: the conversion of each module, and the backend that serves an operator."""
 
 from collections.abc import Mapping
 from typing import Any, overload
@@ -20,7 +20,7 @@ def explain(op_name: str, /, *tensors: Tensor | None) -> Choice: ...
 @overload
 def explain(module: nn.Module, /) -> Table: ...
 def explain(subject: str | nn.Module, /, *tensors: Tensor | None) -> Choice | Table:
-    """Which implementation a public operator would use on these tensors, and why: a ``Choice``.
+    """Explain which implementation an operator uses on these tensors: a ``Choice``.
 
     ``tensors`` are the operator's tensor arguments in their order, the big one first, e.g.
     ``explain("group_norm_act", x, weight, bias)``. Of ``ws_conv2d`` it tells how the weight is
@@ -52,7 +52,7 @@ def explain(subject: str | nn.Module, /, *tensors: Tensor | None) -> Choice | Ta
 
 
 def _library(cls: type) -> str:
-    """The library that a class is of, or is the replacement for one of."""
+    """The library that a class, or the class it replaces, belongs to."""
     return cls.__module__.removeprefix(f"{LIBRARIES}.").split(".")[0]
 
 
@@ -76,7 +76,7 @@ def _how(module: nn.Module) -> str:
 
 
 def _why_left(module: nn.Module, classes: Mapping[type, Any]) -> str | None:
-    """Why a module does not run on the kernels; None if it does."""
+    """The reason why a module does not run on the kernels; None if it does."""
     cls = type(module)
     if is_bitkern(module):
         return None

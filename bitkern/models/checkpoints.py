@@ -23,7 +23,7 @@ from bitkern.models.resnetv2 import ARCHITECTURES, Architecture
 
 StateDict = dict[str, Tensor]
 
-# Names in the .npz of BiT (the prefix resnet/ apart), whose kernels are HWIO, and names here.
+# Names in the .npz of BiT without the prefix resnet/ -> names here. Its kernels are HWIO.
 NPZ_TOP = {
     "root_block/standardized_conv2d/kernel": "stem.conv.weight",
     "group_norm/gamma": "norm.weight",

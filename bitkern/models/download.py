@@ -1,7 +1,7 @@
 """A file from a web server: resumed after a break, verified, and fetched once.
 
-What has arrived is in a part beside the file, whose name holds the ETag that the server gave it: no
-piece of another object is appended.
+What has arrived is in a part beside the file. The part's name holds the ETag of the server, so that
+no piece of another object is appended.
 """
 
 import base64
@@ -28,26 +28,26 @@ import filelock
 from bitkern import files
 
 TIMEOUT = 30  # seconds without a byte
-WAITS = (1, 2, 4)  # seconds before the second attempt, the third, …
-# HTTP statuses after which another attempt may do.
-PASSING = (408, 416, 425, 429, 500, 502, 503, 504)
-PIECE = 1 << 20  # bytes
+RETRY_WAITS = (1, 2, 4)  # seconds before the second attempt, the third, …
+# HTTP statuses after which a retry may succeed.
+RETRYABLE = (408, 416, 425, 429, 500, 502, 503, 504)
+CHUNK = 1 << 20  # bytes
 
 
-class _BreakError(Exception):
-    """The connection broke: what has arrived is good, and another attempt may do."""
+class _ConnectionBrokenError(Exception):
+    """The connection broke: the part is good, and a retry may succeed."""
 
 
-class _WrongError(Exception):
-    """The server has no such file, or not the right one: another attempt would not do."""
+class _BadFileError(Exception):
+    """The server has no such file or a wrong one: a retry would not help."""
 
 
 def download(url: str, path: Path) -> None:
-    """Have the ``.npz`` that ``url`` serves at ``path``; a file that is there is taken as it is.
+    """Download the ``.npz`` at ``url`` to ``path``; a file that exists is left as it is.
 
-    One of the threads and processes that ask at once downloads, the others wait for it. After a
-    break it tries again, and in vain leaves the part for the next call to go on from. What is
-    wrong, or does not fit on the disk, is not kept.
+    Of several threads and processes one downloads, the others wait for it. A broken connection is
+    retried; if that fails, the part is kept and the next call resumes it. A wrong file, or one that
+    does not fit on the disk, is not kept.
 
     Raises OSError naming the address, what happened, what is kept, and where the file belongs.
     """
@@ -57,13 +57,13 @@ def download(url: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_name(f"{path.name}.lock")):
             if not path.is_file():
-                _attempts(url, path)
-    except _BreakError as error:
-        reason = f"{error} (attempt {len(WAITS) + 1}, the last)"
-    except _WrongError as error:
+                _download_with_retries(url, path)
+    except _ConnectionBrokenError as error:
+        reason = f"{error} (attempt {len(RETRY_WAITS) + 1}, the last)"
+    except _BadFileError as error:
         _drop_parts(path)
         reason = str(error)
-    except OSError as error:  # of the disk: those of the network are breaks
+    except OSError as error:  # of the disk; those of the network are _ConnectionBrokenError
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _drop_parts(path)
         raise OSError(
@@ -79,7 +79,7 @@ def download(url: str, path: Path) -> None:
 
 
 def ways_out(by_hand: str, mirror: str) -> str:
-    """Say what one can do where weights cannot be downloaded."""
+    """Advice for the message that weights cannot be downloaded."""
     return (
         f"or {by_hand}, name a mirror in {mirror}, or start from random weights (--weights none), "
         "which takes far more images and steps for the same accuracy"
@@ -103,19 +103,19 @@ def _drop_parts(path: Path) -> None:
         part.unlink()
 
 
-def _attempts(url: str, path: Path) -> None:
-    for number, wait in enumerate(WAITS, 1):
+def _download_with_retries(url: str, path: Path) -> None:
+    for number, wait in enumerate(RETRY_WAITS, 1):
         try:
-            return _attempt(url, path)
-        except _BreakError as error:
-            said = f"attempt {number} of {len(WAITS) + 1}: {files.in_a_line(error)}"
+            return _download(url, path)
+        except _ConnectionBrokenError as error:
+            said = f"attempt {number} of {len(RETRY_WAITS) + 1}: {files.in_a_line(error)}"
             print(f"{path.name}: {said}; again in {wait} s", file=sys.stderr, flush=True)
             time.sleep(wait)
-    _attempt(url, path)
+    _download(url, path)
 
 
-def _attempt(url: str, path: Path) -> None:
-    """Go on from the part there is, if the server still has what it is a part of."""
+def _download(url: str, path: Path) -> None:
+    """Resume the part if there is one and the server still has the same file."""
     start, asked, headers = 0, "", {}
     for part in _parts(path):
         start, asked = part.stat().st_size, unquote(part.name[len(path.name) + 1 : -len(".part")])
@@ -127,7 +127,7 @@ def _attempt(url: str, path: Path) -> None:
             span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers["Content-Range"] or "")
             if not asked or etag != asked or not span or int(span[1]) != start:
                 _drop_parts(path)
-                raise _BreakError("the server sent another piece than asked for")
+                raise _ConnectionBrokenError("the server sent another piece than asked for")
             total: int | None = int(span[2])
         else:
             _drop_parts(path)
@@ -143,7 +143,7 @@ def _attempt(url: str, path: Path) -> None:
                 _receive(response, file, advance)
             size = part.stat().st_size
             if total not in (None, size):
-                raise _BreakError(f"the server closed after {size} of {total} bytes")
+                raise _ConnectionBrokenError(f"the server closed after {size} of {total} bytes")
             _verify(part, response.headers.get_all("x-goog-hash", []))
             files.put_in_place(part, path)
         finally:
@@ -161,11 +161,11 @@ def _open(url: str, headers: dict[str, str], path: Path) -> http.client.HTTPResp
         if error.code == 416:  # the part is whole already, or was never of this file
             _drop_parts(path)
         says = f"the server says {error.code} {error.reason}"
-        raise (_BreakError if error.code in PASSING else _WrongError)(says) from None
+        raise (_ConnectionBrokenError if error.code in RETRYABLE else _BadFileError)(says) from None
     except urllib.error.URLError as error:
-        raise _BreakError(f"no connection: {error.reason}") from None
+        raise _ConnectionBrokenError(f"no connection: {error.reason}") from None
     except (OSError, http.client.HTTPException) as error:
-        raise _BreakError(f"no answer: {error}") from None
+        raise _ConnectionBrokenError(f"no answer: {error}") from None
 
 
 def _receive(
@@ -173,29 +173,29 @@ def _receive(
 ) -> None:
     while True:
         try:
-            piece = response.read1(PIECE)
+            chunk = response.read1(CHUNK)
         except (OSError, http.client.HTTPException) as error:
-            raise _BreakError(f"the connection broke: {error}") from None
-        if not piece:
+            raise _ConnectionBrokenError(f"the connection broke: {error}") from None
+        if not chunk:
             return
-        file.write(piece)
-        advance(len(piece))
+        file.write(chunk)
+        advance(len(chunk))
 
 
 def _verify(part: Path, hashes: list[str]) -> None:
-    """Against the MD5 that Google's servers send, and as far as any ``.npz`` can be told."""
+    """Check the MD5 that Google's servers send, and that it is a ``.npz``."""
     if md5 := re.search(r"\bmd5=([\w+/=]+)", ",".join(hashes)):
         with open(part, "rb") as file:
             digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).digest()
         if (found := base64.b64encode(digest).decode()) != md5[1]:
-            raise _WrongError(f"damaged on the way: expected MD5 {md5[1]}, got {found}")
+            raise _BadFileError(f"damaged on the way: expected MD5 {md5[1]}, got {found}")
     if not zipfile.is_zipfile(part):
-        raise _WrongError("what the server sent is no .npz")
+        raise _BadFileError("what the server sent is no .npz")
 
 
 @contextlib.contextmanager
 def _progress(name: str, start: int, total: int | None) -> Iterator[Callable[[int], object]]:
-    """A bar on a terminal, if tqdm is there to draw it."""
+    """A progress bar on a terminal, if tqdm is installed."""
     if importlib.util.find_spec("tqdm") is None:
         yield lambda size: None
         return

@@ -1,4 +1,4 @@
-"""Which weights were released, under which names."""
+"""The released weights and their names."""
 
 import difflib
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 PUBLISHED = ("R50x1", "R50x3", "R101x1", "R101x3", "R152x2", "R152x4")  # architectures
-# What the head of each was trained on: ILSVRC-2012, ImageNet-21k, JFT-300M (never released).
+# Classes of ILSVRC-2012, ImageNet-21k and JFT-300M (never released).
 UPSTREAM_CLASSES = {"S": 1000, "M": 21843, "L": 18291}
 TIMM_TAGS = {
     "goog_in21k_ft_in1k": 1000,
@@ -15,7 +15,7 @@ TIMM_TAGS = {
     "goog_teacher_in21k_ft_in1k": 1000,
     "goog_teacher_in21k_ft_in1k_384": 1000,
 }
-# Those that timm has of every architecture, and of one. Without a tag it takes the first.
+# Tags that timm has of every architecture, the first of them its default, and of one.
 COMMON_TAGS = ("goog_in21k_ft_in1k", "goog_in21k")
 OWN_TAGS = {
     "R50x1": ("goog_distilled_in1k",),
@@ -71,8 +71,8 @@ def find_release(name: str) -> Release | None:
     return RELEASES.get(_DEFAULTS.get(name, name))
 
 
-def released(name: str) -> Release:
-    """As ``find_release``; ValueError, saying what there is, for a name without weights."""
+def get_release(name: str) -> Release:
+    """As ``find_release``, but raises ValueError with suggestions for a name without weights."""
     release = find_release(name)
     if release is not None:
         return release

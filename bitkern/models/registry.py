@@ -20,7 +20,7 @@ from bitkern.models.pretrained import (
     TIMM_TAGS,
     UPSTREAM_CLASSES,
     find_release,
-    released,
+    get_release,
     timm_name,
 )
 from bitkern.models.resnetv2 import ARCHITECTURES, Architecture, Device, FeatureNet, ResNetV2
@@ -62,7 +62,7 @@ def _look_up(name: str) -> tuple[Architecture, int | None]:
     )
 
 
-def file_of(
+def weights_path(
     weights: str | PathLike[str], name: str, cache_dir: str | PathLike[str] | None = None
 ) -> str | PathLike[str]:
     """The path that ``weights`` is, or that of the file it names, for the model ``name``."""
@@ -162,8 +162,8 @@ def create_model(
     if pretrained and weights is not None:
         raise ValueError(f"pretrained: expected without weights, got weights {weights}")
     if pretrained:
-        weights = released(name).name
-    path = None if weights is None else file_of(weights, name, cache_dir)
+        weights = get_release(name).name
+    path = None if weights is None else weights_path(weights, name, cache_dir)
     state = None if path is None else read_checkpoint(path)
     checkpoint_classes = default_classes if state is None else num_classes_of(state)
     if features_only:

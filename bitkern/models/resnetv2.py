@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitkern.nn import GroupNormAct, WSConv2d, preact
-from bitkern.nn.current import StandardizedWeights, current, using
-from bitkern.nn.preact import summed, through
+from bitkern.nn.current import WeightSource, current, using
+from bitkern.nn.preact import Summands, add_residual, run_all_deferred
 from bitkern.nn.standardized import per_forward
 
 GROUPS = 32
@@ -59,7 +59,7 @@ def conv(
     )
 
 
-def with_weights(weights: StandardizedWeights | None, block: nn.Module, x: Tensor) -> Any:
+def with_weights(weights: WeightSource | None, block: nn.Module, x: Tensor) -> Any:
     """``block(x)``, with these current standardized weights."""
     with using(weights):
         return block(x)
@@ -118,11 +118,11 @@ class Stage(preact.Stage, nn.Module):
         )
         self.blocks = nn.Sequential(first, *rest)
 
-    def pair(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """As ``Bottleneck.pair``, through all blocks."""
+    def forward_deferred(self, x: Tensor, residual: Tensor | None = None) -> Summands:
+        """As ``Bottleneck.forward_deferred``, through all blocks."""
         if not self.grad_checkpointing:
-            return super().pair(x, residual)
-        x = summed(x, residual)
+            return super().forward_deferred(x, residual)
+        x = add_residual(x, residual)
         for block in self.blocks:
             # A recomputed block takes the same standardized weights as the first time.
             x = checkpoint(partial(with_weights, current(), block), x, use_reentrant=False)
@@ -198,7 +198,8 @@ class ResNetV2(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (N, in_chans, H, W) -> last feature map after norm and ReLU (N, C, H', W')."""
         with per_forward(self):
-            features: Tensor = self.norm(summed(*through(self.stages, self.stem(x), None)))
+            summands = run_all_deferred(self.stages, self.stem(x), None)
+            features: Tensor = self.norm(add_residual(*summands))
             return features
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

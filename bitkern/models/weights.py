@@ -1,4 +1,4 @@
-"""Weights by name: released ones and those of the Hugging Face hub, in the cache or fetched."""
+"""Weights by name, from the cache, Google's storage or the Hugging Face hub."""
 
 import importlib.util
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bitkern import files
 from bitkern.models.download import download, ways_out
-from bitkern.models.pretrained import HUB, Release, released
+from bitkern.models.pretrained import HUB, Release, get_release
 
 BIT_URL = "https://storage.googleapis.com/bit_models"
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -15,7 +15,7 @@ CacheDir = str | PathLike[str] | None
 
 
 def cache_folder(cache_dir: CacheDir = None) -> Path:
-    """Where the ``.npz`` of BiT are: ``cache_dir``, else where the environment says."""
+    """The folder of BiT's ``.npz`` files: ``cache_dir``, else as the environment says."""
     folder = cache_dir or os.environ.get("BITKERN_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(folder or Path(base, "bitkern")).expanduser()
@@ -31,11 +31,11 @@ def source(release: Release) -> str:
     return f"{mirror.rstrip('/')}/{release.name}.npz"
 
 
-def cached(name: str, cache_dir: CacheDir = None) -> Path | None:
-    """The file of ``fetch`` if it is there, without a request; None if not."""
+def find_cached(name: str, cache_dir: CacheDir = None) -> Path | None:
+    """The file of ``fetch`` if it is in the cache, without a request; None if not."""
     if repository := _repository(name):
         return _in_hub_cache(repository, cache_dir)
-    path = _path(released(name), cache_dir)
+    path = _path(get_release(name), cache_dir)
     return path if path.is_file() else None
 
 
@@ -48,7 +48,7 @@ def fetch(name: str, cache_dir: CacheDir = None) -> Path:
     """
     if repository := _repository(name):
         return _in_hub_cache(repository, cache_dir) or _from_hub(repository, cache_dir)
-    release = released(name)
+    release = get_release(name)
     path = _path(release, cache_dir)
     download(source(release), path)
     return path
@@ -59,7 +59,7 @@ def _path(release: Release, cache_dir: CacheDir) -> Path:
 
 
 def _repository(name: str) -> str | None:
-    return name.removeprefix(HUB) if name.startswith(HUB) else released(name).repository
+    return name.removeprefix(HUB) if name.startswith(HUB) else get_release(name).repository
 
 
 def _in_hub_cache(repository: str, cache_dir: CacheDir) -> Path | None:
@@ -95,7 +95,7 @@ def _from_hub(repository: str, cache_dir: CacheDir) -> Path:
             reason = "no such repository, or none for you"
         except errors.LocalEntryNotFoundError:
             reason = "not in the cache, and the hub cannot be reached"
-        # Besides, it raises what its HTTP client does, and some fifty classes of its own.
+        # It also raises the errors of its HTTP client and some fifty classes of its own.
         except Exception as error:
             reason = files.in_a_line(error)
         address = f"{huggingface_hub.constants.ENDPOINT}/{repository}"

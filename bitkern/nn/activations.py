@@ -1,10 +1,12 @@
 """The modules whose activation a kernel computes, and those that may do nothing."""
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from bitkern.reference import Activation
 
-# Those of PyTorch. A file of bitkern.convert.libraries adds the classes of its library.
+# The classes of PyTorch; a file of bitkern.convert.libraries has those of its library.
 ACTS: dict[type, Activation] = {
     nn.ReLU: "relu",
     nn.SiLU: "silu",
@@ -16,13 +18,13 @@ ACTS: dict[type, Activation] = {
 _DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d
 
 
-def act_of(module: nn.Module) -> Activation | None:
+def act_of(module: nn.Module, acts: Mapping[type, Activation] = ACTS) -> Activation | None:
     """The activation that a module is; None for a subclass, or with other arguments."""
     if type(module) is nn.LeakyReLU and module.negative_slope != 0.01:
         return None
     if type(module) is nn.GELU and module.approximate != "none":
         return None
-    return ACTS.get(type(module))
+    return acts.get(type(module))
 
 
 def idle(module: nn.Module) -> bool:

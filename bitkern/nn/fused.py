@@ -14,17 +14,17 @@ from bitkern.reference import Activation
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether somebody sees a module being called: a hook, or a forward put over its own."""
+    """Return whether somebody sees a module being called: a hook, or a forward put over its own."""
     return _torch.hooked(module) or "forward" in vars(module)
 
 
-# By the function, not the class: classes that bitkern.convert puts in have it, and a subclass with
-# a forward of its own has not.
+# Compared by function, not by class: the classes of bitkern.convert share it, and a subclass that
+# overrides forward does not have it.
 _FORWARDS = GroupNormAct.forward, InstanceNorm.forward
 
 
 def fused_act(norm: Any, x: Tensor) -> Activation | None:
-    """The activation that a kernel computes with a norm of x; None if it cannot do all of that."""
+    """The activation that a kernel computes together with a norm of x; None if it cannot."""
     if getattr(type(norm), "forward", None) not in _FORWARDS or watched(norm) or not norm.takes(x):
         return None
     act: Activation
@@ -33,7 +33,7 @@ def fused_act(norm: Any, x: Tensor) -> Activation | None:
 
 
 def fusible_conv(module: nn.Module) -> tuple[nn.Module, Conv] | None:
-    """The convolution that a module is and nothing but; None if it cannot be fused."""
+    """The single convolution that a module computes; None if it cannot be fused."""
     if watched(module):
         return None
     if type(module).forward is nn.Sequential.forward:
@@ -63,23 +63,23 @@ def norm_act_conv(
     residual: Tensor | None = None,
     recompute: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:
-    """``s = x (+ residual)`` and ``[conv(norm(s)) for conv in convs]``, fused; returns (s, list).
+    """``summed = x (+ residual)`` and a list of ``conv(norm(summed))``, fused; returns both.
 
-    What a pre-activation block is made of. For backward it keeps s and computes ``norm(s)`` once
-    more (``bitkern.ops.group_norm_act_conv``); with ``recompute=False`` it keeps both.
+    For backward it keeps the sum and computes ``norm(summed)`` once more
+    (``bitkern.ops.group_norm_act_conv``); with ``recompute=False`` it keeps both.
     Modules with hooks are called as modules, so that the hooks see what they always see.
 
     Args:
         norm: a ``GroupNormAct``; any other module is called.
-        convs: modules applied to ``norm(s)``; fused where they are bare ``WSConv2d`` or
+        convs: modules applied to ``norm(summed)``; fused where they are bare ``WSConv2d`` or
             convolutions of PyTorch.
         x, residual: (N, C, *); residual may be None.
     """
     act = fused_act(norm, x)
     if act is None:
-        s = x if residual is None else x + residual
-        activation = norm(s)
-        return s, [conv(activation) for conv in convs]
+        summed = x if residual is None else x + residual
+        activation = norm(summed)
+        return summed, [conv(activation) for conv in convs]
     affine = norm.num_groups, norm.weight, norm.bias, norm.eps, act
     fused = [found for found in map(fusible_conv, convs) if found]
     if recompute and len(fused) == len(convs):
@@ -89,7 +89,7 @@ def norm_act_conv(
             specs = [conv for _, conv in fused]
             return ops.group_norm_act_conv(x, residual, *affine, *parameters, specs)
     if residual is None:
-        s, activation = x, group_norm_act(x, *affine)
+        summed, activation = x, group_norm_act(x, *affine)
     else:
-        s, activation = ops.add_group_norm_act(x, residual, *affine)
-    return s, [conv(activation) for conv in convs]
+        summed, activation = ops.add_group_norm_act(x, residual, *affine)
+    return summed, [conv(activation) for conv in convs]

@@ -1,4 +1,4 @@
-"""The layers, which say themselves what in them can be fused with their neighbours."""
+"""Layers, and their description of what can be fused with their neighbours."""
 
 from typing import Any, ClassVar, NoReturn
 
@@ -29,7 +29,7 @@ def _refuse_to_script(module: nn.Module) -> NoReturn:
 
 
 def conv_fusion(conv: Any) -> Conv | None:
-    """What is left of a convolution of PyTorch once its parameters are there; None if more is."""
+    """The arguments of a convolution of PyTorch; None if they cannot be fused."""
     padding = numeric_padding(conv.padding, conv.dilation, conv.kernel_size)
     if padding is None or conv.padding_mode != "zeros":
         return None
@@ -45,7 +45,7 @@ class WSConv2d(nn.Conv2d):
     learnable ``gain`` of shape (out_channels, 1, 1, 1), as in NFNets (arXiv 2101.08692).
     """
 
-    folded: ClassVar[Any] = nn.Conv2d  # what bitkern.fold makes of it
+    folded: ClassVar[Any] = nn.Conv2d  # the class that bitkern.fold assigns
     __prepare_scriptable__ = _refuse_to_script
 
     eps: float
@@ -97,7 +97,7 @@ class WSConv2d(nn.Conv2d):
 
     @property
     def variant(self) -> Variant:
-        """What of the formula it has in common with the layers standardized along with it."""
+        """The variant of the formula, shared by layers that are standardized in one launch."""
         return Variant(self.eps, self.eps_outside, self.unbiased)
 
     def standardize(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -113,7 +113,7 @@ class WSConv2d(nn.Conv2d):
         return standardize_for(x, weight, self.variant, gain=self.gain, scale=self.scale)
 
     def fusion(self) -> Conv | None:
-        """The convolution that it is and nothing but; None in a subclass that computes more."""
+        """The convolution that the layer computes; None in a subclass that computes more."""
         cls = type(self)
         own = cls.forward is nn.Conv2d.forward and cls._conv_forward is WSConv2d._conv_forward
         return conv_fusion(self) if own else None
@@ -165,7 +165,7 @@ class GroupNormAct(nn.GroupNorm):
         self.act = act
 
     def takes(self, input: Tensor) -> bool:
-        """Whether the kernel's function is the one for an input; what it refuses is an error."""
+        """Return whether the kernel is used for an input, instead of a fallback."""
         return True
 
     def fusion(self) -> tuple[Activation, tuple[nn.Module, ...]]:

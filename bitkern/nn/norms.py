@@ -9,7 +9,7 @@ from bitkern.nn.layers import GroupNormAct
 from bitkern.ops import group_norm_act
 from bitkern.reference import Activation
 
-torch.fx.wrap("group_norm_act")  # recorded as it is
+torch.fx.wrap("group_norm_act")  # torch.fx records the call
 
 
 class GroupNorm(nn.GroupNorm):
@@ -45,16 +45,16 @@ class InstanceNorm(nn.Module):
         return "none", ()
 
     def takes(self, input: Tensor) -> bool:
-        """Whether an input is a batch that PyTorch takes, for which a kernel is there."""
+        """Return whether an input is a batch that PyTorch accepts and a kernel supports."""
         features = input.ndim == self.dimensions and input.shape[1] == self.num_features
         return features and input.shape[2:].numel() > 1 and not self.track_running_stats
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, num_features, *) -> the same shape, dtype and memory format.
 
-        What else PyTorch takes, a sample without a batch say, or refuses, is left to it.
+        Any other input, such as a sample without a batch, is left to PyTorch.
         """
-        # torch.fx, which cannot follow the conditions, records what a batch takes.
+        # torch.fx cannot follow the conditions and records the kernel.
         symbol = isinstance(input, torch.fx.Proxy) and not self.track_running_stats
         if symbol or self.takes(input):
             affine = self.num_features, self.weight, self.bias, self.eps

@@ -1,7 +1,7 @@
-"""Pre-activation blocks that hand each other sums still to be made.
+"""Pre-activation blocks that defer the residual addition to the next block.
 
 A block of He et al., arXiv 1603.05027, ends in ``branch + shortcut``, and the next one begins with
-a norm of that sum. Here a block returns the two as a pair, and the next block's first operator adds
+a norm of that sum. Here a block returns the two unsummed, and the next block's first operator adds
 them in the pass that normalizes the sum. The blocks of timm and transformers have the same parts
 with the same names: norm1, conv1, … conv3, downsample.
 """
@@ -13,47 +13,47 @@ from torch import Tensor, nn
 
 from bitkern.nn.fused import norm_act_conv, watched
 
+Summands = tuple[Tensor, Tensor | None]  # of a residual addition that is still to be made
 
-def summed(x: Tensor, residual: Tensor | None) -> Tensor:
-    """The sum that a pair stands for."""
+
+def add_residual(x: Tensor, residual: Tensor | None) -> Tensor:
+    """``x + residual``, or ``x`` without a residual."""
     return x if residual is None else x + residual
 
 
-class Paired:
-    """Mixin of modules whose result is a pair as well."""
+class DeferredResidual:
+    """Mixin of modules that can leave the last residual addition to their successor."""
 
-    def pair(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The module on the sum of x and residual, as two summands; the second may be None."""
+    def forward_deferred(self, x: Tensor, residual: Tensor | None = None) -> Summands:
+        """The module applied to x + residual; returns two summands, the second may be None."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) -> maps."""
-        return summed(*self.pair(x))
+        return add_residual(*self.forward_deferred(x))
 
 
-def advance(module: Any, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """``module`` on the sum of x and residual, as a pair.
+def run_deferred(module: Any, x: Tensor, residual: Tensor | None) -> Summands:
+    """``module`` applied to x + residual, as two summands.
 
-    Called, where hooks watch it or it is no ``Paired`` but a wrapper, say.
+    A module with hooks, or without ``forward_deferred``, is called on the sum.
     """
-    if isinstance(module, Paired) and not watched(cast(nn.Module, module)):
-        return module.pair(x, residual)
-    return module(summed(x, residual)), None
+    if isinstance(module, DeferredResidual) and not watched(cast(nn.Module, module)):
+        return module.forward_deferred(x, residual)
+    return module(add_residual(x, residual)), None
 
 
-def through(
-    modules: Iterable[nn.Module], x: Tensor, residual: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """``advance`` through modules: a list, or an ``nn.Sequential`` that would be called."""
+def run_all_deferred(modules: Iterable[nn.Module], x: Tensor, residual: Tensor | None) -> Summands:
+    """``run_deferred`` over modules: a list, or an ``nn.Sequential`` that would be called."""
     called = not isinstance(modules, list)
     if called and (not isinstance(modules, nn.Sequential) or watched(modules)):
-        return advance(modules, x, residual)
+        return run_deferred(modules, x, residual)
     for module in modules:
-        x, residual = advance(module, x, residual)
+        x, residual = run_deferred(module, x, residual)
     return x, residual
 
 
-class Bottleneck(Paired):
+class Bottleneck(DeferredResidual):
     """Mixin of pre-activation bottlenecks."""
 
     recompute = True  # the activations in backward, instead of keeping them
@@ -66,21 +66,21 @@ class Bottleneck(Paired):
     conv3: nn.Module
 
     def projection(self) -> nn.Module | None:
-        """The module that makes the shortcut of the first activation; None if that is the input."""
+        """The module that computes the shortcut; None if the shortcut is the input."""
         return self.downsample  # type: ignore[no-any-return]
 
     def finish(self, branch: Tensor) -> Tensor:
-        """What comes between the last convolution and the sum."""
+        """Apply what comes between the last convolution and the sum."""
         return branch
 
-    def pair(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The block of x + residual: branch and shortcut."""
+    def forward_deferred(self, x: Tensor, residual: Tensor | None = None) -> Summands:
+        """The block applied to x + residual; returns branch and shortcut."""
         projection = self.projection()
         convs = [self.conv1] if projection is None else [projection, self.conv1]
-        s, (*projected, branch) = self._norm_act_conv(self.norm1, convs, x, residual)
+        summed, (*projected, branch) = self._norm_act_conv(self.norm1, convs, x, residual)
         _, (branch,) = self._norm_act_conv(self.norm2, [self.conv2], branch)
         _, (branch,) = self._norm_act_conv(self.norm3, [self.conv3], branch)
-        return self.finish(branch), projected[0] if projected else s
+        return self.finish(branch), projected[0] if projected else summed
 
     def _norm_act_conv(
         self,
@@ -92,7 +92,7 @@ class Bottleneck(Paired):
         return norm_act_conv(norm, convs, x, residual, self.recompute)
 
 
-class Stage(Paired):
+class Stage(DeferredResidual):
     """Mixin of stages, runs of blocks."""
 
     blocks: Any
@@ -101,6 +101,6 @@ class Stage(Paired):
         """The blocks: a list, or an ``nn.Sequential`` that would be called."""
         return self.blocks
 
-    def pair(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """As ``Bottleneck.pair``, through all blocks."""
-        return through(self.parts(), x, residual)
+    def forward_deferred(self, x: Tensor, residual: Tensor | None = None) -> Summands:
+        """As ``Bottleneck.forward_deferred``, through all blocks."""
+        return run_all_deferred(self.parts(), x, residual)

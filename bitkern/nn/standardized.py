@@ -1,8 +1,8 @@
-"""All standardized weights of a model at once: for one forward pass, or for an optimizer step.
+"""Standardization of all weights of a model at once, for a forward pass or an optimizer step.
 
 The weights are standardized when the first layer asks for its own, because only then dtype and
-layout are known, and in one launch for all layers of a kind. A layer whose weight is computed or
-brought when it is called standardizes that itself.
+layout are known, in one launch for each group of layers. A layer whose weight is computed or set
+when it is called standardizes that itself.
 """
 
 import contextlib
@@ -45,8 +45,8 @@ class Sums:
         yield self.sums
 
 
-class _Kind:
-    """Layers of one kind: same variant of the formula, dtype, device and need of a gradient."""
+class LayerGroup:
+    """Layers standardized in one launch: same variant, dtype, device and need of a gradient."""
 
     def __init__(self, convs: Sequence[WSConv2d]) -> None:
         self.convs = convs
@@ -64,7 +64,7 @@ class _Kind:
         return conv.variant, gain is None, type(conv.weight), dtype, device, needs_grad
 
     def standardize(self, dtype: torch.dtype, channels_last: bool) -> list[Tensor]:
-        """Differentiable: the gradient reaches the weights with the backward pass."""
+        """Standardize the weights; the backward pass carries the gradient to them."""
         return ops.weight_standardize_all(
             self.weights,
             self.variant,
@@ -76,7 +76,7 @@ class _Kind:
 
 
 class _Carried(torch.autograd.Function):
-    """Gradients on their way to parameters, which take them over: nobody else holds them."""
+    """Hands gradients to parameters, which take them over without a copy."""
 
     @staticmethod
     def forward(ctx: Any, backward: Callable[[], list[Tensor]], *parameters: Tensor) -> Tensor:
@@ -88,8 +88,8 @@ class _Carried(torch.autograd.Function):
         return None, *ctx.backward_of_all()
 
 
-class _StepKind(_Kind):
-    """A kind whose gradients are collected until ``finish`` carries them to the weights."""
+class _StepLayerGroup(LayerGroup):
+    """A group whose gradients are collected until ``finish`` carries them to the weights."""
 
     def __init__(self, convs: Sequence[WSConv2d], sums: Sums) -> None:
         super().__init__(convs)
@@ -111,8 +111,8 @@ class _StepKind(_Kind):
             dtype=dtype,
             channels_last=channels_last,
         )
-        self.state = _torch.state_of([*self.weights, *(self.gains or ())])
-        # A result must not be held by its own hook: that is a cycle which Python does not see.
+        self.state = _torch.version_key([*self.weights, *(self.gains or ())])
+        # A result held by its own hook would be a reference cycle that Python cannot collect.
         self.detached = detached._replace(outs=[])
         for i, out in enumerate(detached.outs):
             if self.weights[i].requires_grad or self.gains and self.gains[i].requires_grad:
@@ -131,7 +131,7 @@ class _StepKind(_Kind):
         grad, out.grad = out.grad.to(self.detached.stats.dtype), None
         self.arrived = True
         if self.closed:
-            if _torch.state_of([*self.weights, *(self.gains or ())]) != self.state:
+            if _torch.version_key([*self.weights, *(self.gains or ())]) != self.state:
                 raise RuntimeError(
                     "standardized: a backward pass after the block, of weights that have changed "
                     f"since: {_FORM}"
@@ -146,9 +146,9 @@ class _StepKind(_Kind):
         """Carry collected gradients to the weights; those of ``fused`` step if they can."""
         grads = {i: sums[conv] for i, conv in enumerate(self.convs) if conv in sums}
         if optimizer is not None:
-            of, can_step = [*enumerate(self.weights)], self.detached.can_step
+            can_step = self.detached.can_step
             for options, buffers in optimizer.momenta({self.weights[i] for i in grads} & fused):
-                found = {i: buffers[w] for i, w in of if w in buffers}
+                found = {i: buffers[w] for i, w in enumerate(self.weights) if w in buffers}
                 layers = {i: b for i, b in found.items() if can_step(i, self.weights[i], b)}
                 if layers:
                     douts = {i: grads.pop(i) for i in layers}
@@ -172,12 +172,12 @@ class _StepKind(_Kind):
 
 
 def _is_fsdp(module: nn.Module) -> bool:
-    """Whether FSDP2's ``fully_shard`` wraps the module; told without the slow import of FSDP2."""
+    """Return whether FSDP2's ``fully_shard`` wraps the module, without the slow import of FSDP2."""
     return hasattr(type(module), "unshard")
 
 
-def _is_here(conv: WSConv2d) -> bool:
-    """Whether a layer's weight is there before its call: not computed, nor brought by hooks."""
+def _is_available(conv: WSConv2d) -> bool:
+    """Return whether a layer's weight exists before its call: not computed, nor set by hooks."""
     if "forward" in vars(conv) or _torch.forward_pre_hooked(conv):
         return False
     parameters: list[Any] = [_torch.own_parameter(conv, "weight")]
@@ -187,75 +187,77 @@ def _is_here(conv: WSConv2d) -> bool:
 
 
 class _Shared(NamedTuple):
-    """A standardized weight, and what it was made of."""
+    """A standardized weight, and the tensors it was computed from."""
 
     out: Tensor
     sources: Sequence[Tensor]
     state: Hashable
 
-    def holds(self, weight: Tensor) -> bool:
-        """Whether it is that of a weight, as that is now."""
-        return weight is self.sources[0] and _torch.state_of(self.sources) == self.state
+    def is_current(self, weight: Tensor) -> bool:
+        """Return whether it was computed from a weight as that is now."""
+        return weight is self.sources[0] and _torch.version_key(self.sources) == self.state
 
 
-class Pool:
+class StandardizedWeights:
     """The standardized weights of a module's WSConv2d layers, made when first asked for."""
 
-    def __init__(self, module: nn.Module, kind: Callable[[Sequence[WSConv2d]], _Kind]) -> None:
+    def __init__(
+        self, module: nn.Module, group: Callable[[Sequence[WSConv2d]], LayerGroup]
+    ) -> None:
         # What FSDP2 wraps further down has whole weights only while it runs itself.
         wrapped = [m for m in module.modules() if m is not module and _is_fsdp(m)]
         others = {conv for m in wrapped for conv in m.modules()}
-        kinds = defaultdict(list)
+        groups = defaultdict(list)
         for conv in module.modules():
-            if isinstance(conv, WSConv2d) and conv not in others and _is_here(conv):
-                kinds[_Kind.key(conv)].append(conv)
-        self.kinds: Sequence[_Kind] = [kind(convs) for convs in kinds.values()]
+            if isinstance(conv, WSConv2d) and conv not in others and _is_available(conv):
+                groups[LayerGroup.key(conv)].append(conv)
+        self.groups: Sequence[LayerGroup] = [group(convs) for convs in groups.values()]
         self.shared: dict[nn.Module, _Shared] | None = None
 
     def get(self, conv: nn.Module, weight: Tensor, x: Tensor) -> Tensor | None:
-        """As ``current.StandardizedWeights.get``."""
+        """As ``current.WeightSource.get``."""
         if self.shared is None:
             self.shared = dict(self._standardize(x))
         shared = self.shared.get(conv)
         if shared is None or _torch.forward_pre_hooked(conv):  # may change the weight
             return None
-        if not shared.holds(weight):
-            return self.changed(conv, weight)
+        if not shared.is_current(weight):
+            return self.on_changed(conv, weight)
         trained = any(source.requires_grad for source in shared.sources)
         without = trained and torch.is_grad_enabled() and not shared.out.requires_grad
         return None if without or shared.out.dtype != conv_dtype(x, weight) else shared.out
 
     def _standardize(self, x: Tensor) -> Iterator[tuple[nn.Module, _Shared]]:
-        for kind in self.kinds:
-            weight = kind.weights[0]
-            outs = kind.standardize(conv_dtype(x, weight), conv_channels_last(x, weight))
-            for i, (conv, out) in enumerate(zip(kind.convs, outs, strict=True)):
-                sources = kind.weights[i : i + 1] + (kind.gains or [])[i : i + 1]
-                yield conv, _Shared(out, sources, _torch.state_of(sources))
+        for group in self.groups:
+            weight = group.weights[0]
+            outs = group.standardize(conv_dtype(x, weight), conv_channels_last(x, weight))
+            for i, (conv, out) in enumerate(zip(group.convs, outs, strict=True)):
+                sources = group.weights[i : i + 1] + (group.gains or [])[i : i + 1]
+                yield conv, _Shared(out, sources, _torch.version_key(sources))
 
-    def changed(self, conv: nn.Module, weight: Tensor) -> Tensor | None:
-        """What a layer gets whose weight is another than the one standardized."""
+    def on_changed(self, conv: nn.Module, weight: Tensor) -> Tensor | None:
+        """Result of ``get`` for a layer whose weight is not the one standardized."""
         return None
 
 
-class _StepPool(Pool):
+class _StepWeights(StandardizedWeights):
     """The weights of an optimizer step, which must not change before its gradients are there."""
 
-    kinds: Sequence[_StepKind]
+    groups: Sequence[_StepLayerGroup]
 
     def __init__(self, module: nn.Module, sums: Sums) -> None:
-        super().__init__(module, partial(_StepKind, sums=sums))
+        super().__init__(module, partial(_StepLayerGroup, sums=sums))
         self.parameters = [p for p in module.parameters() if type(p) is nn.Parameter]
-        self.state = _torch.state_of(self.parameters)
+        self.state = _torch.version_key(self.parameters)
         self.asked = self.ddp = False
 
     def get(self, conv: nn.Module, weight: Tensor, x: Tensor) -> Tensor | None:
-        self.ddp |= _torch.active_ddp() is not None  # whose hooks want the gradients
+        self.ddp |= _torch.active_ddp() is not None  # its hooks need the gradients
         out = super().get(conv, weight, x)
         self.asked |= out is not None and out.requires_grad and torch.is_grad_enabled()
         return out
 
-    def changed(self, conv: nn.Module, weight: Tensor) -> Tensor | None:
+    def on_changed(self, conv: nn.Module, weight: Tensor) -> Tensor | None:
         if weight is not _torch.own_parameter(conv, "weight"):  # but one that was handed in
             return None
         raise RuntimeError(f"standardized: a weight has changed inside the block: {_FORM}")
@@ -267,29 +269,29 @@ class _StepPool(Pool):
             raise RuntimeError(f"standardized: an optimizer step inside the block: {_FORM}")
 
     def finish(self, sums: Mapping[Hashable, Tensor], optimizer: SGD | None) -> None:
-        """Carry collected gradients to the weights; what can takes the optimizer's step at once.
+        """Carry collected gradients to the weights, or step at once where that is possible.
 
-        That is a weight of one layer, which nothing else gives a gradient or looks at it.
+        It is for the weight of a single layer that has no other gradient and no hooks.
         """
         fused: set[Tensor] = set()
         if optimizer is not None and not self.ddp and not optimizer.watched:
-            weights = [w for kind in self.kinds for w in kind.weights]
+            weights = [w for group in self.groups for w in group.weights]
             layers = Counter(w.data_ptr() for w in weights)
             alone = (w for w in weights if layers[w.data_ptr()] == 1 and w.grad is None)
             fused = {w for w in alone if not _torch.grad_hooked(w)}
-        for kind in self.kinds if self.shared is not None else ():
-            kind.finish(sums, optimizer, fused)
+        for group in self.groups if self.shared is not None else ():
+            group.finish(sums, optimizer, fused)
 
     def close(self) -> None:
-        """Collect no more: what comes from now on goes to the weights."""
-        for kind in self.kinds:
-            kind.closed = True
+        """Stop collecting: later gradients go to the weights at once."""
+        for group in self.groups:
+            group.closed = True
 
     def check(self) -> None:
         """Raise RuntimeError if the block was not a step's forward and backward passes."""
-        if _torch.state_of(self.parameters) != self.state:
+        if _torch.version_key(self.parameters) != self.state:
             raise RuntimeError(f"standardized: a parameter has changed inside the block: {_FORM}")
-        if self.asked and not any(kind.arrived for kind in self.kinds):
+        if self.asked and not any(group.arrived for group in self.groups):
             raise RuntimeError(
                 f"standardized: no backward pass of the convolutions inside the block: {_FORM}"
             )
@@ -301,13 +303,13 @@ def per_forward(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     Does nothing inside ``standardized``, whose weights are there already, and under the compiler
     and transforms, which cannot see into it: there each layer standardizes its own.
     """
-    if torch.compiler.is_compiling() or _torch.transformed():
+    if torch.compiler.is_compiling() or _torch.active_transform():
         return contextlib.nullcontext()
-    return using(current() or Pool(module, _Kind))
+    return using(current() or StandardizedWeights(module, LayerGroup))
 
 
 def _take_step(optimizer: SGD | None) -> None:
-    """The step of the parameters that have gradients by now."""
+    """Step the parameters that have gradients by now."""
     if optimizer is not None:
         _torch.refuse_scaler(optimizer)
         optimizer.step()
@@ -338,7 +340,7 @@ def standardized(
     looks at gradients or steps (hooks, DistributedDataParallel), take PyTorch's. To clip or unscale
     gradients, leave ``optimizer`` out and call its step after the block.
 
-    ``sums`` collects the gradients, for who does more with them than to sum them.
+    ``sums`` collects the gradients; a subclass may do more than sum them.
 
     With DistributedDataParallel all micro-batches but the last run under its ``no_sync``. Does
     nothing to a module that FSDP2 wraps, whose weights are whole only during a forward pass.
@@ -361,15 +363,15 @@ def standardized(
         _take_step(optimizer)
         return
     sums = sums or Sums()
-    pool = _StepPool(module, sums)
-    refusal = register_optimizer_step_pre_hook(pool.refuse_step)
+    weights = _StepWeights(module, sums)
+    refusal = register_optimizer_step_pre_hook(weights.refuse_step)
     try:
-        with using(pool):
+        with using(weights):
             yield
     finally:
         refusal.remove()
-        pool.close()
-    pool.check()
+        weights.close()
+    weights.check()
     with sums.complete() as totals:
-        pool.finish(totals, optimizer)
+        weights.finish(totals, optimizer)
     _take_step(optimizer)

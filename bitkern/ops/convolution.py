@@ -1,10 +1,10 @@
 """Convolutions: what they are called with, and the fastest way to compute them.
 
 Where a processor has matrix units (AMX), oneDNN's convolutions fall behind its matrix products.
-There, convolutions that are one node with the norm before them use products, for bfloat16 maps in
-channels_last: 1x1 convolutions, which are
-products of a matrix (N * H * W, C), and the gradients of the weights of small maps, of which all
-windows are gathered. docs/performance.md has the measurements.
+There, convolutions that are one node with the norm before them use products for bfloat16 maps in
+channels_last: for 1x1 convolutions, which multiply a matrix (N * H * W, C), and for the gradients
+of the weights of small maps, whose windows are all gathered. docs/performance.md has the
+measurements.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class Conv(NamedTuple):
     groups: int
 
     def expanded(self, dimensions: int) -> "Conv":
-        """With an int for each dimension where there is one for all."""
+        """The same arguments with an int for each dimension."""
         stride, padding, dilation, transposed, output_padding, groups = self
         parts = stride, padding, dilation, output_padding
         stride, padding, dilation, output_padding = (
@@ -50,8 +50,8 @@ def numeric_padding(
         return tuple(padding)
     if padding == "valid":
         return (0,) * len(kernel_size)
-    total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
-    return None if any(t % 2 for t in total) else tuple(t // 2 for t in total)
+    both = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+    return None if any(p % 2 for p in both) else tuple(p // 2 for p in both)
 
 
 def convolution_parameters(
@@ -94,13 +94,13 @@ def convolution_backward(
     if products and mask[1] and _gathers(dout, weight, conv):
         dweight = _gathered_weight_gradient(dout, a, weight, conv)
         mask = mask[0], False, mask[2]
-    of = dout, a, weight, [dout.shape[1]], *conv, mask
-    da, other, dbias = torch.ops.aten.convolution_backward(*of)
+    args = dout, a, weight, [dout.shape[1]], *conv, mask
+    da, other, dbias = torch.ops.aten.convolution_backward(*args)
     return [da, other if dweight is None else dweight, dbias]
 
 
 def _products(a: Tensor) -> bool:
-    """Whether matrix products of a map are faster than its convolutions."""
+    """Return whether matrix products of a map are faster than its convolutions."""
     fits = a.ndim == 4 and a.dtype == torch.bfloat16 and a.device.type == "cpu"
     return fits and _torch.has_amx() and a.numel() > 0 and a.permute(0, 2, 3, 1).is_contiguous()
 
@@ -144,9 +144,9 @@ def _pointwise_backward(
     if need_da:
         da = _map(rows @ weight.flatten(1), dout)
         if conv.stride != (1, 1):
-            of_read = da
+            read = da
             da = torch.zeros_like(a)
-            da[:, :, :: conv.stride[0], :: conv.stride[1]] = of_read
+            da[:, :, :: conv.stride[0], :: conv.stride[1]] = read
     if need_dweight:
         dweight = (rows.t() @ _rows(_strided(a, conv))).view_as(weight)
     return [da, dweight, rows.sum(0) if need_dbias else None]

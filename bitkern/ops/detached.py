@@ -1,18 +1,18 @@
-"""Standardized weights outside of autograd: what is made of their gradients is called by hand."""
+"""Standardized weights outside of autograd, whose backward is called by hand."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bitkern.backends import Launchers, choose_launchers
 from bitkern.layout import dense
 from bitkern.ops.weight_standardize import (
-    backward_of,
+    backward_used,
     check,
     checked_scales,
-    implementation_of,
-    stats_of,
+    stats_used,
 )
 from bitkern.variant import SgdOptions, Variant
 
@@ -26,19 +26,19 @@ class DetachedWeights(NamedTuple):
     gains: list[Tensor] | None
     scales: list[float]
     variant: Variant
-    implementation: Any
+    implementation: Launchers
 
     def backward(self, douts: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Gradients of weights and of gains by layer, of the layers that ``douts`` has."""
+        """Gradients of weights and of gains by layer, for the layers in ``douts``."""
         launch = self.implementation.weight_standardize_backward
-        of = self.weights, self.gains, self.scales, self.stats, self.variant
+        args = self.weights, self.gains, self.scales, self.stats, self.variant
         given = [dense(dout) for dout in douts.values()]
-        dweights, dgains = backward_of(launch, [*douts], given, *of)
-        of_gains = dict(zip(douts, dgains, strict=True)) if self.gains and dgains else {}
-        return dict(zip(douts, dweights, strict=True)), of_gains
+        dweights, dgains = backward_used(launch, [*douts], given, *args)
+        dgains_by_layer = dict(zip(douts, dgains, strict=True)) if self.gains and dgains else {}
+        return dict(zip(douts, dweights, strict=True)), dgains_by_layer
 
     def can_step(self, i: int, weight: Tensor, buffer: Tensor) -> bool:
-        """Whether ``sgd`` takes the weight of a layer, whose momentum is in ``buffer``."""
+        """Return whether ``sgd`` takes the weight of a layer, whose momentum is in ``buffer``."""
         # The launchers of a backend from elsewhere need not have it.
         if self.gains is not None or not hasattr(self.implementation, "weight_standardize_sgd"):
             return False
@@ -63,7 +63,7 @@ class DetachedWeights(NamedTuple):
             [self.weights[i] for i in used],
             buffers,
             [self.scales[i] for i in used],
-            stats_of(used, self.weights, self.stats),
+            stats_used(used, self.weights, self.stats),
             self.variant,
             options,
         )
@@ -82,7 +82,7 @@ def weight_standardize_detached(
 ) -> DetachedWeights:
     """``weight_standardize_all`` outside of autograd; its backward is called by hand."""
     check(weights, gains, dtype, channels_last, variant.unbiased)
-    implementation = implementation_of(weights[0])
+    implementation = choose_launchers("weight_standardize", weights[0])
     parameters = (
         [dense(w.detach()) for w in weights],
         None if gains is None else [g.detach().contiguous() for g in gains],

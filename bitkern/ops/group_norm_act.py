@@ -1,10 +1,10 @@
 """Group normalization + activation, alone and after a residual addition.
 
-    s = x (+ residual);  y = act(weight * (s - mean) * rstd + bias)
+    summed = x (+ residual);  y = act(weight * (summed - mean) * rstd + bias)
 
 mean and rstd per (sample, group), weight and bias per channel, or per sample and channel. Backward
-keeps s and the statistics alone: it recomputes what it needs, and one gradient serves x and
-residual alike. Derivation: docs/math.md.
+keeps the sum and the statistics alone: it recomputes what it needs, and one gradient serves x
+and residual alike. Derivation: docs/math.md.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitkern import _torch, reference
-from bitkern.backends import choose, launchers, operator
+from bitkern.backends import Launchers, choose, choose_launchers, launchers, operator
 from bitkern.layout import dense, dense_like
 from bitkern.reference import Activation
 
@@ -95,23 +95,31 @@ def modulated(
     return weight, bias
 
 
-def _implementation(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
-    return launchers(choose("group_norm_act", x, weight, bias).name, "group_norm_act")
-
-
-# The registered operators, for torch.compile and torch.export. An operator cannot return None:
-# an empty tensor stands for the sum that there is not, and for a gradient that nobody wants.
+# The registered operators, for torch.compile and torch.export. An operator cannot return None: an
+# empty tensor stands for a missing sum, and for a gradient that is not wanted.
 
 
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
+def empty_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Fake mean and rstd."""
+    shape, dtype = (x.shape[0], num_groups), reference.compute_dtype(x.dtype)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+def empty_gradients(*wanted: tuple[bool, Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """Fake gradients of tensors, each with whether it is wanted."""
+    grads = (torch.empty_like(p) if need and p is not None else None for need, p in wanted)
+    return tuple(or_empty(grad, like) for grad in grads)
+
+
 @torch.library.custom_op(
     "bitkern::group_norm_act",
     mutates_args=(),
     schema="(Tensor x, Tensor? residual, int num_groups, Tensor? weight, Tensor? bias, float eps,"
-    " str act) -> (Tensor total, Tensor y, Tensor mean, Tensor rstd)",
+    " str act) -> (Tensor summed, Tensor y, Tensor mean, Tensor rstd)",
 )
 def _group_norm_act(
     x: Tensor,
@@ -120,14 +128,15 @@ def _group_norm_act(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    act: str,
+    act: Activation,
 ) -> tuple[Tensor, ...]:
     x = dense(x)
     weight, bias = parameters(weight, bias)
-    total, *rest = _implementation(x, weight, bias).group_norm_act_forward(
+    kernels = choose_launchers("group_norm_act", x, weight, bias)
+    summed, *rest = kernels.group_norm_act_forward(
         x, dense_like(residual, x), num_groups, weight, bias, eps, act
     )
-    return or_empty(total, x), *rest
+    return or_empty(summed, x), *rest
 
 
 @_group_norm_act.register_fake
@@ -140,43 +149,39 @@ def _(
     eps: float,
     act: str,
 ) -> tuple[Tensor, ...]:
-    total = None if residual is None else torch.empty_like(dense(x))
-    stats = (x.shape[0], num_groups)
-    dtype = reference.compute_dtype(x.dtype)
-    mean, rstd = x.new_empty(stats, dtype=dtype), x.new_empty(stats, dtype=dtype)
-    return or_empty(total, x), torch.empty_like(dense(x)), mean, rstd
+    summed = None if residual is None else torch.empty_like(dense(x))
+    return or_empty(summed, x), torch.empty_like(dense(x)), *empty_statistics(x, num_groups)
 
 
 @torch.library.custom_op(
     "bitkern::group_norm_act_backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor? dtotal, Tensor total, int num_groups, Tensor? weight,"
+    schema="(Tensor dy, Tensor? dsummed, Tensor summed, int num_groups, Tensor? weight,"
     " Tensor? bias, Tensor mean, Tensor rstd, str act, bool need_dx, bool need_dparams)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
 )
 def _group_norm_act_backward(
     dy: Tensor,
-    dtotal: Tensor | None,
-    total: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
     num_groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    total = dense(total)
-    dy, dtotal = dense_like(dy, total), dense_like(dtotal, total)
+    summed = dense(summed)
+    dy, dsummed = dense_like(dy, summed), dense_like(dsummed, summed)
     weight, bias = parameters(weight, bias)
-    grads = _implementation(total, weight, bias).group_norm_act_backward(
-        dy, dtotal, total, num_groups, weight, bias, *rest
-    )
-    return tuple(or_empty(grad, total) for grad in grads)
+    kernels = choose_launchers("group_norm_act", summed, weight, bias)
+    grads = kernels.group_norm_act_backward(dy, dsummed, summed, num_groups, weight, bias, *rest)
+    return tuple(or_empty(grad, summed) for grad in grads)
 
 
 @_group_norm_act_backward.register_fake
 def _(
     dy: Tensor,
-    dtotal: Tensor | None,
-    total: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
     num_groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -186,12 +191,9 @@ def _(
     need_dx: bool,
     need_dparams: bool,
 ) -> tuple[Tensor, ...]:
-    wanted = [need_dx, need_dparams, need_dparams]
-    grads = [
-        torch.empty_like(p) if need and p is not None else None
-        for need, p in zip(wanted, (dense(total), *parameters(weight, bias)), strict=True)
-    ]
-    return tuple(or_empty(grad, total) for grad in grads)
+    weight, bias = parameters(weight, bias)
+    wanted = (need_dx, dense(summed)), (need_dparams, weight), (need_dparams, bias)
+    return empty_gradients(*wanted, like=summed)
 
 
 # Autograd, the same for the registered operator and for eager mode.
@@ -199,29 +201,29 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, residual, ctx.num_groups, weight, bias, ctx.eps, ctx.act = inputs
-    total, _, mean, rstd = output
+    summed, _, mean, rstd = output
     ctx.has_residual = residual is not None
-    ctx.save_for_backward(total if ctx.has_residual else x, weight, bias, mean, rstd)
+    ctx.save_for_backward(summed if ctx.has_residual else x, weight, bias, mean, rstd)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(
-    ctx: Any, backward: Callable[..., Any], dtotal: Tensor | None, dy: Tensor | None
+    ctx: Any, backward: Callable[..., Any], dsummed: Tensor | None, dy: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the inputs x, residual, num_groups, weight, bias, eps, act."""
     need_x, need_residual, _, need_weight, need_bias = ctx.needs_input_grad[:5]
-    dx, dweight, dbias = dtotal, None, None
-    if dy is not None:  # else only the sum was used
-        total, weight, bias, mean, rstd = ctx.saved_tensors
-        if _torch.backward_is_differentiated(dtotal, dy):
-            mean, rstd = reference.group_statistics(total, ctx.num_groups, ctx.eps)
+    dx, dweight, dbias = dsummed, None, None
+    if dy is not None:  # otherwise only the sum was used
+        summed, weight, bias, mean, rstd = ctx.saved_tensors
+        if _torch.backward_is_differentiated(dsummed, dy):
+            mean, rstd = reference.group_statistics(summed, ctx.num_groups, ctx.eps)
             backward = reference.group_norm_act_backward
         else:
-            dtotal, dy = dense_like(dtotal, total), dense_like(dy, total)
+            dsummed, dy = dense_like(dsummed, summed), dense_like(dy, summed)
         need_dx, need_dparams = need_x or need_residual, need_weight or need_bias
         stats = mean, rstd, ctx.act
         dx, dweight, dbias = backward(
-            dy, dtotal, total, ctx.num_groups, weight, bias, *stats, need_dx, need_dparams
+            dy, dsummed, summed, ctx.num_groups, weight, bias, *stats, need_dx, need_dparams
         )
     return (
         dx if need_x else None,
@@ -234,9 +236,9 @@ def _gradients(
     )
 
 
-def _op_backward(ctx: Any, dtotal: Tensor | None, dy: Tensor | None, *_: Any) -> Any:
-    dtotal = dtotal if ctx.has_residual else None  # the empty stand-in has a gradient too
-    return _gradients(ctx, torch.ops.bitkern.group_norm_act_backward, dtotal, dy)
+def _op_backward(ctx: Any, dsummed: Tensor | None, dy: Tensor | None, *_: Any) -> Any:
+    dsummed = dsummed if ctx.has_residual else None  # the empty stand-in has a gradient too
+    return _gradients(ctx, torch.ops.bitkern.group_norm_act_backward, dsummed, dy)
 
 
 _group_norm_act.register_autograd(_op_backward, setup_context=_setup_context)
@@ -255,7 +257,7 @@ class GroupNormActFunction(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
         act: Activation,
-        implementation: Any,
+        implementation: Launchers,
     ) -> Any:
         inputs = x, residual, num_groups, weight, bias, eps, act
         outputs = implementation.group_norm_act_forward(*inputs)
@@ -265,9 +267,9 @@ class GroupNormActFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        dtotal, dy = (None, *grads) if len(grads) == 1 else grads
+        dsummed, dy = (None, *grads) if len(grads) == 1 else grads
         backward = ctx.implementation.group_norm_act_backward
-        return *_gradients(ctx, backward, dtotal, dy), None
+        return *_gradients(ctx, backward, dsummed, dy), None
 
 
 def _run(
@@ -279,17 +281,17 @@ def _run(
     eps: float,
     act: Activation,
 ) -> tuple[Tensor, Tensor]:
-    """-> (total, y); total only means something with a residual."""
+    """-> (summed, y); summed only means something with a residual."""
     check(x, residual, num_groups, weight, bias, act)
     choice = choose("group_norm_act", x, weight, bias)
     if choice.name == "reference":
-        total = x if residual is None else x + residual
-        return total, reference.group_norm_act(total, num_groups, weight, bias, eps, act)
+        summed = x if residual is None else x + residual
+        return summed, reference.group_norm_act(summed, num_groups, weight, bias, eps, act)
     weight, bias = parameters(weight, bias)
     if torch.compiler.is_compiling():
         arguments = x, residual, num_groups, weight, bias, eps, act
-        total, activation, _, _ = torch.ops.bitkern.group_norm_act(*arguments)
-        return total, activation
+        summed, activation, _, _ = torch.ops.bitkern.group_norm_act(*arguments)
+        return summed, activation
     x = dense(x)
     residual = dense_like(residual, x)
     implementation = launchers(choice.name, "group_norm_act")
@@ -339,11 +341,11 @@ def add_group_norm_act(
     eps: float = 1e-5,
     act: Activation = "relu",
 ) -> tuple[Tensor, Tensor]:
-    """``s = x + residual`` and ``group_norm_act`` of s, in one pass; returns (s, y).
+    """``summed = x + residual`` and ``group_norm_act(summed)`` in one pass; returns (summed, y).
 
-    ``residual`` has the shape, dtype and device of ``x``; s has those and the memory format of
-    ``x``, and the statistics are those of s as rounded to its dtype. Both outputs can be
-    differentiated. Arguments and errors are those of ``group_norm_act``.
+    ``residual`` has the shape, dtype and device of ``x``; the sum has those and the memory
+    format of ``x``, and the statistics are those of the sum as rounded to its dtype. Both outputs
+    can be differentiated. Arguments and errors are those of ``group_norm_act``.
     """
     if residual is None:
         raise TypeError("residual: expected a tensor, got None")

@@ -1,8 +1,8 @@
 """Group normalization + activation + convolutions as one node of the autograd graph.
 
-    s = x (+ residual);  a = act(group_norm(s));  outs = [conv(a, w, b) for w, b in …]
+    summed = x (+ residual);  a = act(group_norm(summed));  outs = [conv(a, w, b) for w, b in …]
 
-The node keeps s and the statistics. Backward computes the activation a once more instead of
+The node keeps the sum and the statistics. Backward computes the activation a once more instead of
 keeping it, which halves what a pre-activation block holds. Several convolutions of one activation
 are what a block with a projection has.
 """
@@ -14,18 +14,15 @@ import torch
 from torch import Tensor
 
 from bitkern import _torch, reference
-from bitkern.backends import choose, launchers
+from bitkern.backends import Launchers, choose_launchers
 from bitkern.layout import dense, dense_like
 from bitkern.ops.convolution import Conv, convolution, convolution_backward
 from bitkern.ops.group_norm_act import add_group_norm_act, check, group_norm_act, parameters
 from bitkern.reference import Activation
 
-_RECOMPUTE = "group_norm_act_recompute"
-
 
 class GroupNormActConvFunction(torch.autograd.Function):
-    """Takes (convs, num_groups, eps, act, implementation, x, residual, weight, bias, and the
-    weights and, or None, biases of the convolutions)."""
+    """The node; ``parameters`` are weight and bias of the norm, then those of the convolutions."""
 
     @staticmethod
     def forward(
@@ -34,41 +31,44 @@ class GroupNormActConvFunction(torch.autograd.Function):
         num_groups: int,
         eps: float,
         act: Activation,
-        implementation: Any,
+        implementation: Launchers,
         x: Tensor,
         residual: Tensor | None,
         *parameters: Any,
     ) -> Any:
         weight, bias, *rest = parameters
         weights, biases = rest[: len(convs)], rest[len(convs) :]
-        total, a, mean, rstd = implementation.group_norm_act_forward(
+        summed, a, mean, rstd = implementation.group_norm_act_forward(
             x, residual, num_groups, weight, bias, eps, act
         )
         each = zip(weights, biases, convs, strict=True)
         outs = [convolution(a, w, b, conv) for w, b, conv in each]
         ctx.constants = convs, num_groups, eps, act, implementation
-        ctx.save_for_backward(x if total is None else total, weight, bias, mean, rstd, *weights)
+        ctx.save_for_backward(x if summed is None else summed, weight, bias, mean, rstd, *weights)
         ctx.set_materialize_grads(False)
-        return (*outs,) if total is None else (total, *outs)
+        return (*outs,) if summed is None else (summed, *outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        implementation: Launchers
         convs, num_groups, eps, act, implementation = ctx.constants
-        total, weight, bias, mean, rstd, *weights = ctx.saved_tensors
+        summed, weight, bias, mean, rstd, *weights = ctx.saved_tensors
         differentiated = _torch.backward_is_differentiated(*grads)
         if differentiated:
-            mean, rstd = reference.group_statistics(total, num_groups, eps)
+            mean, rstd = reference.group_statistics(summed, num_groups, eps)
             implementation = reference
         need_x, need_residual, need_weight, need_bias, *need = ctx.needs_input_grad[5:]
         need_weights, need_biases = need[: len(convs)], need[len(convs) :]
         need_dx, need_dparams = need_x or need_residual, need_weight or need_bias
-        dtotal, *douts = grads if len(grads) > len(convs) else (None, *grads)
+        dsummed, *douts = grads if len(grads) > len(convs) else (None, *grads)
 
-        a = total  # only its shape matters to a convolution whose weight needs no gradient
+        a = summed  # only its shape matters to a convolution whose weight needs no gradient
         if any(need_weights):
             # A backend need not have it.
-            recompute = getattr(implementation, _RECOMPUTE, reference.group_norm_act_recompute)
-            a = recompute(total, num_groups, weight, bias, mean, rstd, act)
+            recompute = getattr(
+                implementation, "group_norm_act_recompute", reference.group_norm_act_recompute
+            )
+            a = recompute(summed, num_groups, weight, bias, mean, rstd, act)
         da: Tensor | None = None
         dweights: list[Tensor | None] = [None] * len(convs)
         dbiases: list[Tensor | None] = [None] * len(convs)
@@ -76,18 +76,19 @@ class GroupNormActConvFunction(torch.autograd.Function):
             if dout is None:
                 continue
             mask = [need_dx or need_dparams, need_weights[i], need_biases[i]]
-            of = dout, a, weights[i], conv, mask
-            part, dweights[i], dbiases[i] = convolution_backward(*of, differentiated)
+            part, dweights[i], dbiases[i] = convolution_backward(
+                dout, a, weights[i], conv, mask, differentiated
+            )
             if part is not None:
                 da = part if da is None else da + part if differentiated else da.add_(part)
         del a
-        dx, dweight, dbias = dtotal, None, None
+        dx, dweight, dbias = dsummed, None, None
         if da is not None:
             if not differentiated:
-                da, dtotal = dense_like(da, total), dense_like(dtotal, total)
+                da, dsummed = dense_like(da, summed), dense_like(dsummed, summed)
             stats = mean, rstd, act
             dx, dweight, dbias = implementation.group_norm_act_backward(
-                da, dtotal, total, num_groups, weight, bias, *stats, need_dx, need_dparams
+                da, dsummed, summed, num_groups, weight, bias, *stats, need_dx, need_dparams
             )
         return (
             *[None] * 5,
@@ -123,7 +124,7 @@ def group_norm_act_conv(
         convs: a ``Conv`` for each weight.
 
     Returns:
-        (s, outs): the sum, x itself without a residual, and the list of convolved maps.
+        (summed, outs): the sum, x itself without a residual, and the list of convolved maps.
 
     Raises:
         ValueError, TypeError: as ``add_group_norm_act``, and for weights that do not fit x.
@@ -144,15 +145,15 @@ def group_norm_act_conv(
                 f"weights: expected {expected} for x of shape {tuple(x.shape)} and "
                 f"{conv.groups} groups, got {tuple(w.shape)}"
             )
-    if torch.compiler.is_compiling() or _torch.transformed():  # which see no autograd.Function
+    if torch.compiler.is_compiling() or _torch.active_transform():  # which see no autograd.Function
         affine = num_groups, weight, bias, eps, act
         if residual is None:
-            s, a = x, group_norm_act(x, *affine)
+            summed, a = x, group_norm_act(x, *affine)
         else:
-            s, a = add_group_norm_act(x, residual, *affine)
+            summed, a = add_group_norm_act(x, residual, *affine)
         each = zip(weights, biases, convs, strict=True)
-        return s, [torch.convolution(a, w, b, *conv) for w, b, conv in each]
-    implementation = launchers(choose("group_norm_act", x, weight, bias).name, "group_norm_act")
+        return summed, [torch.convolution(a, w, b, *conv) for w, b, conv in each]
+    implementation = choose_launchers("group_norm_act", x, weight, bias)
     weight, bias = parameters(weight, bias)
     x = dense(x)
     residual = dense_like(residual, x)

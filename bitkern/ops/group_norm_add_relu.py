@@ -1,4 +1,4 @@
-"""The end of a post-activation residual block: group normalization, the shortcut, ReLU.
+"""The end of a post-activation residual block: group normalization, residual addition, ReLU.
 
     y = relu(weight * (x - mean) * rstd + bias + residual)
 
@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from bitkern import _torch, reference
-from bitkern.backends import choose, launchers, operator
+from bitkern.backends import Launchers, choose, choose_launchers, launchers, operator
 from bitkern.layout import dense, dense_like
-from bitkern.ops.group_norm_act import check, or_empty, parameters
-
-
-def _implementation(x: Tensor, *others: Tensor | None) -> Any:
-    return launchers(choose("group_norm_add_relu", x, *others).name, "group_norm_add_relu")
-
+from bitkern.ops.group_norm_act import (
+    check,
+    empty_gradients,
+    empty_statistics,
+    or_empty,
+    parameters,
+)
 
 # The registered operators, for torch.compile and torch.export. An operator cannot return None: an
-# empty tensor stands for a gradient that nobody wants.
+# empty tensor stands for a gradient that is not wanted.
 
 
 @torch.library.custom_op(
@@ -42,10 +43,9 @@ def _group_norm_add_relu(
 ) -> tuple[Tensor, ...]:
     x = dense(x)
     weight, bias = parameters(weight, bias)
-    return tuple(
-        _implementation(x, residual, weight, bias).group_norm_add_relu_forward(
-            x, dense_like(residual, x), num_groups, weight, bias, eps
-        )
+    kernels = choose_launchers("group_norm_add_relu", x, residual, weight, bias)
+    return kernels.group_norm_add_relu_forward(
+        x, dense_like(residual, x), num_groups, weight, bias, eps
     )
 
 
@@ -58,10 +58,7 @@ def _(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    stats = (x.shape[0], num_groups)
-    dtype = reference.compute_dtype(x.dtype)
-    mean, rstd = x.new_empty(stats, dtype=dtype), x.new_empty(stats, dtype=dtype)
-    return torch.empty_like(dense(x)), mean, rstd
+    return torch.empty_like(dense(x)), *empty_statistics(x, num_groups)
 
 
 @torch.library.custom_op(
@@ -82,7 +79,8 @@ def _group_norm_add_relu_backward(
 ) -> tuple[Tensor, ...]:
     x = dense(x)
     weight, bias = parameters(weight, bias)
-    grads = _implementation(x, weight, bias).group_norm_add_relu_backward(
+    kernels = choose_launchers("group_norm_add_relu", x, weight, bias)
+    grads = kernels.group_norm_add_relu_backward(
         dense_like(dy, x), x, dense_like(y, x), num_groups, weight, bias, *rest
     )
     return tuple(or_empty(grad, x) for grad in grads)
@@ -102,12 +100,9 @@ def _(
     need_dresidual: bool,
     need_dparams: bool,
 ) -> tuple[Tensor, ...]:
-    wanted = [need_dx, need_dresidual, need_dparams, need_dparams]
-    grads = [
-        torch.empty_like(p) if need and p is not None else None
-        for need, p in zip(wanted, (dense(x), dense(x), *parameters(weight, bias)), strict=True)
-    ]
-    return tuple(or_empty(grad, x) for grad in grads)
+    weight, bias = parameters(weight, bias)
+    maps = (need_dx, dense(x)), (need_dresidual, dense(x))
+    return empty_gradients(*maps, (need_dparams, weight), (need_dparams, bias), like=x)
 
 
 # Autograd, the same for the registered operator and for eager mode.
@@ -128,9 +123,9 @@ def _gradients(ctx: Any, backward: Callable[..., Any], dy: Tensor) -> tuple[Tens
         backward = reference.group_norm_add_relu_backward
     else:
         dy = dense_like(dy, x)
-    of = ctx.num_groups, weight, bias, mean, rstd
+    args = ctx.num_groups, weight, bias, mean, rstd
     needs = need_x, need_residual, need_weight or need_bias
-    dx, dresidual, dweight, dbias = backward(dy, x, y, *of, *needs)
+    dx, dresidual, dweight, dbias = backward(dy, x, y, *args, *needs)
     return (
         dx if need_x else None,
         dresidual if need_residual else None,
@@ -160,10 +155,10 @@ class GroupNormAddReluFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
-        implementation: Any,
+        implementation: Launchers,
     ) -> Tensor:
         inputs = x, residual, num_groups, weight, bias, eps
-        outputs: tuple[Tensor, ...] = implementation.group_norm_add_relu_forward(*inputs)
+        outputs = implementation.group_norm_add_relu_forward(*inputs)
         _setup_context(ctx, inputs, outputs)
         ctx.implementation = implementation
         return outputs[0]
@@ -218,6 +213,6 @@ def group_norm_add_relu(
     x = dense(x)
     residual = dense_like(residual, x)
     implementation = launchers(choice.name, "group_norm_add_relu")
-    of = num_groups, weight, bias, eps, implementation
-    y = GroupNormAddReluFunction.apply(x, residual, *of)
+    args = num_groups, weight, bias, eps, implementation
+    y = GroupNormAddReluFunction.apply(x, residual, *args)
     return y

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitkern import _torch, reference
-from bitkern.backends import choose, launchers, operator
+from bitkern.backends import Launchers, choose, choose_launchers, launchers, operator
 from bitkern.layout import dense
 from bitkern.variant import Variant
 
@@ -64,10 +64,6 @@ def check(
         raise TypeError(f"dtype: float64 needs a float64 weight, got {weights[0].dtype}")
 
 
-def implementation_of(weight: Tensor) -> Any:
-    return launchers(choose("weight_standardize", weight).name, "weight_standardize")
-
-
 def _format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
@@ -99,10 +95,10 @@ def _weight_standardize(
 ) -> tuple[list[Tensor], Tensor]:
     weights = [dense(w) for w in weights]
     variant = Variant(eps, eps_outside, unbiased)
-    outs: tuple[list[Tensor], Tensor] = implementation_of(weights[0]).weight_standardize_forward(
+    kernels = choose_launchers("weight_standardize", weights[0])
+    return kernels.weight_standardize_forward(
         weights, gains or None, scales, variant, dtype, channels_last
     )
-    return outs
 
 
 @_weight_standardize.register_fake
@@ -141,7 +137,8 @@ def _weight_standardize_backward(
     unbiased: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     douts, weights = [dense(d) for d in douts], [dense(w) for w in weights]
-    dweights, dgains = implementation_of(weights[0]).weight_standardize_backward(
+    kernels = choose_launchers("weight_standardize", weights[0])
+    dweights, dgains = kernels.weight_standardize_backward(
         douts, weights, gains or None, scales, stats, Variant(eps, eps_outside, unbiased)
     )
     return dweights, dgains or []
@@ -171,7 +168,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 
 def _gradients(ctx: Any, backward: Callable[..., Any], douts: Sequence[Tensor | None]) -> Any:
-    """Gradients of weights and gains, None of those whose result nobody used."""
+    """Gradients of weights and gains, None for those whose result was not used."""
     *parameters, stats = ctx.saved_tensors
     weights, gains = parameters[: ctx.count], parameters[ctx.count :]
     variant, given = Variant(*ctx.variant), [d for d in douts if d is not None]
@@ -181,8 +178,8 @@ def _gradients(ctx: Any, backward: Callable[..., Any], douts: Sequence[Tensor | 
         backward = reference.weight_standardize_backward
     else:
         given = [dense(dout) for dout in given]
-    of = weights, gains or None, ctx.scales, stats
-    dweights, dgains = backward_of(backward, used, given, *of, variant)
+    args = weights, gains or None, ctx.scales, stats, variant
+    dweights, dgains = backward_used(backward, used, given, *args)
     if len(used) == len(weights):
         return dweights, dgains or []
     by_layer, gains_by_layer = (dict(zip(used, g, strict=True)) for g in (dweights, dgains or used))
@@ -190,7 +187,7 @@ def _gradients(ctx: Any, backward: Callable[..., Any], douts: Sequence[Tensor | 
     return [by_layer.get(i) for i in every], [gains_by_layer.get(i) for i in every if gains]
 
 
-def backward_of(
+def backward_used(
     backward: Callable[..., Any],
     used: Sequence[int],
     douts: Sequence[Tensor],
@@ -203,13 +200,13 @@ def backward_of(
     """Gradients of weights and gains of the layers ``used``, whose ``douts`` these are."""
     if not used:
         return [], []
-    stats = stats_of(used, weights, stats)
+    stats = stats_used(used, weights, stats)
     weights, scales = [weights[i] for i in used], [scales[i] for i in used]
     gains = gains and [gains[i] for i in used]
     return backward(douts, weights, gains, scales, stats, variant)  # type: ignore[no-any-return]
 
 
-def stats_of(used: Sequence[int], weights: Sequence[Tensor], stats: Tensor) -> Tensor:
+def stats_used(used: Sequence[int], weights: Sequence[Tensor], stats: Tensor) -> Tensor:
     """The statistics of the layers ``used``, in ascending order, out of those of all."""
     if len(used) == len(weights):
         return stats
@@ -235,7 +232,7 @@ class WeightStandardizeFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, implementation: Any, options: tuple[Any, ...], count: int, *parameters: Tensor
+        ctx: Any, implementation: Launchers, options: Any, count: int, *parameters: Tensor
     ) -> Any:
         weights, gains = parameters[:count], parameters[count:]
         outs, stats = implementation.weight_standardize_forward(weights, gains or None, *options)

@@ -15,7 +15,7 @@ from bitkern.variant import Variant
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast would convert the input of a convolution to; None if it does not."""
+    """The dtype that autocast converts the input of a convolution to; None if it does not."""
     device = x.device.type
     # meta has no autocast.
     if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
@@ -37,7 +37,7 @@ def conv_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def conv_channels_last(x: Tensor, weight: Tensor) -> bool:
-    """Whether conv2d itself settles on channels_last, so that it has nothing left to convert."""
+    """Return whether conv2d works in channels_last, so that it converts nothing itself."""
     return torch.channels_last in (memory_format(x), memory_format(weight))
 
 

@@ -9,10 +9,10 @@
 namespace bitkern::cpu::BITKERN_ISA {
 namespace {
 
-template <Activation act, bool addend = false>
+template <Activation act, bool shortcut = false>
 struct Act {
   static constexpr Activation value = act;
-  static constexpr bool adds = addend;
+  static constexpr bool adds = shortcut;
 };
 
 // body(T{}, Act<act, adds>{}) for the element type and the activation.
@@ -79,12 +79,13 @@ void group_norm_act_forward(const GroupNormActProblem& shape, const GroupNormAct
     return;
   }
   const int threads = useful_threads(num_threads, elements);
-  const int64_t samples = shape.per_sample ? shape.batch : 1, size = samples * shape.channels;
-  const Scratch parameters(2 * size);
+  const int64_t samples = shape.per_sample ? shape.batch : 1;
+  const int64_t parameter_count = samples * shape.channels;
+  const Scratch parameters(2 * parameter_count);
   float* const weight = parameters.data;
-  float* const bias = weight + size;
-  load_parameter(tensors.weight, shape.weight_dtype, 1, size, weight);
-  load_parameter(tensors.bias, shape.bias_dtype, 0, size, bias);
+  float* const bias = weight + parameter_count;
+  load_parameter(tensors.weight, shape.weight_dtype, 1, parameter_count, weight);
+  load_parameter(tensors.bias, shape.bias_dtype, 0, parameter_count, bias);
   const Affine affine{weight, bias, nullptr, nullptr, samples};
   const auto run = [&](const auto& kernel) {
     const Scratch slots(2 * threads * kernel.slot_size);
@@ -93,7 +94,7 @@ void group_norm_act_forward(const GroupNormActProblem& shape, const GroupNormAct
       stream_fence();
     });
   };
-  with_dtype_and_act(shape, tensors.addend, [&](auto t, auto act) {
+  with_dtype_and_act(shape, tensors.shortcut, [&](auto t, auto act) {
     using T = decltype(t);
     if (is_channels_last(shape)) {
       run(ForwardChannelsLast<T, act.value, act.adds>(shape, affine, tensors));
@@ -108,28 +109,29 @@ void group_norm_act_backward(const GroupNormActProblem& shape, const GroupNormAc
   const int64_t elements = shape.batch * shape.channels * shape.pixels;
   const int64_t batch = elements == 0 ? 0 : shape.batch;
   const int threads = useful_threads(num_threads, elements);
-  const int64_t samples = shape.per_sample ? batch : 1, size = samples * shape.channels;
+  const int64_t samples = shape.per_sample ? batch : 1;
+  const int64_t parameter_count = samples * shape.channels;
   const int64_t terms = shape.per_sample ? 1 : batch;  // summed into a gradient
-  const Scratch parameters(2 * size + 2 * batch * shape.channels);
+  const Scratch parameters(2 * parameter_count + 2 * batch * shape.channels);
   float* const weight = parameters.data;
-  float* const bias = weight + size;
-  float* const dweight = bias + size;
+  float* const bias = weight + parameter_count;
+  float* const dweight = bias + parameter_count;
   float* const dbias = dweight + batch * shape.channels;
-  load_parameter(tensors.weight, shape.weight_dtype, 1, size, weight);
-  load_parameter(tensors.bias, shape.bias_dtype, 0, size, bias);
+  load_parameter(tensors.weight, shape.weight_dtype, 1, parameter_count, weight);
+  load_parameter(tensors.bias, shape.bias_dtype, 0, parameter_count, bias);
   const Affine affine{weight, bias, dweight, dbias, samples};
   const auto reduce_parameters = [&](Range range) {
-    sum_over_batch(dweight, terms, size, range, tensors.dweight, shape.weight_dtype);
-    sum_over_batch(dbias, terms, size, range, tensors.dbias, shape.bias_dtype);
+    sum_over_batch(dweight, terms, parameter_count, range, tensors.dweight, shape.weight_dtype);
+    sum_over_batch(dbias, terms, parameter_count, range, tensors.dbias, shape.bias_dtype);
   };
-  if (elements == 0) return reduce_parameters({0, size});
+  if (elements == 0) return reduce_parameters({0, parameter_count});
   const auto run = [&](const auto& kernel) {
     const Scratch slots(2 * threads * kernel.slot_size);
     parallel(threads, [&](const Team& team) {
       two_pass(team, kernel, slots.data);
       stream_fence();
       team.barrier();
-      reduce_parameters(team.share(size));
+      reduce_parameters(team.share(parameter_count));
     });
   };
   with_dtype_and_act(shape, tensors.y, [&](auto t, auto act) {

@@ -13,7 +13,7 @@ namespace {
 struct ChannelsFirst {
   GroupNormActProblem shape;
   Affine affine;
-  int64_t width;                                      // channels per group
+  int64_t group_size;                                 // channels per group
   int64_t parameter_groups;                           // of parameters of each sample, or of all
   int64_t pixels_a_block, channels_a_block, columns;  // a group is cut into `columns` of pixels
   int64_t units, blocks, parts, slot_size;
@@ -22,15 +22,15 @@ struct ChannelsFirst {
   ChannelsFirst(const GroupNormActProblem& shape, const Affine& affine)
       : shape(shape),
         affine(affine),
-        width(shape.channels / shape.groups),
+        group_size(shape.channels / shape.groups),
         parameter_groups(affine.samples * shape.groups) {
     pixels_a_block = shape.pixels < 2 * BLOCK ? shape.pixels : BLOCK;
     columns = (shape.pixels + pixels_a_block - 1) / pixels_a_block;
     channels_a_block = shape.pixels < BLOCK ? BLOCK / shape.pixels : 1;
     units = shape.batch * shape.groups;
-    blocks = (width + channels_a_block - 1) / channels_a_block * columns;
+    blocks = (group_size + channels_a_block - 1) / channels_a_block * columns;
     parts = 1;
-    slot_size = whole_lines(4 * (width * columns + 1));
+    slot_size = whole_lines(4 * (group_size * columns + 1));
   }
 
   // Channels [first, last) of the group, `pixels` of each from `pixel` on.
@@ -41,14 +41,16 @@ struct ChannelsFirst {
     const int64_t column = block % columns, pixel = column * pixels_a_block;
     const int64_t first = block / columns * channels_a_block, last = first + channels_a_block;
     const int64_t left = shape.pixels - pixel;
-    return {first, last < width ? last : width, pixel,
+    return {first, last < group_size ? last : group_size, pixel,
             left < pixels_a_block ? left : pixels_a_block, column};
   }
   int64_t offset(int64_t unit, int64_t channel, int64_t pixel) const {
-    return (unit * width + channel) * shape.pixels + pixel;
+    return (unit * group_size + channel) * shape.pixels + pixel;
   }
-  // Of a channel of the unit's group, among all parameters.
-  int64_t channel(int64_t unit, int64_t c) const { return unit % parameter_groups * width + c; }
+  // The index of a channel of the unit's group among all parameters.
+  int64_t channel(int64_t unit, int64_t c) const {
+    return unit % parameter_groups * group_size + c;
+  }
   double* pair(float* slot, int64_t i) const { return reinterpret_cast<double*>(slot) + 2 * i; }
 };
 
@@ -61,7 +63,7 @@ struct ForwardChannelsFirst : ChannelsFirst {
       : ChannelsFirst(shape, affine), tensors(tensors) {}
 
   void prepare(float* slot, int64_t, Range parts) const {
-    if (tensors.normalized && parts.begin != parts.end) pair(slot, width * columns)[0] = 0;
+    if (tensors.normalized && parts.begin != parts.end) pair(slot, group_size * columns)[0] = 0;
   }
 
   [[gnu::flatten]] void reduce(float* slot, int64_t unit, int64_t index) const {
@@ -73,13 +75,13 @@ struct ForwardChannelsFirst : ChannelsFirst {
     Moments result;
     if (tensors.residual) {
       const T* residual = static_cast<const T*>(tensors.residual) + start;
-      T* total = static_cast<T*>(tensors.total) + start;
+      T* summed = static_cast<T*>(tensors.summed) + start;
       result = moments(length, [=](int64_t i, auto lanes) {
         __builtin_prefetch(x + i + AHEAD<T>);
         __builtin_prefetch(residual + i + AHEAD<T>);
-        const Vec sum = round_to<T>(load(x + i, lanes) + load(residual + i, lanes));
-        store(total + i, sum, lanes);
-        return sum;
+        const Vec value = round_to<T>(load(x + i, lanes) + load(residual + i, lanes));
+        store(summed + i, value, lanes);
+        return value;
       });
     } else {
       result = moments(length, [=](int64_t i, auto lanes) {
@@ -100,7 +102,7 @@ struct ForwardChannelsFirst : ChannelsFirst {
       group.merge({count, pair(slot, i)[0], pair(slot, i)[1]});
     }
     tensors.mean[unit] = float(group.mean);
-    pair(slot, width * columns)[0] = group.mean - tensors.mean[unit];
+    pair(slot, group_size * columns)[0] = group.mean - tensors.mean[unit];
     tensors.rstd[unit] = float(1 / __builtin_sqrt(group.m2 / group.count + tensors.eps));
   }
 
@@ -108,19 +110,19 @@ struct ForwardChannelsFirst : ChannelsFirst {
     const Block block = block_at(index);
     const Vec mean = broadcast(tensors.mean[unit]);
     const bool streams = past_cache(bytes_of<T>(shape), static_cast<T*>(tensors.y), shape.pixels);
-    const float rest = float(pair(slot, width * columns)[0]);
+    const float rest = float(pair(slot, group_size * columns)[0]);
     for (int64_t c = block.first; c < block.last; ++c) {
       const Vec scale = broadcast(tensors.rstd[unit] * affine.weight[channel(unit, c)]);
       const Vec bias = affine.bias[channel(unit, c)] - scale * rest;
       const int64_t start = offset(unit, c, block.pixel);
-      const T* x = static_cast<const T*>(tensors.residual ? tensors.total : tensors.x) + start;
+      const T* x = static_cast<const T*>(tensors.residual ? tensors.summed : tensors.x) + start;
       T* y = static_cast<T*>(tensors.y) + start;
-      const T* addend = from<T>(tensors.addend, start);
+      const T* shortcut = from<T>(tensors.shortcut, start);
       for_vectors(block.pixels, [=](int64_t i, auto lanes) {
         Vec z = fma(load(x + i, lanes) - mean, scale, bias);
         if constexpr (adds) {
-          __builtin_prefetch(addend + i + AHEAD<T>);
-          z += load(addend + i, lanes);
+          __builtin_prefetch(shortcut + i + AHEAD<T>);
+          z += load(shortcut + i, lanes);
         }
         store(y + i, activate<act>(z), lanes, streams);
       });
@@ -146,7 +148,7 @@ struct BackwardChannelsFirst : ChannelsFirst {
       const Vec scale = broadcast(tensors.rstd[unit] * affine.weight[channel(unit, c)]);
       const Vec bias = broadcast(affine.bias[channel(unit, c)]);
       const int64_t start = offset(unit, c, block.pixel);
-      const T* x = static_cast<const T*>(tensors.total) + start;
+      const T* x = static_cast<const T*>(tensors.summed) + start;
       const T* dy = static_cast<const T*>(tensors.dy) + start;
       const T* y = from<T>(tensors.y, start);
       Vec sums[4] = {}, products[4] = {};
@@ -175,7 +177,7 @@ struct BackwardChannelsFirst : ChannelsFirst {
     if (parts.begin == parts.end) return;
     const double rstd = tensors.rstd[unit];
     double weighted_sum = 0, weighted_product = 0;
-    for (int64_t c = 0; c < width; ++c) {
+    for (int64_t c = 0; c < group_size; ++c) {
       double sum = 0, product = 0;
       for (int64_t column = 0; column < columns; ++column) {
         sum += pair(slot, c * columns + column)[0];
@@ -183,43 +185,43 @@ struct BackwardChannelsFirst : ChannelsFirst {
       }
       weighted_sum += affine.weight[channel(unit, c)] * sum;
       weighted_product += affine.weight[channel(unit, c)] * product;
-      affine.dbias[unit * width + c] = float(sum);
-      affine.dweight[unit * width + c] = float(rstd * product);
+      affine.dbias[unit * group_size + c] = float(sum);
+      affine.dweight[unit * group_size + c] = float(rstd * product);
     }
-    const double count = double(width * shape.pixels);
-    pair(slot, width * columns)[0] = -rstd * (rstd * (rstd * weighted_product)) / count;
-    pair(slot, width * columns)[1] = -rstd * weighted_sum / count;
+    const double count = double(group_size * shape.pixels);
+    pair(slot, group_size * columns)[0] = -rstd * (rstd * (rstd * weighted_product)) / count;
+    pair(slot, group_size * columns)[1] = -rstd * weighted_sum / count;
   }
 
   [[gnu::flatten]] void apply(float* slot, int64_t unit, int64_t index) const {
-    if (!tensors.dx && !tensors.daddend) return;
+    if (!tensors.dx && !tensors.dshortcut) return;
     const Block block = block_at(index);
     const Vec mean = broadcast(tensors.mean[unit]);
-    const Vec slope = broadcast(float(pair(slot, width * columns)[0]));
+    const Vec slope = broadcast(float(pair(slot, group_size * columns)[0]));
     const int64_t bytes = bytes_of<T>(shape);
     const bool streams = past_cache(bytes, static_cast<T*>(tensors.dx), shape.pixels);
-    const bool streams_too = past_cache(bytes, static_cast<T*>(tensors.daddend), shape.pixels);
-    const Vec shift = broadcast(float(pair(slot, width * columns)[1]));
+    const bool streams_too = past_cache(bytes, static_cast<T*>(tensors.dshortcut), shape.pixels);
+    const Vec shift = broadcast(float(pair(slot, group_size * columns)[1]));
     for (int64_t c = block.first; c < block.last; ++c) {
       const Vec scale = broadcast(tensors.rstd[unit] * affine.weight[channel(unit, c)]);
       const Vec bias = broadcast(affine.bias[channel(unit, c)]);
       const int64_t start = offset(unit, c, block.pixel);
-      const T* x = static_cast<const T*>(tensors.total) + start;
+      const T* x = static_cast<const T*>(tensors.summed) + start;
       const T* dy = static_cast<const T*>(tensors.dy) + start;
-      const T* dtotal = from<T>(tensors.dtotal, start);
+      const T* dsummed = from<T>(tensors.dsummed, start);
       const T* y = from<T>(tensors.y, start);
       T* dx = from<T>(tensors.dx, start);
-      T* daddend = from<T>(tensors.daddend, start);
+      T* dshortcut = from<T>(tensors.dshortcut, start);
       for_vectors(block.pixels, [=](int64_t i, auto lanes) {
         const Vec centered = load(x + i, lanes) - mean;
         const Vec z = adds ? load(y + i, lanes) : fma(centered, scale, bias);
         const Vec g = activate_backward<act>(z, load(dy + i, lanes));
         if constexpr (adds) {
-          if (daddend) store(daddend + i, g, lanes, streams_too);
+          if (dshortcut) store(dshortcut + i, g, lanes, streams_too);
           if (!dx) return;
         }
         Vec grad = fma(scale, g, fma(slope, centered, shift));
-        if (dtotal) grad += load(dtotal + i, lanes);
+        if (dsummed) grad += load(dsummed + i, lanes);
         store(dx + i, grad, lanes, streams);
       });
     }

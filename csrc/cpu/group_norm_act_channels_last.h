@@ -14,7 +14,7 @@ struct ChannelsLast {
   enum { MEAN, SCALE, BIAS };
   GroupNormActProblem shape;
   Affine affine;
-  int64_t width;           // channels per group
+  int64_t group_size;      // channels per group
   int64_t padded;          // channels, rounded up to vectors
   int64_t pixels_a_block;  // a multiple of the 8 that are reduced together
   int64_t coefficients;    // of the elementwise pass
@@ -25,7 +25,7 @@ struct ChannelsLast {
   ChannelsLast(const GroupNormActProblem& shape, const Affine& affine, int64_t coefficients)
       : shape(shape),
         affine(affine),
-        width(shape.channels / shape.groups),
+        group_size(shape.channels / shape.groups),
         padded((shape.channels + WIDTH - 1) / WIDTH * WIDTH),
         coefficients(coefficients) {
     const int64_t elements = shape.pixels * shape.channels;
@@ -62,7 +62,7 @@ struct ChannelsLast {
     const float* const weight = weight_of(unit);
     const float* const bias = bias_of(unit);
     for (int64_t g = groups.begin; g < groups.end; ++g) {
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+      for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c) {
         coefficient(slot, MEAN)[c] = mean[unit * shape.groups + g];
         coefficient(slot, SCALE)[c] = rstd[unit * shape.groups + g] * weight[c];
         coefficient(slot, BIAS)[c] = bias[c];
@@ -90,13 +90,13 @@ struct ForwardChannelsLast : ChannelsLast {
     const int64_t ahead = 8 * shape.channels;
     if (tensors.residual) {
       const T* residual = static_cast<const T*>(tensors.residual) + offset(unit, block);
-      T* total = static_cast<T*>(tensors.total) + offset(unit, block);
+      T* summed = static_cast<T*>(tensors.summed) + offset(unit, block);
       reduce_rows(slot, block, [=](int64_t i, auto lanes) {
         __builtin_prefetch(x + i + ahead);
         __builtin_prefetch(residual + i + ahead);
-        const Vec sum = round_to<T>(load(x + i, lanes) + load(residual + i, lanes));
-        store(total + i, sum, lanes);
-        return sum;
+        const Vec value = round_to<T>(load(x + i, lanes) + load(residual + i, lanes));
+        store(summed + i, value, lanes);
+        return value;
       });
     } else {
       reduce_rows(slot, block, [=](int64_t i, auto lanes) {
@@ -128,7 +128,7 @@ struct ForwardChannelsLast : ChannelsLast {
     if (tensors.normalized) return;
     double* const mean = total(slot, 0);
     double* const m2 = total(slot, 1);
-    const int64_t begin = groups.begin * width, end = groups.end * width;
+    const int64_t begin = groups.begin * group_size, end = groups.end * group_size;
     const double pixels = double(shape.pixels);
     for (int64_t c = begin; c < end; ++c) mean[c] = m2[c] = 0;
     for (int64_t block = 0; block < blocks; ++block) {
@@ -149,26 +149,27 @@ struct ForwardChannelsLast : ChannelsLast {
     const float* const weight = weight_of(unit);
     const float* const bias = bias_of(unit);
     for (int64_t g = groups.begin; g < groups.end; ++g) {
-      const Moments group = moments_of_sets(mean + g * width, m2 + g * width, width, pixels);
+      const Moments group =
+          moments_of_sets(mean + g * group_size, m2 + g * group_size, group_size, pixels);
       const float center = float(group.mean);
       const float rstd = float(1 / __builtin_sqrt(group.m2 / group.count + tensors.eps));
       tensors.mean[unit * shape.groups + g] = center;
       tensors.rstd[unit * shape.groups + g] = rstd;
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+      for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c) {
         const float scale = rstd * weight[c];
         coefficient(slot, MEAN)[c] = center;
         coefficient(slot, SCALE)[c] = scale;
-        // What rounding takes from the mean is not small where the mean is large.
+        // The rounding error of the mean is not small where the mean is large.
         coefficient(slot, BIAS)[c] = bias[c] - scale * float(group.mean - center);
       }
     }
   }
 
   [[gnu::flatten]] void apply(float* slot, int64_t unit, int64_t block) const {
-    const void* input = tensors.residual ? tensors.total : tensors.x;
+    const void* input = tensors.residual ? tensors.summed : tensors.x;
     const T* x = static_cast<const T*>(input) + offset(unit, block);
     T* y = static_cast<T*>(tensors.y) + offset(unit, block);
-    const T* addend = from<T>(tensors.addend, offset(unit, block));
+    const T* shortcut = from<T>(tensors.shortcut, offset(unit, block));
     const int64_t channels = shape.channels;
     const float* const means = coefficient(slot, MEAN);
     const float* const scales = coefficient(slot, SCALE);
@@ -182,8 +183,8 @@ struct ForwardChannelsLast : ChannelsLast {
           __builtin_prefetch(x + i + AHEAD<T>);
           Vec z = fma(load(x + i, lanes) - mean, scale, bias);
           if constexpr (adds) {
-            __builtin_prefetch(addend + i + AHEAD<T>);
-            z += load(addend + i, lanes);
+            __builtin_prefetch(shortcut + i + AHEAD<T>);
+            z += load(shortcut + i, lanes);
           }
           store(y + i, activate<act>(z), lanes, streams);
         }
@@ -208,7 +209,7 @@ struct BackwardChannelsLast : ChannelsLast {
 
   // Sums of g and of g * (x - mean) over the pixels of the block.
   [[gnu::flatten]] void reduce(float* slot, int64_t unit, int64_t block) const {
-    const T* x = static_cast<const T*>(tensors.total) + offset(unit, block);
+    const T* x = static_cast<const T*>(tensors.summed) + offset(unit, block);
     const T* dy = static_cast<const T*>(tensors.dy) + offset(unit, block);
     const T* y = from<T>(tensors.y, offset(unit, block));
     float* const sums = partial(slot, block, 0);
@@ -242,7 +243,7 @@ struct BackwardChannelsLast : ChannelsLast {
   void combine(float* slot, int64_t unit, Range groups) const {
     double* const sum = total(slot, 0);
     double* const product = total(slot, 1);
-    const int64_t begin = groups.begin * width, end = groups.end * width;
+    const int64_t begin = groups.begin * group_size, end = groups.end * group_size;
     for (int64_t c = begin; c < end; ++c) sum[c] = product[c] = 0;
     for (int64_t block = 0; block < blocks; ++block) {
       const float* sums = partial(slot, block, 0);
@@ -252,12 +253,12 @@ struct BackwardChannelsLast : ChannelsLast {
         product[c] += products[c];
       }
     }
-    const double count = double(width * shape.pixels);
+    const double count = double(group_size * shape.pixels);
     const float* const weight = weight_of(unit);
     for (int64_t g = groups.begin; g < groups.end; ++g) {
       const double rstd = tensors.rstd[unit * shape.groups + g];
       double weighted_sum = 0, weighted_product = 0;
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+      for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c) {
         weighted_sum += weight[c] * sum[c];
         weighted_product += weight[c] * product[c];
         affine.dbias[unit * shape.channels + c] = float(sum[c]);
@@ -265,7 +266,7 @@ struct BackwardChannelsLast : ChannelsLast {
       }
       const float slope = float(-rstd * (rstd * (rstd * weighted_product)) / count);
       const float shift = float(-rstd * weighted_sum / count);
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+      for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c) {
         coefficient(slot, SLOPE)[c] = slope;
         coefficient(slot, SHIFT)[c] = shift;
       }
@@ -273,13 +274,13 @@ struct BackwardChannelsLast : ChannelsLast {
   }
 
   [[gnu::flatten]] void apply(float* slot, int64_t unit, int64_t block) const {
-    if (!tensors.dx && !tensors.daddend) return;
-    const T* x = static_cast<const T*>(tensors.total) + offset(unit, block);
+    if (!tensors.dx && !tensors.dshortcut) return;
+    const T* x = static_cast<const T*>(tensors.summed) + offset(unit, block);
     const T* dy = static_cast<const T*>(tensors.dy) + offset(unit, block);
-    const T* dtotal = from<T>(tensors.dtotal, offset(unit, block));
+    const T* dsummed = from<T>(tensors.dsummed, offset(unit, block));
     const T* y = from<T>(tensors.y, offset(unit, block));
     T* dx = from<T>(tensors.dx, offset(unit, block));
-    T* daddend = from<T>(tensors.daddend, offset(unit, block));
+    T* dshortcut = from<T>(tensors.dshortcut, offset(unit, block));
     const int64_t channels = shape.channels;
     const float* const means = coefficient(slot, MEAN);
     const float* const scales = coefficient(slot, SCALE);
@@ -288,7 +289,7 @@ struct BackwardChannelsLast : ChannelsLast {
     const float* const shifts = coefficient(slot, SHIFT);
     const int64_t bytes = bytes_of<T>(shape);
     const bool streams = past_cache(bytes, static_cast<T*>(tensors.dx), channels);
-    const bool streams_too = past_cache(bytes, static_cast<T*>(tensors.daddend), channels);
+    const bool streams_too = past_cache(bytes, static_cast<T*>(tensors.dshortcut), channels);
     for_rows<2>(0, pixels_of(block), [=](int64_t row, auto rows) {
       for_vectors(channels, [=](int64_t c, auto lanes) {
         const Vec mean = load(means + c), scale = load(scales + c), bias = load(biases + c);
@@ -302,11 +303,11 @@ struct BackwardChannelsLast : ChannelsLast {
           const Vec z = adds ? load(y + i, lanes) : fma(centered, scale, bias);
           const Vec g = activate_backward<act>(z, load(dy + i, lanes));
           if constexpr (adds) {
-            if (daddend) store(daddend + i, g, lanes, streams_too);
+            if (dshortcut) store(dshortcut + i, g, lanes, streams_too);
             if (!dx) continue;
           }
           Vec grad = fma(scale, g, fma(slope, centered, shift));
-          if (dtotal) grad += load(dtotal + i, lanes);
+          if (dsummed) grad += load(dsummed + i, lanes);
           store(dx + i, grad, lanes, streams);
         }
       });

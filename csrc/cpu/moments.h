@@ -41,7 +41,7 @@ struct Moments {
   }
 };
 
-// Of `sets` sets of `count` values each, from the moments of the sets.
+// Moments of `sets` sets of `count` values each, from the moments of the sets.
 template <class Real>
 inline Moments moments_of_sets(const Real* mean, const Real* m2, int64_t sets, double count) {
   double sum = 0, between = 0, within = 0;
@@ -54,9 +54,9 @@ inline Moments moments_of_sets(const Real* mean, const Real* m2, int64_t sets, d
   return {count * sets, center, within + count * between};
 }
 
-// Of `length` > 0 values, read in order by read_at(offset, lanes). Their distances from the first of
-// them are taken, which are as small as their deviations: a running mean far from zero would lose
-// some of its last bits with each update.
+// Moments of `length` > 0 values, read in order by read_at(offset, lanes). The first value is
+// subtracted from all: a running mean far from zero would lose some of its last bits with each
+// update.
 template <class Read>
 inline Moments moments(int64_t length, Read&& read_at) {
   const float origin = read_at(0, 1)[0];

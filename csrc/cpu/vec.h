@@ -203,8 +203,8 @@ inline void store(T* p, Vec v, AllLanes) {
 template <class T>
 constexpr int64_t AHEAD = 4096 / sizeof(T);
 
-// Past the cache, for what would not stay in it: the lines are not read first. `p` must be aligned
-// to the vector, and stream_fence() come last.
+// Writes past the cache, without reading the lines first. `p` must be aligned to the vector, and
+// stream_fence() come last.
 template <class T>
 inline void stream(T* p, Vec value) {
 #if defined(__AVX2__)
@@ -217,8 +217,8 @@ inline void stream(T* p, Vec value) {
 #endif
 }
 
-// Whether to stream an output of `bytes`, `p` being one of its runs of `length` elements: what fits
-// into a usual last-level cache next to the input is better left there for its consumer.
+// Decides whether to stream an output of `bytes`, `p` one of its runs of `length` elements: an
+// output that fits into a usual last-level cache beside the input stays there for its consumer.
 template <class T>
 inline bool past_cache(int64_t bytes, const T* p, int64_t length) {
   constexpr int64_t CACHE = 16 << 20;

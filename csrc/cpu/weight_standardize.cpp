@@ -60,7 +60,7 @@ template <class T, class Out>
   const Vec mean = broadcast(center);
   const double scale = gain_of<T>(layer, filter) * layer.scale / denominator;
   const Vec factor = broadcast(float(scale));
-  // What rounding takes from the mean is not small where the mean is large.
+  // The rounding error of the mean is not small where the mean is large.
   const Vec rest = broadcast(float((center - stats.mean) * scale));
   const bool streams = past_cache(bytes, out, length);
   for_vectors(length, [=](int64_t i, auto lanes) {
@@ -79,7 +79,7 @@ struct Gradient {
   }
 };
 
-// Of a filter whose `dout` is in the layout of the weight; `scale` includes the gain.
+// The gradient of a filter; `dout` is in the layout of the weight, `scale` includes the gain.
 template <class Problem, class T, class Out>
 Gradient gradient(const Problem& problem, float center, double std, double scale, int64_t length,
                   const T* weight, const Out* dout) {
@@ -92,7 +92,7 @@ Gradient gradient(const Problem& problem, float center, double std, double scale
     distances += distance;
     products = fma(g, distance, products);
   });
-  // Distances from the rounded mean are deviations and a rest.
+  // Distances from the rounded mean are the deviations plus `rest`.
   const double rest = sum(distances) / double(length);
   const double denominator = problem.eps_outside ? std + problem.eps : std;
   const double product = sum(products) - rest * sum(sums);
@@ -128,7 +128,7 @@ template <class T, class Out>
   }
 }
 
-// As PyTorch's SGD. `dout` is the filter's, in the layout of the weight.
+// A step of PyTorch's SGD. `dout` is the filter's, in the layout of the weight.
 [[gnu::flatten]] void sgd(const WeightStandardizeSgdProblem& problem,
                           const WeightStandardizeSgdLayer& layer, int64_t filter,
                           const float* dout) {

@@ -46,9 +46,9 @@ __device__ float block_sum(float value) {
   return sum;
 }
 
-// Where element k of a filter stored one way lies if the filter is stored the other way.
+// Maps element k of a filter in one layout to its place in the other layout.
 struct Transpose {
-  int64_t rows, columns;  // of the way k counts in; 0 rows: both are stored alike
+  int64_t rows, columns;  // of the layout of k; 0 rows: both layouts are the same
 
   __device__ int64_t operator()(int64_t k) const {
     return rows == 0 ? k : (k % columns) * rows + k / columns;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(THREADS)
     distances += distance;
     squares += distance * distance;
   }
-  // What the mean lost by rounding may be large against the standard deviation.
+  // The rounding error of the mean may be large against the standard deviation.
   distances = block_sum(distances);
   const float rest = distances / size;
   const float var = (block_sum(squares) - rest * distances) / (size - problem.unbiased);

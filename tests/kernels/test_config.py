@@ -165,22 +165,22 @@ def test_first_launch_in_a_capture_is_refused(kernel, monkeypatch):
 
 def test_tables_of_new_layers_in_a_capture_are_refused(monkeypatch):
     layers = (weight_standardize._Layer(8, 27, 27, False, 1.0),) * 2
-    weight_standardize._tables(layers, torch.device("cpu"))
+    weight_standardize._layer_tables(layers, torch.device("cpu"))
     capturing(monkeypatch)
-    weight_standardize._tables(layers, torch.device("cpu"))
+    weight_standardize._layer_tables(layers, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="^weight_standardize: the first call"):
-        weight_standardize._tables(layers[:1], torch.device("cpu"))
+        weight_standardize._layer_tables(layers[:1], torch.device("cpu"))
 
 
 def test_tables_are_never_dropped():
     """A captured graph goes on reading them."""
     kept = [
-        weight_standardize._tables(
+        weight_standardize._layer_tables(
             (weight_standardize._Layer(8, length, length, False, 1.0),), torch.device("cpu")
         )
         for length in range(1, 200)
     ]
-    again = weight_standardize._tables(
+    again = weight_standardize._layer_tables(
         (weight_standardize._Layer(8, 1, 1, False, 1.0),), torch.device("cpu")
     )
     assert again is kept[0]

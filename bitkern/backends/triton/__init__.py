@@ -12,7 +12,7 @@ from bitkern.backends.backend import FLOATS, Backend
 
 @functools.cache
 def load() -> tuple[types.ModuleType | None, str]:
-    """Triton, and why it is missing: None and a reason, or the module and an empty one."""
+    """Triton and an empty string, or None and the reason why it is missing."""
     try:
         return importlib.import_module("triton"), ""
     except ImportError as error:
@@ -35,7 +35,7 @@ class Triton(Backend):
         triton, reason = load()
         if triton is None or not torch.cuda.is_available():
             return reason or None
-        try:  # it compiles what talks to the GPU's driver, which takes a C compiler
+        try:  # it compiles a module that calls the GPU's driver, which takes a C compiler
             triton.runtime.driver.active.get_current_target()
         except Exception as error:
             return f"triton did not start ({error})"

@@ -21,7 +21,7 @@ def max_splits(lanes: int) -> int:
 
 
 class GroupNormPlan(NamedTuple):
-    """How one sample is cut into work. A tile is [depth * rows pixels, lanes channels]."""
+    """The division of one sample into work. A tile is [depth * rows pixels, lanes channels]."""
 
     block: int  # channels of a program: whole groups
     lanes: int  # the next power of two
@@ -46,17 +46,17 @@ def group_norm_plan(
 
     ``tensors`` is the number of big tensors of which a program holds a tile at a time.
     """
-    size = channels // groups
+    group_size = channels // groups
     if channels_last:
         # Channels are contiguous: rows of 128 bytes where they fit, of 32 bytes at least.
         widest, narrowest, vector = min(128 // itemsize, 64), 32 // itemsize, 16 // itemsize
-        step = math.lcm(size, vector)
+        step = math.lcm(group_size, vector)
         if channels % vector or step > widest:
-            step = size
+            step = group_size
         unit = math.gcd(channels, step, 8)
     else:
         # Pixels are contiguous: groups are packed only to fill the tile of a small map.
-        widest, narrowest, step = 64, 1, size
+        widest, narrowest, step = 64, 1, group_size
         unit = math.gcd(pixels, 8)
     # Narrow accesses take more registers, for addresses.
     narrow = 4 if unit * itemsize < 16 else 1
@@ -73,7 +73,7 @@ def group_norm_plan(
     else:
         # Wide rows; where rows are of pixels, narrow blocks are many programs.
         block = (resident or blocks)[-1 if channels_last else 0]
-        if resident and block != size:
+        if resident and block != group_size:
             tile //= tensors  # the sums over groups take registers
         pixels_of_tile = max(tile // power_of_two(block), 1)
         tiles = math.ceil(pixels / pixels_of_tile)
@@ -85,7 +85,7 @@ def group_norm_plan(
     lanes = power_of_two(block)
     elements = pixels_of_tile * lanes
     # Sums over several groups compare the lanes in pairs: 32 pairs per thread at most.
-    least = 1 if block == size else max(lanes * lanes // 1024, 1)
+    least = 1 if block == group_size else max(lanes * lanes // 1024, 1)
     warps = min(max(elements * itemsize * tensors * narrow // 1024, least), 8)
     depth = min(max(elements * itemsize // (16 * 32 * warps), 1), pixels_of_tile)
     if not channels_last:  # those of one access

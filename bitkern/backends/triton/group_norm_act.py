@@ -1,5 +1,7 @@
 """Launchers of GroupNorm + activation."""
 
+from typing import NamedTuple
+
 import torch
 
 from bitkern.backends.triton import config
@@ -8,34 +10,43 @@ from bitkern.backends.triton.kernels import group_norm_act_forward as forward
 from bitkern.backends.triton.launch import launch
 
 
+class _Problem(NamedTuple):
+    """Arguments that the launches of the kernels have in common."""
+
+    plan: config.GroupNormPlan
+    programs: int  # of each split
+    sizes: tuple  # channels, pixels, group_size, block, tiles, splits
+    options: tuple  # the first constexpr arguments
+    one_group: bool  # a program has one group
+
+
 def _problem(x, num_groups, tensors):
-    """The plan for x, programs for each split, the kernels' sizes and first constexpr arguments;
-    whether a program has one group."""
     samples, channels = x.shape[:2]
     pixels = x.numel() // (samples * channels)
     channels_last = pixels == 1 or not x.is_contiguous()
     plan = config.group_norm_plan(
         channels, pixels, num_groups, x.element_size(), channels_last, tensors
     )
-    size = channels // num_groups
-    sizes = (channels, pixels, size, plan.block, plan.tiles, plan.splits)
+    group_size = channels // num_groups
+    sizes = (channels, pixels, group_size, plan.block, plan.tiles, plan.splits)
     reach = plan.depth * plan.rows * channels if channels_last else plan.lanes * pixels
     wide = max(reach, pixels) >= 2**31
     options = (channels_last, plan.unit, plan.depth, plan.rows, plan.lanes, wide)
-    return plan, samples * -(-channels // plan.block), sizes, options, plan.block == size
+    programs = samples * -(-channels // plan.block)
+    return _Problem(plan, programs, sizes, options, plan.block == group_size)
 
 
 def _per_sample(weight, bias):
-    """Whether they are (N, C), the one that is there or both."""
+    """Return whether the parameters are (N, C)."""
     parameter = bias if weight is None else weight
     return parameter is not None and parameter.ndim == 2
 
 
-def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act, addend=None):
-    """``(total or None, y, mean, rstd)``; total = x + residual if there is a residual.
+def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act, shortcut=None):
+    """``(summed or None, y, mean, rstd)``; summed = x + residual if there is a residual.
 
-    x (N, C, *spatial), dense, NCHW or channels_last; residual and addend, which the activation sees
-    added to what is normalized, alike; weight and bias both (C,) or both (N, C), or None; mean,
+    x (N, C, *spatial), dense, NCHW or channels_last; residual and shortcut, which is added
+    before the activation, alike; weight and bias both (C,) or both (N, C), or None; mean,
     rstd (N, G) fp32.
     """
     out = None if residual is None else torch.empty_like(x)
@@ -44,67 +55,70 @@ def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act, adde
     rstd = torch.empty_like(mean)
     if x.numel() == 0:
         return out, y, mean.zero_(), rstd.zero_()
-    total = x if out is None else out
+    summed = x if out is None else out
     tensors, eps = 1 if residual is None else 2, float(eps)
-    plan, programs, sizes, options, one_group = _problem(x, num_groups, tensors)
-    pointers = (x, residual, addend, total, y, weight, bias, mean, rstd)
+    problem = _problem(x, num_groups, tensors)
+    plan, programs = problem.plan, problem.programs
+    pointers = (x, residual, shortcut, summed, y, weight, bias, mean, rstd)
     affine = _per_sample(weight, bias), act
     if plan.splits == 1:
         kernel = forward.group_norm_act_forward_whole
         if plan.on_chip:
             kernel = forward.group_norm_act_forward_on_chip
-        numbers, constants = (*sizes[:4], eps), (*options, one_group, *affine)
+        numbers = (*problem.sizes[:4], eps)
+        constants = (*problem.options, problem.one_group, *affine)
         launch(kernel, programs, pointers, numbers, constants, plan.warps)
         return out, y, mean, rstd
     partial = mean.new_empty((x.shape[0], plan.splits, num_groups, 2))
     programs *= plan.splits
-    pointers, constants = (x, residual, total, partial), (*options, one_group)
+    pointers, constants = (x, residual, summed, partial), (*problem.options, problem.one_group)
     kernel = forward.group_norm_act_forward_reduce
-    launch(kernel, programs, pointers, sizes, constants, plan.warps)
-    pointers = (total, addend, y, weight, bias, mean, rstd, partial)
-    constants = (*options, *affine, config.max_splits(plan.lanes))
+    launch(kernel, programs, pointers, problem.sizes, constants, plan.warps)
+    pointers = (summed, shortcut, y, weight, bias, mean, rstd, partial)
+    constants = (*problem.options, *affine, config.max_splits(plan.lanes))
     kernel = forward.group_norm_act_forward_apply
-    launch(kernel, programs, pointers, (*sizes, eps), constants, plan.warps)
+    launch(kernel, programs, pointers, (*problem.sizes, eps), constants, plan.warps)
     return out, y, mean, rstd
 
 
-def group_norm_act_recompute(total, num_groups, weight, bias, mean, rstd, act):
+def group_norm_act_recompute(summed, num_groups, weight, bias, mean, rstd, act):
     """y, from what the forward returned besides it, in one pass."""
-    y = torch.empty_like(total)
-    if total.numel() == 0:
+    y = torch.empty_like(summed)
+    if summed.numel() == 0:
         return y
-    plan, programs, sizes, options, one_group = _problem(total, num_groups, 1)
-    pointers = (total, y, weight, bias, mean, rstd)
-    constants = (*options, one_group, _per_sample(weight, bias), act)
+    problem = _problem(summed, num_groups, 1)
+    plan, programs = problem.plan, problem.programs * problem.plan.splits
+    pointers = (summed, y, weight, bias, mean, rstd)
+    constants = (*problem.options, problem.one_group, _per_sample(weight, bias), act)
     kernel = forward.group_norm_act_recompute
-    launch(kernel, programs * plan.splits, pointers, sizes, constants, plan.warps)
+    launch(kernel, programs, pointers, problem.sizes, constants, plan.warps)
     return y
 
 
 def group_norm_act_backward(
-    dy, dtotal, total, num_groups, weight, bias, mean, rstd, act, need_dx, need_dparams,
-    y=None, daddend=None,
+    dy, dsummed, summed, num_groups, weight, bias, mean, rstd, act, need_dx, need_dparams,
+    y=None, dshortcut=None,
 ):  # fmt: skip
-    """``(dx or None, dweight or None, dbias or None)``; dtotal, if any, is added to dx.
+    """``(dx or None, dweight or None, dbias or None)``; dsummed, if any, is added to dx.
 
-    dy, dtotal in the format of total. The parameters' gradients have their dtypes. After a forward
-    with an addend, whose act was ReLU, y is what it returned; daddend, if any, is written to.
+    dy, dsummed in the format of summed. The parameters' gradients have their dtypes. After a
+    forward with a shortcut, whose act was ReLU, y is its result; dshortcut, if any, is written to.
     """
-    dx = torch.empty_like(total) if need_dx else None
+    dx = torch.empty_like(summed) if need_dx else None
     dweight = torch.empty_like(weight) if need_dparams and weight is not None else None
     dbias = torch.empty_like(bias) if need_dparams and bias is not None else None
-    if total.numel() == 0:
+    if summed.numel() == 0:
         for gradient in (dweight, dbias):
             if gradient is not None:
                 gradient.zero_()
         return dx, dweight, dbias
-    samples, channels = total.shape[:2]
-    parts, summed = [dweight, dbias], samples > 1 and not _per_sample(weight, bias)
-    if summed:
+    samples, channels = summed.shape[:2]
+    parts, sums_samples = [dweight, dbias], samples > 1 and not _per_sample(weight, bias)
+    if sums_samples:
         parts = [None if p is None else mean.new_empty((samples, channels)) for p in parts]
-    maps = dy, dtotal, total, y, dx, daddend
+    maps = dy, dsummed, summed, y, dx, dshortcut
     _backward(maps, num_groups, weight, bias, mean, rstd, parts, act)
-    if summed and (dweight is not None or dbias is not None):
+    if sums_samples and (dweight is not None or dbias is not None):
         launch(
             backward.group_norm_act_sum_samples, -(-channels // 32), (*parts, dweight, dbias),
             (samples, channels), (64, 32), 4,
@@ -113,9 +127,10 @@ def group_norm_act_backward(
 
 
 def _backward(maps, num_groups, weight, bias, mean, rstd, parts, act):
-    dy, _, total, y, *_ = maps
-    plan, programs, sizes, options, one_group = _problem(total, num_groups, 2)  # y gives way to g
-    constants = (*options, one_group, _per_sample(weight, bias), act)
+    dy, _, summed, y, *_ = maps
+    problem = _problem(summed, num_groups, 2)  # two: g takes the registers of y
+    plan, programs, sizes = problem.plan, problem.programs, problem.sizes
+    constants = (*problem.options, problem.one_group, _per_sample(weight, bias), act)
     pointers = (*maps, weight, bias, mean, rstd, *parts)
     if plan.splits == 1:
         kernel = backward.group_norm_act_backward_whole
@@ -124,8 +139,8 @@ def _backward(maps, num_groups, weight, bias, mean, rstd, parts, act):
         launch(kernel, programs, pointers, sizes[:4], constants, plan.warps)
         return
     programs *= plan.splits
-    partial = mean.new_empty((total.shape[0], plan.splits, total.shape[1], 2))
-    needed = (dy, total, y, weight, bias, mean, rstd, partial)
+    partial = mean.new_empty((summed.shape[0], plan.splits, summed.shape[1], 2))
+    needed = (dy, summed, y, weight, bias, mean, rstd, partial)
     kernel = backward.group_norm_act_backward_reduce
     launch(kernel, programs, needed, sizes, constants, plan.warps)
     kernel = backward.group_norm_act_backward_apply

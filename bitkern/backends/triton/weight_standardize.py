@@ -20,34 +20,34 @@ class _Layer(NamedTuple):
 
     filters: int
     length: int
-    minor: int  # the dimension exchanged with the other tensor's; length where none is
+    permuted_dim: int  # the dimension exchanged with the other tensor's; length where none is
     aligned: bool
     scale: float
 
 
 def _layer(own, other, tensors, scale):
     length = own.shape[1:].numel()
-    minor = length
+    permuted_dim = length
     if length and own.is_contiguous() != other.is_contiguous():
-        minor = length // own.shape[1] if own.is_contiguous() else own.shape[1]
+        permuted_dim = length // own.shape[1] if own.is_contiguous() else own.shape[1]
     addresses = 0
     for tensor in tensors:
         if tensor is not None:
             addresses |= tensor.data_ptr()
     return _Layer(
-        own.shape[0], length, minor, length % 8 == 0 and addresses % 16 == 0, float(scale)
+        own.shape[0], length, permuted_dim, length % 8 == 0 and addresses % 16 == 0, float(scale)
     )
 
 
 @functools.cache  # unbounded: a captured CUDA graph goes on reading them
-def _tables(layers, device, tiles=config.FILTER_TILES):
+def _layer_tables(layers, device, tiles=config.FILTER_TILES):
     """sizes and programs on the device, long filters first."""
     refuse_capture("weight_standardize")
     sizes, programs, first_stat = [], [], 0
     for layer in layers:
         kind = config.filter_kind(layer.length, layer.aligned, tiles)
         (scale,) = struct.unpack("i", struct.pack("f", layer.scale))
-        sizes.append((layer.filters, layer.length, layer.minor, first_stat, scale, kind))
+        sizes.append((layer.filters, layer.length, layer.permuted_dim, first_stat, scale, kind))
         first_stat += layer.filters
     for i in sorted(range(len(layers)), key=lambda i: -layers[i].length):
         step = tiles[sizes[i][-1]].filters
@@ -71,20 +71,20 @@ def _pointers(tensors):
 
 def _launch(one, many, tensors, layers, gains, stats, variant, dtypes):
     """The kernel for one layer, or that for many; tensors: a tuple per layer, some of them None."""
-    permuted = any(layer.minor != layer.length for layer in layers)
+    permuted = any(layer.permuted_dim != layer.length for layer in layers)
     eps, *variant = variant
     if len(layers) > 1:
-        sizes, programs = _tables(tuple(layers), stats.device)
+        sizes, programs = _layer_tables(tuple(layers), stats.device)
         pointers = (sizes, programs, _pointers(tensors), stats)
         dtypes = [_DTYPES[dtype] for dtype in dtypes]
         options = (*dtypes, int(gains is not None), *variant, permuted, config.FILTER_TILES)
         numbers = (stats.shape[1], float(eps))
         launch(many, len(programs), pointers, numbers, options, config.FILTER_WARPS)
         return
-    ((filters, length, minor, aligned, scale),) = layers
+    ((filters, length, permuted_dim, aligned, scale),) = layers
     tile, warps = config.filter_tile(filters, length, aligned)
     options = (*variant, *tile, permuted)
-    numbers = (filters, length, minor, scale, float(eps))
+    numbers = (filters, length, permuted_dim, scale, float(eps))
     programs = -(-filters // tile.filters)
     launch(one, programs, (*tensors[0], stats), numbers, options, warps)
 
@@ -133,8 +133,8 @@ def weight_standardize_sgd(douts, weights, buffers, scales, stats, variant, opti
         return
     tensors = list(zip(douts, weights, buffers, strict=True))
     layers = [_layer(t[1], t[0], t, scale) for t, scale in zip(tensors, scales, strict=True)]
-    permuted = any(layer.minor != layer.length for layer in layers)
-    sizes, programs = _tables(tuple(layers), stats.device, config.SGD_TILES)
+    permuted = any(layer.permuted_dim != layer.length for layer in layers)
+    sizes, programs = _layer_tables(tuple(layers), stats.device, config.SGD_TILES)
     eps, *variant = variant
     lr, (_, momentum, dampening, decay, nesterov) = options.lr_on(stats.device), options
     pointers = (sizes, programs, _pointers(tensors), stats, lr)

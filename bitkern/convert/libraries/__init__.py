@@ -5,7 +5,7 @@ one it takes the place of, with its name, so that ``isinstance``, pickling, and 
 class names work on. ``bitkern.convert`` assigns it to ``module.__class__``.
 
 ``LAYERS`` and ``BLOCKS`` of each module map the library's classes to these; a value may also be a
-function of the module. A block has a ``fits(module)``: what is wanted of the converted inside.
+function of the module. A block has a ``fits(module)``: whether its parts are converted.
 """
 
 import importlib
@@ -16,7 +16,6 @@ from typing import Any
 LIBRARIES = {
     "timm": "timm.layers",
     "transformers": "transformers.models.bit.modeling_bit",
-    "transformers_activations": "transformers.activations",
 }
 
 

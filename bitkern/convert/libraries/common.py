@@ -1,14 +1,16 @@
-"""What the layers, blocks and stages of timm and transformers have in common."""
+"""Mixins for the layers, blocks and stages of timm and transformers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitkern.nn import GroupNormAct, WSConv2d, preact
-from bitkern.nn.activations import act_of
+from bitkern.nn.activations import ACTS, act_of
 from bitkern.nn.fused import watched
 from bitkern.nn.layers import conv_fusion
+from bitkern.nn.preact import Summands
 from bitkern.ops import Conv
 from bitkern.reference import Activation
 
@@ -24,14 +26,14 @@ class StandardizedConv(WSConv2d):
 
 
 class PaddedConv(StandardizedConv):
-    """A convolution that may pad its input by as much as that needs."""
+    """A convolution that may pad its input according to its size."""
 
     def pads(self) -> bool:
-        """Whether this one does."""
+        """Return whether this layer pads."""
         raise NotImplementedError
 
     def padded(self, x: Tensor) -> Tensor:
-        """``x``, padded."""
+        """Pad ``x``."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,26 +53,28 @@ class Norm:
     __prepare_scriptable__ = GroupNormAct.__prepare_scriptable__
 
 
-def fusion(*modules: nn.Module) -> tuple[Activation, tuple[nn.Module, ...]]:
-    """``GroupNormAct.fusion`` of a norm that calls ``modules``, the last an activation."""
-    act = "none" if type(modules[-1]) is nn.Identity else act_of(modules[-1])
+def fusion(
+    *modules: nn.Module, acts: Mapping[type, Activation] = ACTS
+) -> tuple[Activation, tuple[nn.Module, ...]]:
+    """``GroupNormAct.fusion`` of a norm that calls ``modules``, the last one of ``acts``."""
+    act = "none" if type(modules[-1]) is nn.Identity else act_of(modules[-1], acts)
     idle = all(type(module) is nn.Identity for module in modules[:-1])
     if act is None or not idle or any(watched(module) for module in modules):
         return "none", modules
     return act, ()
 
 
-class Paired(preact.Paired):
+class DeferredResidual(preact.DeferredResidual):
     """Mixin of blocks and stages."""
 
     def forward(self, x: Any) -> Any:
         # torch.fx records the library's own forward, of layers that it can look into.
         if isinstance(x, torch.fx.Proxy):
-            return super(preact.Paired, self).forward(x)  # type: ignore[misc]
+            return super(preact.DeferredResidual, self).forward(x)  # type: ignore[misc]
         return super().forward(x)
 
 
-class Bottleneck(Paired, preact.Bottleneck):
+class Bottleneck(DeferredResidual, preact.Bottleneck):
     """Mixin of pre-activation bottlenecks. ``shortcuts`` are the classes of their downsample."""
 
     shortcuts: tuple[type, ...] = ()
@@ -82,7 +86,7 @@ class Bottleneck(Paired, preact.Bottleneck):
         return all(type(norm).forward is GroupNormAct.forward for norm in norms)
 
     def projection(self) -> nn.Module | None:
-        """The shortcut's convolution, where pool and norm beside it do nothing; else all of it."""
+        """The shortcut's convolution if the rest of ``downsample`` does nothing; else all of it."""
         module = self.downsample
         if module is None:
             return None
@@ -96,7 +100,7 @@ class Bottleneck(Paired, preact.Bottleneck):
         return dropped
 
 
-class Stage(Paired, preact.Stage):
+class Stage(DeferredResidual, preact.Stage):
     """Mixin of stages."""
 
     grad_checkpointing = False
@@ -105,7 +109,8 @@ class Stage(Paired, preact.Stage):
     def fits(cls, module: Any) -> bool:
         return all(isinstance(block, Bottleneck) for block in cls.parts(module))
 
-    def pair(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward_deferred(self, x: Tensor, residual: Tensor | None = None) -> Summands:
         if self.grad_checkpointing:  # as the library does it
-            return super(preact.Paired, self).forward(preact.summed(x, residual)), None  # type: ignore[misc]
-        return super().pair(x, residual)
+            x = preact.add_residual(x, residual)
+            return super(preact.DeferredResidual, self).forward(x), None  # type: ignore[misc]
+        return super().forward_deferred(x, residual)

@@ -10,18 +10,16 @@ from torch import nn
 
 from bitkern.convert.libraries import common
 from bitkern.convert.libraries.common import Norm, PaddedConv, StandardizedConv, fusion
-from bitkern.nn.activations import ACTS
-from bitkern.nn.preact import summed, through
+from bitkern.nn import activations as nn_activations
+from bitkern.nn.preact import add_residual, run_all_deferred
 from bitkern.nn.standardized import per_forward
 
-ACTS.update(
-    {
-        activations.Swish: "silu",
-        activations.GELU: "gelu",
-        activations.Mish: "mish",
-        activations.HardSwish: "hardswish",
-    }
-)
+ACTS = nn_activations.ACTS | {
+    activations.Swish: "silu",
+    activations.GELU: "gelu",
+    activations.Mish: "mish",
+    activations.HardSwish: "hardswish",
+}
 
 
 class StdConv2d(StandardizedConv, layers.StdConv2d):
@@ -63,7 +61,7 @@ class PlainNorm(Norm):
 
 class NormAct(Norm):
     def fusion(self):
-        return fusion(self.drop, self.act)
+        return fusion(self.drop, self.act, acts=ACTS)
 
 
 class GroupNorm(PlainNorm, layers.GroupNorm):
@@ -101,7 +99,7 @@ class ResNetV2(resnetv2.ResNetV2):
         # A checkpointed stage standardizes its weights when it runs, and again in backward.
         checkpointed = any(getattr(stage, "grad_checkpointing", False) for stage in self.stages)
         with contextlib.nullcontext() if checkpointed else per_forward(self):
-            return self.norm(summed(*through(self.stages, self.stem(x), None)))
+            return self.norm(add_residual(*run_all_deferred(self.stages, self.stem(x), None)))
 
 
 LAYERS = {

@@ -3,15 +3,23 @@
 import functools
 
 from torch import nn
+from transformers.activations import GELUActivation, MishActivation, SiLUActivation
 from transformers.models.bit import modeling_bit as bit
 
 from bitkern.convert.libraries import common
 from bitkern.convert.libraries.common import Norm, PaddedConv, fusion
+from bitkern.nn import activations as nn_activations
 from bitkern.nn.standardized import per_forward
+
+ACTS = nn_activations.ACTS | {
+    SiLUActivation: "silu",
+    GELUActivation: "gelu",
+    MishActivation: "mish",
+}
 
 
 class PaddedConv2d(nn.Conv2d):
-    """What folding leaves of a convolution with a dynamic ``pad``, a module."""
+    """The folded form of a convolution with a dynamic ``pad``, a module."""
 
     def forward(self, x):
         return super().forward(self.pad(x))
@@ -35,7 +43,7 @@ class WeightStandardizedConv2d(PaddedConv, bit.WeightStandardizedConv2d):
 
 class BitGroupNormActivation(Norm, bit.BitGroupNormActivation):
     def fusion(self):
-        return fusion(self.activation)
+        return fusion(self.activation, acts=ACTS)
 
 
 class BitPreActivationBottleneckLayer(common.Bottleneck, bit.BitPreActivationBottleneckLayer):

@@ -1,4 +1,4 @@
-// The operators: X(name, what is asked, the tensors). An operator has one line here, its structs in
+// The operators: X(name, problem, tensors). An operator has one line here, its structs in
 // a header, and its kernel in csrc/cpu or csrc/cuda; dispatch and bindings follow from the lists.
 
 #pragma once

@@ -8,8 +8,8 @@ enum class DType : int { float32, bfloat16, float16 };
 
 enum class Activation : int { none, relu, silu, leaky_relu, gelu, mish, hardswish };
 
-// An array that somebody else keeps. Not a std::vector: the kernels are compiled once per
-// instruction set, and of an inline function in all of them the linker would keep any one.
+// A view of an array. Not a std::vector: the kernels are compiled once per instruction set, and of
+// an inline function in several of them the linker would keep an arbitrary one.
 template <class T>
 struct Span {
   const T* data;

@@ -1,6 +1,6 @@
-"""Layers of which ``kernels.kernelize`` takes the forward; their attributes are those of others.
+"""Layers whose forward ``kernels.kernelize`` puts into layers of PyTorch, timm or transformers.
 
-Each has the name of the class that it stands for, of PyTorch, timm or transformers. ``WSConv2d``
+Each has the name of the class that it stands for. ``WSConv2d``
 is for a subclass of ``nn.Conv2d`` that standardizes as BiT does and has no eps of its own.
 """
 
@@ -60,8 +60,8 @@ def _group_norm_act(norm: _Norm, x: Tensor, *after: nn.Module) -> Tensor:
 
 def _ws_conv2d(conv: _Conv, x: Tensor, eps: float, gain: Tensor | None = None, scale: float = 1.0):
     _refuse_subclass(conv)
-    of = conv.stride, conv.padding, conv.dilation, conv.groups, eps
-    return ws_conv2d(x, conv.weight, conv.bias, *of, gain=gain, scale=scale)
+    args = conv.stride, conv.padding, conv.dilation, conv.groups, eps
+    return ws_conv2d(x, conv.weight, conv.bias, *args, gain=gain, scale=scale)
 
 
 class GroupNorm(_Norm):
@@ -92,7 +92,7 @@ class BitGroupNormActivation(_Norm):
 
 
 class WSConv2d(_Conv):
-    """With an eps of 1e-10, as in BiT's own code."""
+    """BiT's own, with an eps of 1e-10."""
 
     padding_mode: str
 

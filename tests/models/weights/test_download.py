@@ -19,7 +19,7 @@ BODY, OTHER = npz(0), npz(1)
 
 @pytest.fixture(autouse=True)
 def without_waits(monkeypatch):
-    monkeypatch.setattr(module, "WAITS", (0, 0, 0))
+    monkeypatch.setattr(module, "RETRY_WAITS", (0, 0, 0))
 
 
 @pytest.fixture
@@ -232,7 +232,9 @@ def test_one_of_several_downloads(server, path, kind):
 def test_says_that_it_tries_again_and_what_else_there_is(server, path, capsys):
     message = error_of(server, path, *["close"] * 4)
     said = capsys.readouterr().err.splitlines()
-    assert [line.partition("; again in ")[2] for line in said] == [f"{w} s" for w in module.WAITS]
+    assert [line.partition("; again in ")[2] for line in said] == [
+        f"{w} s" for w in module.RETRY_WAITS
+    ]
     assert all(f"x.npz: attempt {i} of 4: " in line for i, line in enumerate(said, 1))
     for way in (f"put the file at {path} by hand", "BITKERN_WEIGHTS_URL", "--weights none"):
         assert way in message

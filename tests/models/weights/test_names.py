@@ -11,9 +11,9 @@ import torch
 
 from bitkern.models import ARCHITECTURES, create_model, save_npz
 from bitkern.models import weights as module
-from bitkern.models.pretrained import RELEASES, find_release, released
+from bitkern.models.pretrained import RELEASES, find_release, get_release
 from bitkern.models.registry import NAMES
-from bitkern.models.weights import cache_folder, cached, fetch, source
+from bitkern.models.weights import cache_folder, fetch, find_cached, source
 from tests.models.helpers import small
 from tests.models.weights.server import serving
 
@@ -43,14 +43,14 @@ def test_addresses(monkeypatch):
     monkeypatch.delenv("BITKERN_WEIGHTS_URL", raising=False)
     task = "vtab/BiT-M-R101x3-run2-cifar-100"
     assert find_release(task)[1:3] == ("R101x3", None)
-    assert source(released(task)) == f"https://storage.googleapis.com/bit_models/{task}.npz"
+    assert source(get_release(task)) == f"https://storage.googleapis.com/bit_models/{task}.npz"
     timms = "resnetv2_50x3_bit.goog_in21k"
-    assert source(released(timms)) == f"hf-hub:timm/{timms}"
+    assert source(get_release(timms)) == f"hf-hub:timm/{timms}"
     monkeypatch.setenv("BITKERN_WEIGHTS_URL", "http://here/bit/")
-    assert source(released("BiT-S-R50x1")) == "http://here/bit/BiT-S-R50x1.npz"
+    assert source(get_release("BiT-S-R50x1")) == "http://here/bit/BiT-S-R50x1.npz"
     monkeypatch.setenv("BITKERN_WEIGHTS_URL", "/a/folder")
     with pytest.raises(ValueError, match="BITKERN_WEIGHTS_URL: expected http:.* got /a/folder"):
-        source(released("BiT-S-R50x1"))
+        source(get_release("BiT-S-R50x1"))
 
 
 def test_cache_folder(monkeypatch, tmp_path):
@@ -83,7 +83,7 @@ def test_cache_folder(monkeypatch, tmp_path):
     ],
 )
 def test_names_without_weights(name, message):
-    for ask in (released, fetch, cached, lambda name: create_model("R50x1", weights=name)):
+    for ask in (get_release, fetch, find_cached, lambda name: create_model("R50x1", weights=name)):
         with pytest.raises(ValueError) as error:
             ask(name)
         assert str(error.value).startswith(f"{name}: ") and message in str(error.value)
@@ -107,7 +107,7 @@ def test_released_weights_become_a_model(mirror, tmp_path):
 
     model = create_model(name, pretrained=True)
     assert model.num_classes == 5
-    assert cached(name) == tmp_path / "cache" / f"{name}.npz"
+    assert find_cached(name) == tmp_path / "cache" / f"{name}.npz"
     mirror.stop()
     for same in (
         model,
@@ -164,7 +164,7 @@ def test_without_huggingface_hub(monkeypatch):
         importlib.util, "find_spec", lambda name: None if "hub" in name else find_spec(name)
     )
     monkeypatch.setattr(builtins, "__import__", without_hub(builtins.__import__))
-    assert module.cached("resnetv2_50x1_bit") is None
+    assert module.find_cached("resnetv2_50x1_bit") is None
     with pytest.raises(ValueError, match=r"huggingface_hub is not installed: pip install 'bitk"):
         create_model("resnetv2_50x1_bit", pretrained=True)
 

@@ -1,4 +1,4 @@
-"""GroupNorm + activation, backward, with and without the gradient of a residual sum or an addend.
+"""GroupNorm + activation, backward, with and without a residual before it or a shortcut after it.
 
 The same ways as forward: ``_on_chip``; ``_whole``; ``_reduce``, then ``_apply``. ``tiles.py`` has
 the shapes and the names of the sizes.
@@ -47,9 +47,9 @@ def _act_backward(dy, z, ACT: tl.constexpr):
 
 
 @triton.jit
-def _gradients(dy, total, y, at, mask, mean, scale, shift, ACT: tl.constexpr):
-    """g = dy through the activation, and total - mean. A given y tells where ReLU was 0."""
-    centered = load(total + at, mask) - mean[None, :]
+def _gradients(dy, summed, y, at, mask, mean, scale, shift, ACT: tl.constexpr):
+    """g = dy through the activation, and summed - mean. A given y tells where ReLU was 0."""
+    centered = load(summed + at, mask) - mean[None, :]
     if y is not None:
         z = load(y + at, mask)
     else:
@@ -58,24 +58,24 @@ def _gradients(dy, total, y, at, mask, mean, scale, shift, ACT: tl.constexpr):
 
 
 @triton.jit
-def _store_dx(dx, dtotal, daddend, at, mask, g, centered, scale, constant, slope):
-    """And daddend, which is g."""
-    if daddend is not None:
-        tl.store(daddend + at, g, mask=mask)
+def _store_dx(dx, dsummed, dshortcut, at, mask, g, centered, scale, constant, slope):
+    """Store dx, and dshortcut, which is g."""
+    if dshortcut is not None:
+        tl.store(dshortcut + at, g, mask=mask)
     if dx is not None:
         value = g * scale[None, :] - constant[None, :] - centered * slope[None, :]
-        if dtotal is not None:
-            value += load(dtotal + at, mask)
+        if dsummed is not None:
+            value += load(dsummed + at, mask)
         tl.store(dx + at, value, mask=mask)
 
 
 @triton.jit
 def _sums(
-    dy, total, y, mean, rstd, scale, shift, first, left, in_block, start, channels, pixels,
+    dy, summed, y, mean, rstd, scale, shift, first, left, in_block, start, channels, pixels,
     CHANNELS_LAST: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     WIDE: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g and of g * normalized total, per channel, of ``left`` pixels from ``first`` on."""
+    """Sums of g and of g * normalized input, per channel, of ``left`` pixels from ``first`` on."""
     TILE: tl.constexpr = DEPTH * ROWS
     stride = pixel_stride(channels, CHANNELS_LAST)
     at = start + first * stride
@@ -85,7 +85,7 @@ def _sums(
     sum_gc = tl.zeros([ROWS, LANES], tl.float32)
     for i in tl.range(tl.cdiv(left, TILE), num_stages=STAGES if TILE > 1 else 1):
         mask = (pixel < left - i * TILE)[:, None] & in_block[None, :]
-        g, centered = _gradients(dy, total, y, at + offsets, mask, mean, scale, shift, ACT)
+        g, centered = _gradients(dy, summed, y, at + offsets, mask, mean, scale, shift, ACT)
         sum_g += sum_depth(g, CHANNELS_LAST, DEPTH, ROWS, LANES)
         sum_gc += sum_depth(g * centered, CHANNELS_LAST, DEPTH, ROWS, LANES)
         at += TILE * stride
@@ -97,16 +97,16 @@ def _combine(partial, sample, channel, in_block, channels, splits, SPLITS: tl.co
     """The sums over all splits [LANES]."""
     split = tl.arange(0, SPLITS)
     mask = (split < splits)[:, None] & in_block[None, :]
-    of = partial + sample * splits * channels * 2
-    of += (split[:, None] * channels + channel[None, :]) * 2
-    return tl.sum(load(of, mask), 0), tl.sum(load(of + 1, mask), 0)
+    ptr = partial + sample * splits * channels * 2
+    ptr += (split[:, None] * channels + channel[None, :]) * 2
+    return tl.sum(load(ptr, mask), 0), tl.sum(load(ptr + 1, mask), 0)
 
 
 @triton.jit
 def _store_sums(
     channel_weight, channel_bias, sum_g, sum_gn, sample, split, channel, in_block, channels
 ):  # fmt: skip
-    """The first split's program stores them."""
+    """Store the sums, by the program of the first split."""
     if split == 0:
         to = sample * channels + channel
         if channel_weight is not None:
@@ -116,47 +116,47 @@ def _store_sums(
 
 
 @triton.jit
-def _coefficients(sum_g, sum_gn, w, rstd, channel, pixels, size, ONE_GROUP: tl.constexpr):
+def _coefficients(sum_g, sum_gn, w, rstd, channel, pixels, group_size, ONE_GROUP: tl.constexpr):
     """(constant, slope) of dx = g * w * rstd - constant - centered * slope."""
-    factor = rstd / (size * 1.0 * pixels)
-    constant = over_groups(w * sum_g, channel, size, ONE_GROUP) * factor
-    slope = over_groups(w * sum_gn, channel, size, ONE_GROUP) * (factor * rstd)
+    factor = rstd / (group_size * 1.0 * pixels)
+    constant = over_groups(w * sum_g, channel, group_size, ONE_GROUP) * factor
+    slope = over_groups(w * sum_gn, channel, group_size, ONE_GROUP) * (factor * rstd)
     return constant, slope
 
 
 @triton.jit
 def _apply_tiles(
-    dy, dtotal, total, y, dx, daddend, mean, scale, shift, constant, slope, first, left, in_block,
-    start, channels, pixels, CHANNELS_LAST: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
-    WIDE: tl.constexpr, ACT: tl.constexpr,
+    dy, dsummed, summed, y, dx, dshortcut, mean, scale, shift, constant, slope, first, left,
+    in_block, start, channels, pixels, CHANNELS_LAST: tl.constexpr, TILE: tl.constexpr,
+    LANES: tl.constexpr, WIDE: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """dx and daddend of ``left`` pixels from pixel ``first`` on."""
+    """Store dx and dshortcut of ``left`` pixels from pixel ``first`` on."""
     pixel = tl.arange(0, TILE)
     offsets = tile_offsets(pixel, channels, pixels, CHANNELS_LAST, LANES, WIDE)
     stride = pixel_stride(channels, CHANNELS_LAST)
     at = start + first * stride
     for i in tl.range(tl.cdiv(left, TILE), num_stages=STAGES if TILE > 1 else 1):
         mask = (pixel < left - i * TILE)[:, None] & in_block[None, :]
-        g, centered = _gradients(dy, total, y, at + offsets, mask, mean, scale, shift, ACT)
-        _store_dx(dx, dtotal, daddend, at + offsets, mask, g, centered, scale, constant, slope)
+        g, centered = _gradients(dy, summed, y, at + offsets, mask, mean, scale, shift, ACT)
+        _store_dx(dx, dsummed, dshortcut, at + offsets, mask, g, centered, scale, constant, slope)
         at += TILE * stride
 
 
 @kernel
 def group_norm_act_backward_on_chip(
     dy,  # [N, P, C]
-    dtotal,  # [N, P, C] or None
-    total,  # [N, P, C]
+    dsummed,  # [N, P, C] or None
+    summed,  # [N, P, C]
     y,  # [N, P, C] or None
     dx,  # [N, P, C] or None
-    daddend,  # [N, P, C] or None
+    dshortcut,  # [N, P, C] or None
     weight,  # [C], [N, C] if PER_SAMPLE, or None
     bias,  # [C], [N, C] if PER_SAMPLE, or None
     mean,  # [N, G]
     rstd,  # [N, G]
     channel_weight,  # [N, C] or None, whose sum over N is dweight
     channel_bias,  # [N, C] or None, whose sum over N is dbias
-    channels, pixels, size, block,
+    channels, pixels, group_size, block,
     CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
     LANES: tl.constexpr, WIDE: tl.constexpr, ONE_GROUP: tl.constexpr, PER_SAMPLE: tl.constexpr,
     ACT: tl.constexpr,
@@ -165,38 +165,40 @@ def group_norm_act_backward_on_chip(
     sample, split, channel, in_block, start = locate(
         channels, pixels, block, 1, CHANNELS_LAST, LANES
     )
-    mean, rstd = statistics(mean, rstd, sample, channels, channel, size, in_block, ONE_GROUP)
+    mean, rstd = statistics(mean, rstd, sample, channels, channel, group_size, in_block, ONE_GROUP)
     w, shift = affine(weight, bias, sample, channels, channel, in_block, LANES, PER_SAMPLE)
     scale = w * rstd
     pixel = tl.arange(0, DEPTH * ROWS)
     at = start + tile_offsets(pixel, channels, pixels, CHANNELS_LAST, LANES, WIDE)
     mask = (pixel < pixels)[:, None] & in_block[None, :]
-    g, centered = _gradients(dy, total, y, at, mask, mean, scale, shift, ACT)
+    g, centered = _gradients(dy, summed, y, at, mask, mean, scale, shift, ACT)
     sum_g = tl.sum(sum_depth(g, CHANNELS_LAST, DEPTH, ROWS, LANES), 0)
     sum_gn = tl.sum(sum_depth(g * centered, CHANNELS_LAST, DEPTH, ROWS, LANES), 0) * rstd
     _store_sums(
         channel_weight, channel_bias, sum_g, sum_gn, sample, split, channel, in_block, channels
     )
-    if dx is not None or daddend is not None:
-        constant, slope = _coefficients(sum_g, sum_gn, w, rstd, channel, pixels, size, ONE_GROUP)
-        _store_dx(dx, dtotal, daddend, at, mask, g, centered, scale, constant, slope)
+    if dx is not None or dshortcut is not None:
+        constant, slope = _coefficients(
+            sum_g, sum_gn, w, rstd, channel, pixels, group_size, ONE_GROUP
+        )
+        _store_dx(dx, dsummed, dshortcut, at, mask, g, centered, scale, constant, slope)
 
 
 @kernel
 def group_norm_act_backward_whole(
     dy,  # [N, P, C]
-    dtotal,  # [N, P, C] or None
-    total,  # [N, P, C]
+    dsummed,  # [N, P, C] or None
+    summed,  # [N, P, C]
     y,  # [N, P, C] or None
     dx,  # [N, P, C] or None
-    daddend,  # [N, P, C] or None
+    dshortcut,  # [N, P, C] or None
     weight,  # [C], [N, C] if PER_SAMPLE, or None
     bias,  # [C], [N, C] if PER_SAMPLE, or None
     mean,  # [N, G]
     rstd,  # [N, G]
     channel_weight,  # [N, C] or None
     channel_bias,  # [N, C] or None
-    channels, pixels, size, block,
+    channels, pixels, group_size, block,
     CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
     LANES: tl.constexpr, WIDE: tl.constexpr, ONE_GROUP: tl.constexpr, PER_SAMPLE: tl.constexpr,
     ACT: tl.constexpr,
@@ -205,35 +207,38 @@ def group_norm_act_backward_whole(
     sample, zero, channel, in_block, start = locate(
         channels, pixels, block, 1, CHANNELS_LAST, LANES
     )
-    mean, rstd = statistics(mean, rstd, sample, channels, channel, size, in_block, ONE_GROUP)
+    mean, rstd = statistics(mean, rstd, sample, channels, channel, group_size, in_block, ONE_GROUP)
     w, shift = affine(weight, bias, sample, channels, channel, in_block, LANES, PER_SAMPLE)
     scale = w * rstd
     sum_g, sum_gn = _sums(
-        dy, total, y, mean, rstd, scale, shift, zero, pixels, in_block, start, channels, pixels,
+        dy, summed, y, mean, rstd, scale, shift, zero, pixels, in_block, start, channels, pixels,
         CHANNELS_LAST, DEPTH, ROWS, LANES, WIDE, ACT,
     )  # fmt: skip
     _store_sums(
         channel_weight, channel_bias, sum_g, sum_gn, sample, zero, channel, in_block, channels
     )
-    if dx is not None or daddend is not None:
-        constant, slope = _coefficients(sum_g, sum_gn, w, rstd, channel, pixels, size, ONE_GROUP)
+    if dx is not None or dshortcut is not None:
+        constant, slope = _coefficients(
+            sum_g, sum_gn, w, rstd, channel, pixels, group_size, ONE_GROUP
+        )
         _apply_tiles(
-            dy, dtotal, total, y, dx, daddend, mean, scale, shift, constant, slope, zero, pixels,
-            in_block, start, channels, pixels, CHANNELS_LAST, DEPTH * ROWS, LANES, WIDE, ACT,
+            dy, dsummed, summed, y, dx, dshortcut, mean, scale, shift, constant, slope, zero,
+            pixels, in_block, start, channels, pixels, CHANNELS_LAST, DEPTH * ROWS, LANES, WIDE,
+            ACT,
         )  # fmt: skip
 
 
 @kernel
 def group_norm_act_backward_reduce(
     dy,  # [N, P, C]
-    total,  # [N, P, C]
+    summed,  # [N, P, C]
     y,  # [N, P, C] or None
     weight,  # [C], [N, C] if PER_SAMPLE, or None
     bias,  # [C], [N, C] if PER_SAMPLE, or None
     mean,  # [N, G]
     rstd,  # [N, G]
     partial,  # fp32 [N, splits, C, 2]
-    channels, pixels, size, block, tiles, splits,
+    channels, pixels, group_size, block, tiles, splits,
     CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
     LANES: tl.constexpr, WIDE: tl.constexpr, ONE_GROUP: tl.constexpr, PER_SAMPLE: tl.constexpr,
     ACT: tl.constexpr,
@@ -242,12 +247,12 @@ def group_norm_act_backward_reduce(
     sample, split, channel, in_block, start = locate(
         channels, pixels, block, splits, CHANNELS_LAST, LANES
     )
-    mean, rstd = statistics(mean, rstd, sample, channels, channel, size, in_block, ONE_GROUP)
+    mean, rstd = statistics(mean, rstd, sample, channels, channel, group_size, in_block, ONE_GROUP)
     w, shift = affine(weight, bias, sample, channels, channel, in_block, LANES, PER_SAMPLE)
     first = split * tiles * (DEPTH * ROWS)
     left = tl.minimum(tiles * (DEPTH * ROWS), pixels - first)
     sum_g, sum_gn = _sums(
-        dy, total, y, mean, rstd, w * rstd, shift, first, left, in_block, start, channels, pixels,
+        dy, summed, y, mean, rstd, w * rstd, shift, first, left, in_block, start, channels, pixels,
         CHANNELS_LAST, DEPTH, ROWS, LANES, WIDE, ACT,
     )  # fmt: skip
     to = partial + ((sample * splits + split) * channels + channel) * 2
@@ -258,11 +263,11 @@ def group_norm_act_backward_reduce(
 @kernel
 def group_norm_act_backward_apply(
     dy,  # [N, P, C]
-    dtotal,  # [N, P, C] or None
-    total,  # [N, P, C]
+    dsummed,  # [N, P, C] or None
+    summed,  # [N, P, C]
     y,  # [N, P, C] or None
     dx,  # [N, P, C] or None
-    daddend,  # [N, P, C] or None
+    dshortcut,  # [N, P, C] or None
     weight,  # [C], [N, C] if PER_SAMPLE, or None
     bias,  # [C], [N, C] if PER_SAMPLE, or None
     mean,  # [N, G]
@@ -270,7 +275,7 @@ def group_norm_act_backward_apply(
     channel_weight,  # [N, C] or None
     channel_bias,  # [N, C] or None
     partial,  # fp32 [N, splits, C, 2]
-    channels, pixels, size, block, tiles, splits,
+    channels, pixels, group_size, block, tiles, splits,
     CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
     LANES: tl.constexpr, WIDE: tl.constexpr, ONE_GROUP: tl.constexpr, PER_SAMPLE: tl.constexpr,
     ACT: tl.constexpr, SPLITS: tl.constexpr,
@@ -283,16 +288,20 @@ def group_norm_act_backward_apply(
     _store_sums(
         channel_weight, channel_bias, sum_g, sum_gn, sample, split, channel, in_block, channels
     )
-    if dx is not None or daddend is not None:
-        mean, rstd = statistics(mean, rstd, sample, channels, channel, size, in_block, ONE_GROUP)
+    if dx is not None or dshortcut is not None:
+        mean, rstd = statistics(
+            mean, rstd, sample, channels, channel, group_size, in_block, ONE_GROUP
+        )
         w, shift = affine(weight, bias, sample, channels, channel, in_block, LANES, PER_SAMPLE)
-        constant, slope = _coefficients(sum_g, sum_gn, w, rstd, channel, pixels, size, ONE_GROUP)
+        constant, slope = _coefficients(
+            sum_g, sum_gn, w, rstd, channel, pixels, group_size, ONE_GROUP
+        )
         TILE: tl.constexpr = DEPTH * ROWS
         first = split * tiles * TILE
         left = tl.minimum(tiles * TILE, pixels - first)
         _apply_tiles(
-            dy, dtotal, total, y, dx, daddend, mean, w * rstd, shift, constant, slope, first, left,
-            in_block, start, channels, pixels, CHANNELS_LAST, TILE, LANES, WIDE, ACT,
+            dy, dsummed, summed, y, dx, dshortcut, mean, w * rstd, shift, constant, slope, first,
+            left, in_block, start, channels, pixels, CHANNELS_LAST, TILE, LANES, WIDE, ACT,
         )  # fmt: skip
 
 

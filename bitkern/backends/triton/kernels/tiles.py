@@ -1,4 +1,4 @@
-"""What the kernels of GroupNorm + activation share: which part a program takes, and its tiles.
+"""Tiles of the GroupNorm + activation kernels, and which part of the tensors a program takes.
 
 A tile is [PIXELS, LANES] of pixels and channels in both memory formats; only its strides tell them
 apart. A program owns a block of whole groups of one sample. The pixels of a large map are cut into
@@ -10,8 +10,8 @@ across threads. The tile is loaded in two dimensions and reshaped to three befor
 Loaded in three, some versions of Triton spread DEPTH over threads.
 
 Shapes: [N, P, C] of N samples, P pixels and C channels stands for [N, C, P] as well, by
-CHANNELS_LAST; G groups of ``size`` = C / G channels; a program's ``block`` of channels is a
-multiple of size. UNIT divides the contiguous dimension and its part of the block.
+CHANNELS_LAST; G groups of ``group_size`` = C / G channels; a program's ``block`` of channels is a
+multiple of group_size. UNIT divides the contiguous dimension and its part of the block.
 """
 
 import triton
@@ -22,12 +22,14 @@ import triton.language as tl
 # three of them may be more than there is shared memory.
 STAGES = tl.constexpr(3)
 
-kernel = triton.jit(do_not_specialize=["channels", "pixels", "size", "block", "tiles", "splits"])
+kernel = triton.jit(
+    do_not_specialize=["channels", "pixels", "group_size", "block", "tiles", "splits"]
+)
 
 
 @triton.jit
 def divisible(channels, pixels, block, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr):
-    """The same numbers, of which the compiler now knows how wide accesses may be."""
+    """Tell the compiler how wide accesses may be; returns the same numbers."""
     if CHANNELS_LAST:
         return channels // UNIT * UNIT, pixels, block // UNIT * UNIT
     return channels, pixels // UNIT * UNIT, block
@@ -37,10 +39,10 @@ def divisible(channels, pixels, block, CHANNELS_LAST: tl.constexpr, UNIT: tl.con
 def locate(
     channels, pixels, block, splits, CHANNELS_LAST: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
-    """Which part is this program's, of ``splits`` programs for each block.
+    """The part of this program, one of ``splits`` for each block.
 
-    sample (int64); split; channel [LANES] and whether the block has it; the offset of the block's
-    first pixel (int64).
+    Returns sample (int64); split; channel [LANES] and whether the block has it; the offset of the
+    block's first pixel (int64).
     """
     index = tl.program_id(0)
     blocks = tl.cdiv(channels, block)
@@ -60,7 +62,7 @@ def locate(
 
 @triton.jit
 def pixel_stride(channels, CHANNELS_LAST: tl.constexpr):
-    """int64"""
+    """Elements between neighbouring pixels, int64."""
     if CHANNELS_LAST:
         return channels.to(tl.int64)
     return tl.full([], 1, tl.int64)
@@ -70,7 +72,7 @@ def pixel_stride(channels, CHANNELS_LAST: tl.constexpr):
 def tile_offsets(
     pixel, channels, pixels, CHANNELS_LAST: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """[pixel, LANES], from a tile's first element."""
+    """Offsets [pixel, LANES] from a tile's first element."""
     pixel, lane = pixel[:, None], tl.arange(0, LANES)[None, :]
     if WIDE:
         pixel, lane = pixel.to(tl.int64), lane.to(tl.int64)
@@ -99,17 +101,17 @@ def split_depth(
 def sum_depth(
     tile, CHANNELS_LAST: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
-    """[PIXELS, LANES] -> [ROWS, LANES], within each thread."""
+    """Sum [PIXELS, LANES] to [ROWS, LANES] within each thread."""
     return tl.sum(split_depth(tile, CHANNELS_LAST, DEPTH, ROWS, LANES), 0 if CHANNELS_LAST else 1)
 
 
 @triton.jit
-def over_groups(v, channel, size, ONE_GROUP: tl.constexpr):
+def over_groups(v, channel, group_size, ONE_GROUP: tl.constexpr):
     """v [LANES] summed over each channel's group, for every channel; [1] if it is one group."""
     if ONE_GROUP:
         return tl.zeros([1], tl.float32) + tl.sum(v, 0)
     else:
-        group = channel // size
+        group = channel // group_size
         # Not a product with the mask: a NaN stays in its group.
         return tl.sum(tl.where(group[:, None] == group[None, :], v[None, :], 0.0), 1)
 
@@ -118,15 +120,15 @@ def over_groups(v, channel, size, ONE_GROUP: tl.constexpr):
 def statistics(
     mean,  # [N, G]
     rstd,  # [N, G]
-    sample, channels, channel, size, in_block, ONE_GROUP: tl.constexpr,
+    sample, channels, channel, group_size, in_block, ONE_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Of each channel's group; [1] for one group, which takes fewer registers."""
-    groups = channels // size
+    """Load mean and rstd of each channel's group; [1] for one group, to save registers."""
+    groups = channels // group_size
     if ONE_GROUP:
         at = sample * groups + tl.program_id(0) % groups + tl.zeros([1], tl.int64)
         return tl.load(mean + at), tl.load(rstd + at)
     else:
-        at = sample * groups + channel // size
+        at = sample * groups + channel // group_size
         return load(mean + at, in_block), load(rstd + at, in_block)
 
 
@@ -136,7 +138,7 @@ def affine(
     bias,  # [C], [N, C] if PER_SAMPLE, or None
     sample, channels, channel, in_block, LANES: tl.constexpr, PER_SAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """weight and bias [LANES]: 1 and 0 where there is none."""
+    """Load weight and bias [LANES]: 1 and 0 where there is none."""
     w = tl.full([LANES], 1.0, tl.float32)
     b = tl.zeros([LANES], tl.float32)
     at = channel

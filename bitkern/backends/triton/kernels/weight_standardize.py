@@ -24,27 +24,28 @@ def _load(pointer, mask):
 
 
 @triton.jit
-def _addresses(filter, k, K, minor, PERMUTED: tl.constexpr):
+def _addresses(filter, k, K, permuted_dim, PERMUTED: tl.constexpr):
     """Offsets of elements k of the filters, and of the same ones in the other tensor's order.
 
-    Its dimensions are exchanged: k = major * minor + rest is rest * (K / minor) + major there.
+    Its dimensions are exchanged: element k = major * permuted_dim + rest lies there at
+    rest * (K / permuted_dim) + major.
     """
     row = filter.to(tl.int64)[:, None] * K
     own = row + k[None, :]
     if not PERMUTED:
         return own, own
-    # Division by a product, exact because k / minor is small.
-    major = ((k + 0.5) * (1.0 / minor)).to(tl.int32)
-    return own, row + ((k - major * minor) * (K // minor) + major)[None, :]
+    # Division by a product, exact because k / permuted_dim is small.
+    major = ((k + 0.5) * (1.0 / permuted_dim)).to(tl.int32)
+    return own, row + ((k - major * permuted_dim) * (K // permuted_dim) + major)[None, :]
 
 
 @triton.jit
 def _forward_tile(
-    weight, out, gain, stats, first, filters, K, minor, first_stat, all_filters, scale, eps,
+    weight, out, gain, stats, first, filters, K, permuted_dim, first_stat, all_filters, scale, eps,
     EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, FILTERS: tl.constexpr, BLOCK: tl.constexpr,
     WHOLE: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr,
 ):  # fmt: skip
-    """out in its own order. WHOLE: K <= BLOCK. ALIGNED: 8 divides K."""
+    """Store out in its own order. WHOLE: K <= BLOCK. ALIGNED: 8 divides K."""
     if ALIGNED:
         K = K // 8 * 8  # tells the compiler how wide its accesses may be
     n = K * 1.0  # divisions round correctly: what a mean lost is exactly what is left
@@ -52,7 +53,7 @@ def _forward_tile(
     valid = filter < filters
     k = tl.arange(0, BLOCK)
     if WHOLE:
-        own, other = _addresses(filter, k, K, minor, PERMUTED)
+        own, other = _addresses(filter, k, K, permuted_dim, PERMUTED)
         mask = valid[:, None] & (k < K)[None, :]
         value = _load(weight + other, mask)
         mean = tl.div_rn(tl.sum(value, 1), n)
@@ -63,12 +64,12 @@ def _forward_tile(
         m2 = tl.sum(centered * centered, 1)
     else:
         # Sums of d = value - that of the first tile, then Chan's combination over the block.
-        own, other = _addresses(filter, k, K, minor, PERMUTED)
+        own, other = _addresses(filter, k, K, permuted_dim, PERMUTED)
         origin = _load(weight + other, valid[:, None] & (k < K)[None, :])
         sum_d = tl.zeros([FILTERS, BLOCK], tl.float32)
         sum_dd = tl.zeros([FILTERS, BLOCK], tl.float32)
         for i in tl.range(1, tl.cdiv(K, BLOCK), num_stages=STAGES if ALIGNED else 1):
-            own, other = _addresses(filter, i * BLOCK + k, K, minor, PERMUTED)
+            own, other = _addresses(filter, i * BLOCK + k, K, permuted_dim, PERMUTED)
             mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
             d = tl.where(mask, _load(weight + other, mask) - origin, 0.0)
             sum_d += d
@@ -95,7 +96,7 @@ def _forward_tile(
         tl.store(out + own, centered * factor[:, None], mask=mask)
     else:
         for i in tl.range(tl.cdiv(K, BLOCK), num_stages=STAGES if ALIGNED else 1):
-            own, other = _addresses(filter, i * BLOCK + k, K, minor, PERMUTED)
+            own, other = _addresses(filter, i * BLOCK + k, K, permuted_dim, PERMUTED)
             mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
             value = _load(weight + other, mask)
             centered = value - mean[:, None] - rest[:, None]
@@ -103,8 +104,8 @@ def _forward_tile(
 
 
 @triton.jit
-def _put(gradient, weight, dweight, buffer, at, mask, sgd, NESTEROV: tl.constexpr):
-    """A gradient to dweight; or with a buffer of momentum a step of PyTorch's SGD instead."""
+def _store_or_step(gradient, weight, dweight, buffer, at, mask, sgd, NESTEROV: tl.constexpr):
+    """Store a gradient in dweight, or, given a momentum buffer, take a step of PyTorch's SGD."""
     if buffer is None:
         tl.store(dweight + at, gradient, mask=mask)
     else:
@@ -120,12 +121,12 @@ def _put(gradient, weight, dweight, buffer, at, mask, sgd, NESTEROV: tl.constexp
 
 @triton.jit
 def _backward_tile(
-    dout, weight, dweight, gain, dgain, buffer, sgd, stats, first, filters, K, minor, first_stat,
-    all_filters, scale, eps, EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr,
+    dout, weight, dweight, gain, dgain, buffer, sgd, stats, first, filters, K, permuted_dim,
+    first_stat, all_filters, scale, eps, EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr,
     FILTERS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
     PERMUTED: tl.constexpr, NESTEROV: tl.constexpr = False,
 ):  # fmt: skip
-    """dweight, or weight and buffer, in their own order. With c = weight - mean, d the denominator:
+    """Store dweight, or step weight and buffer. With c = weight - mean, d the denominator:
 
     dweight = gain * scale / d * (dout - mean(dout) - c * sum(dout * c) / (d * std * (K or K - 1)))
     """
@@ -138,7 +139,7 @@ def _backward_tile(
     mean = _load(stats + first_stat + filter, valid)[:, None]
     std = tl.load(stats + all_filters + first_stat + filter, mask=valid, other=1.0)
     if WHOLE:
-        own, other = _addresses(filter, k, K, minor, PERMUTED)
+        own, other = _addresses(filter, k, K, permuted_dim, PERMUTED)
         mask = valid[:, None] & (k < K)[None, :]
         g = _load(dout + other, mask)
         centered = _load(weight + own, mask) - mean
@@ -151,7 +152,7 @@ def _backward_tile(
         sums_c = tl.zeros([FILTERS, BLOCK], tl.float32)
         sums_gc = tl.zeros([FILTERS, BLOCK], tl.float32)
         for i in tl.range(tl.cdiv(K, BLOCK), num_stages=STAGES if ALIGNED else 1):
-            own, other = _addresses(filter, i * BLOCK + k, K, minor, PERMUTED)
+            own, other = _addresses(filter, i * BLOCK + k, K, permuted_dim, PERMUTED)
             mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
             g = _load(dout + other, mask)
             centered = tl.where(mask, _load(weight + own, mask) - mean, 0.0)
@@ -177,38 +178,38 @@ def _backward_tile(
     factor = factor[:, None]
     if WHOLE:
         value = (g - constant - centered * slope) * factor
-        _put(value, weight, dweight, buffer, own, mask, sgd, NESTEROV)
+        _store_or_step(value, weight, dweight, buffer, own, mask, sgd, NESTEROV)
     else:
         for i in tl.range(tl.cdiv(K, BLOCK), num_stages=STAGES if ALIGNED else 1):
-            own, other = _addresses(filter, i * BLOCK + k, K, minor, PERMUTED)
+            own, other = _addresses(filter, i * BLOCK + k, K, permuted_dim, PERMUTED)
             mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
             centered = _load(weight + own, mask) - mean - rest[:, None]
             value = _load(dout + other, mask) - constant - centered * slope
-            _put(value * factor, weight, dweight, buffer, own, mask, sgd, NESTEROV)
+            _store_or_step(value * factor, weight, dweight, buffer, own, mask, sgd, NESTEROV)
 
 
-@triton.jit(do_not_specialize=["filters", "K", "minor"])
+@triton.jit(do_not_specialize=["filters", "K", "permuted_dim"])
 def weight_standardize_forward_one(
-    weight, out, gain, stats, filters, K, minor, scale, eps,
+    weight, out, gain, stats, filters, K, permuted_dim, scale, eps,
     EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, FILTERS: tl.constexpr, BLOCK: tl.constexpr,
     WHOLE: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr,
 ):  # fmt: skip
     _forward_tile(
-        weight, out, gain, stats, tl.program_id(0) * FILTERS, filters, K, minor, 0, filters, scale,
-        eps, EPS_OUTSIDE, UNBIASED, FILTERS, BLOCK, WHOLE, ALIGNED, PERMUTED,
+        weight, out, gain, stats, tl.program_id(0) * FILTERS, filters, K, permuted_dim, 0, filters,
+        scale, eps, EPS_OUTSIDE, UNBIASED, FILTERS, BLOCK, WHOLE, ALIGNED, PERMUTED,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["filters", "K", "minor"])
+@triton.jit(do_not_specialize=["filters", "K", "permuted_dim"])
 def weight_standardize_backward_one(
-    dout, weight, dweight, gain, dgain, stats, filters, K, minor, scale, eps,
+    dout, weight, dweight, gain, dgain, stats, filters, K, permuted_dim, scale, eps,
     EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, FILTERS: tl.constexpr, BLOCK: tl.constexpr,
     WHOLE: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr,
 ):  # fmt: skip
     _backward_tile(
         dout, weight, dweight, gain, dgain, None, None, stats, tl.program_id(0) * FILTERS, filters,
-        K, minor, 0, filters, scale, eps, EPS_OUTSIDE, UNBIASED, FILTERS, BLOCK, WHOLE, ALIGNED,
-        PERMUTED,
+        K, permuted_dim, 0, filters, scale, eps, EPS_OUTSIDE, UNBIASED, FILTERS, BLOCK, WHOLE,
+        ALIGNED, PERMUTED,
     )  # fmt: skip
 
 
@@ -221,6 +222,17 @@ def weight_standardize_store_pointers(table, first, pointers):
 @triton.jit
 def _size(sizes, layer, INDEX: tl.constexpr):
     return tl.load(sizes + layer * 6 + INDEX).to(tl.int32)
+
+
+@triton.jit
+def _layer(sizes, programs):
+    """This program's layer and first filter, and what the table has of the layer."""
+    layer = tl.load(programs + 2 * tl.program_id(0))
+    first = tl.load(programs + 2 * tl.program_id(0) + 1)
+    filters, K = _size(sizes, layer, 0), _size(sizes, layer, 1)
+    permuted_dim, first_stat = _size(sizes, layer, 2), _size(sizes, layer, 3)
+    kind, scale = _size(sizes, layer, 5), _size(sizes, layer, 4).to(tl.float32, bitcast=True)
+    return layer, first, filters, K, permuted_dim, first_stat, kind, scale
 
 
 @triton.jit
@@ -240,11 +252,7 @@ def weight_standardize_forward_all(
     HAS_GAIN: tl.constexpr, EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr,
     PERMUTED: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    layer = tl.load(programs + 2 * tl.program_id(0))
-    first = tl.load(programs + 2 * tl.program_id(0) + 1)
-    filters, K, minor = _size(sizes, layer, 0), _size(sizes, layer, 1), _size(sizes, layer, 2)
-    first_stat, kind = _size(sizes, layer, 3), _size(sizes, layer, 5)
-    scale = _size(sizes, layer, 4).to(tl.float32, bitcast=True)
+    layer, first, filters, K, permuted_dim, first_stat, kind, scale = _layer(sizes, programs)
     TENSORS: tl.constexpr = 2 + HAS_GAIN
     for i in tl.static_range(len(TILES)):
         if kind == i:
@@ -255,8 +263,8 @@ def weight_standardize_forward_all(
             if HAS_GAIN:
                 gain = _tensor(pointers, layer, 2, TENSORS, WEIGHT, ALIGNED)
             _forward_tile(
-                weight, out, gain, stats, first, filters, K, minor, first_stat, all_filters, scale,
-                eps, EPS_OUTSIDE, UNBIASED, TILES[i][0], TILES[i][1], TILES[i][2], ALIGNED,
+                weight, out, gain, stats, first, filters, K, permuted_dim, first_stat, all_filters,
+                scale, eps, EPS_OUTSIDE, UNBIASED, TILES[i][0], TILES[i][1], TILES[i][2], ALIGNED,
                 PERMUTED,
             )  # fmt: skip
 
@@ -267,11 +275,7 @@ def weight_standardize_backward_all(
     HAS_GAIN: tl.constexpr, EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr,
     PERMUTED: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    layer = tl.load(programs + 2 * tl.program_id(0))
-    first = tl.load(programs + 2 * tl.program_id(0) + 1)
-    filters, K, minor = _size(sizes, layer, 0), _size(sizes, layer, 1), _size(sizes, layer, 2)
-    first_stat, kind = _size(sizes, layer, 3), _size(sizes, layer, 5)
-    scale = _size(sizes, layer, 4).to(tl.float32, bitcast=True)
+    layer, first, filters, K, permuted_dim, first_stat, kind, scale = _layer(sizes, programs)
     TENSORS: tl.constexpr = 3 + 2 * HAS_GAIN
     for i in tl.static_range(len(TILES)):
         if kind == i:
@@ -285,9 +289,9 @@ def weight_standardize_backward_all(
                 gain = _tensor(pointers, layer, 3, TENSORS, WEIGHT, ALIGNED)
                 dgain = _tensor(pointers, layer, 4, TENSORS, WEIGHT, ALIGNED)
             _backward_tile(
-                dout, weight, dweight, gain, dgain, None, None, stats, first, filters, K, minor,
-                first_stat, all_filters, scale, eps, EPS_OUTSIDE, UNBIASED, TILES[i][0],
-                TILES[i][1], TILES[i][2], ALIGNED, PERMUTED,
+                dout, weight, dweight, gain, dgain, None, None, stats, first, filters, K,
+                permuted_dim, first_stat, all_filters, scale, eps, EPS_OUTSIDE, UNBIASED,
+                TILES[i][0], TILES[i][1], TILES[i][2], ALIGNED, PERMUTED,
             )  # fmt: skip
 
 
@@ -297,11 +301,7 @@ def weight_standardize_sgd_all(
     EPS_OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, PERMUTED: tl.constexpr,
     NESTEROV: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    layer = tl.load(programs + 2 * tl.program_id(0))
-    first = tl.load(programs + 2 * tl.program_id(0) + 1)
-    filters, K, minor = _size(sizes, layer, 0), _size(sizes, layer, 1), _size(sizes, layer, 2)
-    first_stat, kind = _size(sizes, layer, 3), _size(sizes, layer, 5)
-    scale = _size(sizes, layer, 4).to(tl.float32, bitcast=True)
+    layer, first, filters, K, permuted_dim, first_stat, kind, scale = _layer(sizes, programs)
     sgd = (tl.load(lr), momentum, share, decay)
     for i in tl.static_range(len(TILES)):
         if kind == i:
@@ -310,7 +310,7 @@ def weight_standardize_sgd_all(
             weight = _tensor(pointers, layer, 1, 3, tl.float32, ALIGNED)
             buffer = _tensor(pointers, layer, 2, 3, tl.float32, ALIGNED)
             _backward_tile(
-                dout, weight, None, None, None, buffer, sgd, stats, first, filters, K, minor,
+                dout, weight, None, None, None, buffer, sgd, stats, first, filters, K, permuted_dim,
                 first_stat, all_filters, scale, eps, EPS_OUTSIDE, UNBIASED, TILES[i][0],
                 TILES[i][1], TILES[i][2], ALIGNED, PERMUTED, NESTEROV,
             )  # fmt: skip
