@@ -1,4 +1,8 @@
-"""Measurements: rows as JSON, and a short table. ``python -m benchmarks.record FILE…``"""
+"""Rows of measurements as JSON, and tables of them.
+
+``python -m benchmarks.record FILE…`` prints a short table of each file; of a folder it writes
+README.md, a table of its files.
+"""
 
 import json
 import os
@@ -33,7 +37,8 @@ def _triton_version():
 
 def header(device):
     """Device, commit, driver and versions."""
-    name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    name = f"{platform.machine()} CPU, {instructions}, {torch.get_num_threads()} threads"
     about = {"device": name, "commit": _output("git", "describe", "--always", "--dirty")}
     if device == "cuda":
         about["device"] = torch.cuda.get_device_name()
@@ -133,6 +138,29 @@ def table(results):
     return "\n".join(lines)
 
 
+def index(folder):
+    """A Markdown table of the results in a folder, the newest first."""
+    lines = []
+    for path in folder.glob("*.json"):
+        about = json.loads(path.read_text())
+        if "rows" not in about:  # the claims have a page of their own
+            continue
+        commit = about["commit"].removesuffix("-dirty")
+        cells = [_output("git", "show", "-s", "--format=%cs", commit), about["commit"]]
+        cells += [about["device"], about["torch"], str(about["triton"])]
+        cells += [f"[{path.name}]({path.name})", str(len(about["rows"]))]
+        lines.append(f"| {' | '.join(cells)} |")
+    head = (
+        "| date | commit | device | PyTorch | Triton | file | rows |",
+        "|---|---|---|---|---|---|---|",
+    )
+    return "\n".join([*head, *sorted(lines, reverse=True), ""])
+
+
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
-        print(table(json.loads(path.read_text())) if path.exists() else f"{path}: nothing measured")
+        if path.is_dir():
+            (path / "README.md").write_text("# Results\n\n" + index(path))
+        else:
+            found = path.exists()
+            print(table(json.loads(path.read_text())) if found else f"{path}: nothing measured")
