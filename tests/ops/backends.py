@@ -8,7 +8,7 @@ from bitkern import backends
 
 
 def implementations(kernel):
-    if "BITKERN_PTX" in os.environ:  # in a process of tests/ptx
+    if "BITKERN_PTX" in os.environ:  # in a process of tests/backends/triton/ptx
         return pytest.mark.parametrize("name, device", [pytest.param("triton", "cpu", id="ptx")])
     params = [pytest.param("reference", "cpu", id="reference")]
     for name, device in (("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")):

@@ -7,7 +7,7 @@ import torch
 
 from bitkern import reference
 from bitkern.backends import launchers
-from tests.helpers import affine, assert_accurate, maps, strided
+from bitkern.testing import affine, assert_accurate, maps, strided
 from tests.ops.backends import implementations
 from tests.ops.test_group_norm_act import ACTS, DTYPES, compare
 

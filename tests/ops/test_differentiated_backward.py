@@ -15,8 +15,8 @@ from bitkern.ops.group_norm_act import GroupNormActFunction
 from bitkern.ops.group_norm_act_conv import GroupNormActConvFunction
 from bitkern.ops.group_norm_add_relu import GroupNormAddReluFunction
 from bitkern.ops.weight_standardize import WeightStandardizeFunction
+from bitkern.testing import affine, maps
 from bitkern.variant import Variant
-from tests.helpers import affine, maps
 from tests.ops.backends import implementations
 
 CONVS = [

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import bitkern
 from bitkern import ops, reference
 from bitkern.backends import launchers
-from tests.helpers import affine, assert_accurate, maps, pytorch_group_norm, strided
+from bitkern.testing import affine, assert_accurate, maps, pytorch_group_norm, strided
 from tests.ops.backends import implementations
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import bitkern
 from bitkern import ops, reference
-from tests.helpers import affine, assert_accurate, maps, pytorch_group_norm, strided
+from bitkern.testing import affine, assert_accurate, maps, pytorch_group_norm, strided
 from tests.ops.backends import implementations
 from tests.ops.test_group_norm_act import DTYPES, SHAPES
 

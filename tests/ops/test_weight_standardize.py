@@ -5,10 +5,10 @@ import torch
 
 import bitkern
 from bitkern import ops, reference
+from bitkern.testing import assert_accurate, strided
 from bitkern.variant import Variant
-from tests.helpers import assert_accurate, strided
 from tests.ops.backends import implementations
-from tests.test_reference import VARIANTS
+from tests.ops.test_reference import VARIANTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 every_implementation = implementations("weight_standardize")

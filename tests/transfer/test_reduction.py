@@ -1,0 +1,61 @@
+"""Gradients summed over processes while the backward pass goes on, in two and in three."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from bitkern.transfer import loop
+from bitkern.transfer.reduction import Reduction
+from tests.transfer.distributed import reduction, torchrun
+from tests.transfer.distributed.reduction import PLAIN, RULE
+from tests.transfer.distributed.training import OPTIONS
+from tests.transfer.images import image_set
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def run(request, tmp_path_factory):
+    """What a run of the checks in so many processes left behind, and their number."""
+    folder = tmp_path_factory.mktemp("reduction")
+    process = torchrun(request.param, "tests.transfer.distributed", folder, "reduction")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return folder, request.param
+
+
+@pytest.mark.parametrize("check", [check.__name__ for check in reduction.CHECKS])
+def test_in_several_processes(run, check):
+    folder, processes = run
+    for rank in range(processes):
+        outcome = json.loads((folder / f"{rank}.json").read_text())[check]
+        assert outcome == "passed", f"process {rank}\n{outcome}"
+
+
+@pytest.mark.parametrize("rule", [RULE, PLAIN], ids=["mixup", "plain"])
+@pytest.mark.parametrize("name", reduction.MODELS)
+def test_training_equals_one_process(run, name, rule):
+    folder, processes = run
+    path = folder / "training_equals_one_process" / f"{name} {rule.mixup_alpha}"
+    model = reduction.MODELS[name]()
+    expected = loop.train(model, image_set(), rule, **OPTIONS)
+    (state, history, metrics), *others = [
+        torch.load(f"{path}-{rank}.pt") for rank in range(processes)
+    ]
+    for other in others:
+        assert other[1:] == (history, metrics)
+        assert all(torch.equal(tensor, state[key]) for key, tensor in other[0].items())
+    exact = state["head.weight"].dtype == torch.float64
+    for key, tensor in model.state_dict().items():
+        tolerance = {"rtol": 1e-11, "atol": 1e-13} if exact else {"rtol": 1e-3, "atol": 1e-4}
+        torch.testing.assert_close(state[key], tensor, **tolerance)
+    for record, wanted in zip(history, expected.history, strict=True):
+        assert all(math.isclose(record[k], wanted[k], rel_tol=1e-4) for k in wanted)
+
+
+def test_one_process_has_no_buckets_and_no_hooks():
+    model = reduction.Every()
+    sums = Reduction(model)
+    with sums.meeting():
+        sums.begin()
+        assert not (sums.buckets or sums.places or sums.hooks)
