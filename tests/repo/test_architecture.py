@@ -15,7 +15,7 @@ PRIVATE = "_torch"  # the one module with private names of other packages
 
 # From the bottom to the top: a part imports those before it, and itself.
 PARTS = (
-    ("_C", "_torch", "files", "variant"),
+    ("_C", "_torch", "files", "testing", "variant"),
     ("layout",),
     ("reference",),
     ("backends",),

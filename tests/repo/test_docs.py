@@ -23,7 +23,7 @@ NOT_RUN = [
     for block in found
     if block.reason
 ]
-MODULES = [f"bitkern.{name}" for name in ("backends", "models", "nn", "ops", "transfer")]
+MODULES = [f"bitkern.{name}" for name in ("backends", "models", "nn", "ops", "testing", "transfer")]
 # Pages whose commands take more than some seconds, for each starts an interpreter and loads torch.
 SWEEP = ["README.md"] + [
     f"docs/{name}.md"
