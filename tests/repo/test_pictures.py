@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
+import tomllib
 from xml.etree import ElementTree
 
 import pytest
 
 from benchmarks import pictures
 from tests import ROOT
-from tests.repo.test_architecture import LEVEL
 
 COMMITTED = ROOT / "docs" / "pictures"
 
@@ -63,5 +63,6 @@ def test_a_figure_that_changes_changes_the_picture(tmp_path, monkeypatch):
 
 def test_the_parts_are_those_of_the_package():
     rows = [{*parts} - {"csrc"} for parts in pictures.PARTS]
-    levels = range(max(LEVEL.values()), LEVEL["layout"], -1)
-    assert rows == [{part for part in LEVEL if LEVEL[part] == level} for level in levels]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = contracts["contracts"][0]["layers"]
+    assert rows == [{*layer.split(" | ")} for layer in layers[: layers.index("layout")]]
