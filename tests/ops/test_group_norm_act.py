@@ -24,7 +24,9 @@ SHAPES = [
     ((2, 8, 11), 4),
     ((2, 8, 3, 5, 2), 4),
 ]
-every_implementation = implementations("group_norm_act")
+every_implementation = implementations("group_norm_act", interpreted=True)
+# What takes long in an interpreter, or is not about the kernels.
+uninterpreted = implementations("group_norm_act")
 
 
 def run(fn, x, residual, num_groups, weight, bias, act, grads, eps=1e-5):
@@ -132,7 +134,7 @@ def test_layouts(poison, name, device, kind, dtype):
             assert ours[key].is_contiguous(memory_format=format), key
 
 
-@every_implementation
+@uninterpreted
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_recompute(poison, name, device, format, dtype):
@@ -282,7 +284,7 @@ def test_only_wanted_gradients(name, device):
         assert [i for i in range(3) if leaves[i].grad is not None] == wanted
 
 
-@every_implementation
+@uninterpreted
 def test_a_sample_does_not_depend_on_its_batch(name, device):
     if name == "reference":
         pytest.skip("promised of the kernels only: PyTorch's own code makes no such promise")
@@ -305,7 +307,7 @@ def test_autocast_keeps_the_dtype(name, device):
             assert ops.group_norm_act(x, 4, weight, bias).dtype == dtype
 
 
-@every_implementation
+@uninterpreted
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_opcheck(name, device, format):
     x, residual = (
@@ -322,7 +324,7 @@ def test_opcheck(name, device, format):
             torch.library.opcheck(torch.ops.bitkern.group_norm_act, args)
 
 
-@every_implementation
+@uninterpreted
 def test_compile(name, device):
     # The reference is compiled by Inductor, whose float32 statistics differ from eager's.
     dtype = torch.float64 if name == "reference" else torch.float32

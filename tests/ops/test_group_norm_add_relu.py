@@ -10,7 +10,9 @@ from bitkern.testing import affine, assert_accurate, maps, pytorch_group_norm, s
 from tests.ops.backends import implementations
 from tests.ops.test_group_norm_act import DTYPES, SHAPES
 
-every_implementation = implementations("group_norm_add_relu")
+every_implementation = implementations("group_norm_add_relu", interpreted=True)
+# What takes long in an interpreter, or is not about the kernels.
+uninterpreted = implementations("group_norm_add_relu")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -91,7 +93,7 @@ def test_layouts(poison, name, device, kind, of_residual):
             assert kind not in FORMATS or ours[key].is_contiguous(memory_format=FORMATS[kind]), key
 
 
-@every_implementation
+@uninterpreted
 @pytest.mark.parametrize("kind", FORMATS)
 def test_large_maps(poison, name, device, kind):
     """Several blocks of work, none of them full."""
@@ -228,7 +230,7 @@ def test_what_is_kept(name, device):
         y.sum().backward()
 
 
-@every_implementation
+@uninterpreted
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_same_bits_again_and_in_a_batch(name, device, kind):
     if name == "reference":
@@ -279,7 +281,7 @@ def test_functional_transforms(samples):
     torch.testing.assert_close(grads[0], leaf.grad)
 
 
-@every_implementation
+@uninterpreted
 @pytest.mark.parametrize("kind", FORMATS)
 def test_opcheck(name, device, kind):
     x, residual = (
@@ -294,7 +296,7 @@ def test_opcheck(name, device, kind):
             torch.library.opcheck(torch.ops.bitkern.group_norm_add_relu, args)
 
 
-@every_implementation
+@uninterpreted
 def test_compile(name, device):
     x, residual = (maps((2, 8, 6, 6), seed=seed).to(device) for seed in (0, 1))
     x = x.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Gradients summed over processes while the backward pass goes on, in two and in three."""
+"""Gradients summed over processes while the backward pass goes on, in three."""
 
 import json
 import math
@@ -13,34 +13,34 @@ from tests.transfer.distributed.reduction import PLAIN, RULE
 from tests.transfer.distributed.training import OPTIONS
 from tests.transfer.images import image_set
 
+PROCESSES = 3
 
-@pytest.fixture(scope="module", params=[2, 3])
-def run(request, tmp_path_factory):
-    """What a run of the checks in so many processes left behind, and their number."""
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What a run of the checks in three processes left behind."""
     folder = tmp_path_factory.mktemp("reduction")
-    process = torchrun(request.param, "tests.transfer.distributed", folder, "reduction")
+    process = torchrun(PROCESSES, "tests.transfer.distributed", folder, "reduction")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    return folder, request.param
+    return folder
 
 
 @pytest.mark.parametrize("check", [check.__name__ for check in reduction.CHECKS])
-def test_in_several_processes(run, check):
-    folder, processes = run
-    for rank in range(processes):
+def test_in_three_processes(folder, check):
+    for rank in range(PROCESSES):
         outcome = json.loads((folder / f"{rank}.json").read_text())[check]
         assert outcome == "passed", f"process {rank}\n{outcome}"
 
 
 @pytest.mark.parametrize("rule", [RULE, PLAIN], ids=["mixup", "plain"])
 @pytest.mark.parametrize("name", reduction.MODELS)
-def test_training_equals_one_process(run, name, rule):
-    folder, processes = run
+def test_training_equals_one_process(folder, name, rule):
     path = folder / "training_equals_one_process" / f"{name} {rule.mixup_alpha}"
     model = reduction.MODELS[name]()
     expected = loop.train(model, image_set(), rule, **OPTIONS)
     (state, history, metrics), *others = [
-        torch.load(f"{path}-{rank}.pt") for rank in range(processes)
+        torch.load(f"{path}-{rank}.pt") for rank in range(PROCESSES)
     ]
     for other in others:
         assert other[1:] == (history, metrics)

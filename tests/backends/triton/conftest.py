@@ -1,75 +1,17 @@
-"""Without a GPU the kernels run under Triton's interpreter, on CPU tensors; or, compiled, on the
-machine of ``tests/backends/triton/ptx``, which runs these tests in processes of its own.
-
-Triton decides at import whether its functions are interpreted: TRITON_INTERPRET is set before the
-process first imports Triton, and in these tests, but not in others, which see the package as it
-is without a GPU. Interpreted kernels cannot be compiled; test_compiled.py uses other processes.
+"""On a GPU, under Triton's interpreter, or, compiled, on the machine of ``ptx``, which runs these
+tests in processes of its own. ``test_compiled.py`` uses other processes too.
 """
 
-import importlib
-import os
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
+from tests import interpreter
 from tests.backends.triton import tritons
 
 HERE = Path(__file__).parent
-EXECUTED = "BITKERN_PTX" in os.environ
-INTERPRETED = not (torch.cuda.is_available() or EXECUTED)
-_MODULES = (
-    "triton",
-    "bitkern.backends.triton.group_norm_act",
-    "bitkern.backends.triton.weight_standardize",
-)
-
-
-def _interpret():
-    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        raise pytest.UsageError(
-            f"Triton was imported before {__file__} could switch its interpreter on: "
-            "run tests/backends/triton first or alone, or set TRITON_INTERPRET=1"
-        )
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    for module in _MODULES:
-        importlib.import_module(module)
-    if before is None:
-        del os.environ["TRITON_INTERPRET"]
-
-
-def _compute_like_a_gpu():
-    """The interpreter truncates float32 to bfloat16 and sums in a row; a GPU rounds to nearest and
-    sums in a tree."""
-    from triton.language import bfloat16, float32
-    from triton.runtime import interpreter
-
-    cast = interpreter.InterpreterBuilder.cast_impl
-
-    def cast_impl(self, source, dtype):
-        if (source.dtype.scalar, dtype.scalar) != (float32, bfloat16):
-            return cast(self, source, dtype)
-        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
-        bits = rounded.view(torch.int16).numpy().view(np.uint16).reshape(source.data.shape)
-        return interpreter.TensorHandle(bits, bfloat16)
-
-    def tree_sum(self, input):
-        parts = np.moveaxis(input.handle.data, self.axis, 0)
-        while len(parts) > 1:
-            parts = parts[: len(parts) // 2] + parts[len(parts) // 2 :]
-        total = parts.swapaxes(0, self.axis) if self.keep_dims else parts[0]
-        return self.to_tensor(total, input.dtype)
-
-    interpreter.InterpreterBuilder.cast_impl = cast_impl
-    interpreter.ReduceOps.sum = tree_sum
-
-
-if INTERPRETED:
-    _interpret()
-    _compute_like_a_gpu()
+interpreter.switch_on()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -83,7 +25,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    if INTERPRETED:
+    if interpreter.INTERPRETED:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
@@ -97,7 +39,7 @@ def other_triton(request):
 
 @pytest.fixture
 def device():
-    return "cpu" if INTERPRETED or EXECUTED else "cuda"
+    return "cpu" if interpreter.INTERPRETED or interpreter.EXECUTED else "cuda"
 
 
 @pytest.fixture

@@ -82,26 +82,6 @@ def test_group_sizes(way, device, format, size, pixels):
     Problem(device, (1, 2 * size, *pixels), 2, torch.bfloat16, format).check()
 
 
-@formats
-@pytest.mark.parametrize("shape", [(1, 64, 1, 1), (3, 8, 1, 5), (1, 6, 29, 31)])
-def test_map_sizes(device, format, shape):
-    Problem(device, shape, 2, torch.float16, format).check()
-
-
-@pytest.mark.parametrize("shape", [(3, 12), (2, 12, 5), (2, 12, 3, 2, 5)])
-def test_other_dimensions(device, shape):
-    Problem(device, shape, 3).check()
-
-
-@pytest.mark.parametrize("absent", [["weight"], ["bias"], ["weight", "bias"]], ids=str)
-def test_no_parameters(device, absent):
-    case = Problem(device, (3, 16, 5, 5), 4, torch.bfloat16)
-    for name in absent:
-        setattr(case, name, None)
-    ours = case.check()
-    assert all(ours[f"d{name}"] is None for name in absent)
-
-
 @ways
 def test_gradients_not_needed(way, device):
     """Those that are may differ by roundings: other code computes them."""
@@ -132,21 +112,3 @@ def test_not_finite(way, device):
     assert spoilt["y"][group | place].isnan().all() and spoilt["dx"][group].isnan().all()
     assert torch.equal(spoilt["dresidual"][group | place], case.dy[group | place])
     assert spoilt["dx"][~group].isfinite().all()
-
-
-@formats
-def test_empty_batch(device, format):
-    ours = Problem(device, (0, 6, 5, 7), 2, torch.bfloat16, format).ours()
-    for name in ("y", "dx", "dresidual"):
-        assert ours[name].shape == (0, 6, 5, 7)
-    assert ours["dweight"].abs().max() == ours["dbias"].abs().max() == 0
-
-
-def test_samples_are_independent(device):
-    """The same bits alone and in a batch."""
-    case = Problem(device, (2, 6, 7, 7), 2, torch.bfloat16, "channels_last")
-    together = case.ours()
-    case.x, case.residual, case.dy = (t[1:].clone() for t in (case.x, case.residual, case.dy))
-    alone = case.ours()
-    for name in ("y", "dx", "dresidual"):
-        assert torch.equal(alone[name][0], together[name][1]), name

@@ -15,45 +15,26 @@ Problem = functools.partial(standardization.Problem, kernels)
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
-@variants
-@dtypes
-def test_variants_and_dtypes(device, variant, dtype):
-    """Parameters of 32 bits, results of the compute dtype, in the layout of channels_last."""
-    Problem(
-        device, SHAPES[:2], dtype=torch.float32, out_dtype=dtype, format="channels_last",
-        out_format="channels_last", **VARIANTS[variant],
-    ).check()  # fmt: skip
-
-
-@dtypes
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_weight_dtypes(device, dtype):
     Problem(device, SHAPES[1:3], dtype, **VARIANTS["nfnet"]).check()
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("out_format", FORMATS)
-@pytest.mark.parametrize("dout_format", FORMATS)
-def test_formats(device, format, out_format, dout_format):
+def test_formats(device, format, out_format):
     shapes = [(2, 24, 3, 3), (2, 5, 3, 2)]
-    Problem(
-        device, shapes, format=format, out_format=out_format, dout_format=dout_format,
-        out_dtype=torch.bfloat16,
-    ).check()  # fmt: skip
+    of = {"format": format, "out_format": out_format, "out_dtype": torch.bfloat16}
+    Problem(device, shapes, **of).check()
 
 
 @pytest.mark.parametrize("length", [1, 2, 9, 27, 64, 147, 576, 1152, 8192, 8200, 9216, 73728])
 @pytest.mark.parametrize("variant", ["bit", "jax"])
 def test_lengths(device, length, variant):
     Problem(device, [(8, length, 1, 1)], **VARIANTS[variant]).check()
-
-
-@pytest.mark.parametrize("shape", [(3, 17), (2, 6, 5), (2, 3, 2, 3, 2)])
-def test_other_dimensions(device, shape):
-    Problem(device, [shape]).check()
 
 
 @variants
@@ -92,15 +73,9 @@ def test_sgd_of_other_formats(device, format, dout_format):
 
 
 @pytest.mark.parametrize("variant", ["bit", "jax", "nfnet"])
-@pytest.mark.parametrize("layers", [1, 2])
-def test_no_variance(device, variant, layers):
-    case = Problem(device, [(4, 16, 3, 3)] * layers, **VARIANTS[variant])
+def test_no_variance(device, variant):
+    case = Problem(device, [(4, 16, 3, 3)] * 2, **VARIANTS[variant])
     standardization.check_no_variance(case, 0.25)
-
-
-def test_not_finite_stays_in_its_filter(device):
-    case = Problem(device, [(40, 64, 1, 1), (4, 16, 3, 3)])
-    standardization.check_not_finite_stays_in_its_filter(case, (7, 2))
 
 
 def test_unaligned_addresses(device, launches):
