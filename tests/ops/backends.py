@@ -6,11 +6,12 @@ from bitkern import backends
 from tests import interpreter
 
 
-def implementations(kernel, interpreted=False):
-    """Those that run here; ``interpreted``: Triton too, on CPU tensors where there is no GPU."""
+def implementations(kernel, interpreted=False, reference=True):
+    """Those that run here; ``interpreted``: Triton too, on CPU tensors where there is no GPU;
+    ``reference=False``: kernels alone."""
     if interpreter.EXECUTED:
         return pytest.mark.parametrize("name, device", [pytest.param("triton", "cpu", id="ptx")])
-    params = [pytest.param("reference", "cpu", id="reference")]
+    params = [pytest.param("reference", "cpu", id="reference")] if reference else []
     for name, device in (("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")):
         if kernel not in backends.BACKENDS[name].dtypes:
             continue

@@ -13,6 +13,8 @@ from tests.ops.test_group_norm_act import DTYPES, SHAPES
 every_implementation = implementations("group_norm_add_relu", interpreted=True)
 # What takes long in an interpreter, or is not about the kernels.
 uninterpreted = implementations("group_norm_add_relu")
+# Promised of the kernels: PyTorch's own code makes no such promises.
+kernels = implementations("group_norm_add_relu", reference=False)
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -155,7 +157,7 @@ def test_nan_and_inf(name, device, kind, bad):
 
 @every_implementation
 @pytest.mark.parametrize("kind", FORMATS)
-def test_empty_batch(name, device, kind):
+def test_empty_batch(poison, name, device, kind):
     x, residual = (torch.empty(0, 8, 3, 3, device=device).requires_grad_() for _ in range(2))
     weight, bias = (p.to(device).requires_grad_() for p in affine(8))
     with bitkern.use_backend(name):
@@ -165,13 +167,11 @@ def test_empty_batch(name, device, kind):
     assert weight.grad.abs().max() == bias.grad.abs().max() == 0
 
 
-@every_implementation
+@kernels
 @pytest.mark.parametrize("kind", FORMATS)
 def test_gradients_of_any_stride(name, device, kind):
     """Of no strides as from sum(), a slice as from cat, in the other memory format: the same bits
     as of a dense one."""
-    if name == "reference":
-        pytest.skip("PyTorch's own code takes other ways for other strides")
     x, residual, dy = (strided(maps((2, 8, 5, 5), seed=s), kind).to(device) for s in (0, 3, 5))
     of = 4, *(p.to(device) for p in affine(8))
     with bitkern.use_backend(name):
@@ -207,11 +207,9 @@ def test_only_wanted_gradients(name, device, kind):
         assert all(torch.equal(found[i], everything[i]) for i in wanted)
 
 
-@every_implementation
+@kernels
 def test_what_is_kept(name, device):
     """x, y and what is small: not the residual."""
-    if name == "reference":
-        pytest.skip("PyTorch's own code keeps what it keeps")
     x, residual = (maps((2, 8, 5, 5), seed=seed).to(device).requires_grad_() for seed in (0, 7))
     kept = []
 
@@ -230,11 +228,9 @@ def test_what_is_kept(name, device):
         y.sum().backward()
 
 
-@uninterpreted
+@kernels
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_same_bits_again_and_in_a_batch(name, device, kind):
-    if name == "reference":
-        pytest.skip("promised of the kernels only: PyTorch's own code makes no such promise")
     for shape in ((5, 64, 15, 15), (3, 32, 40, 40), (9, 256, 7, 7)):
         x, residual, dy = (
             strided(maps(shape, torch.bfloat16, seed), kind).to(device) for seed in (0, 7, 9)
