@@ -40,8 +40,8 @@ def switch_on():
 
 
 def _compute_like_a_gpu():
-    """The interpreter truncates float32 to bfloat16 and sums in a row; a GPU rounds to nearest and
-    sums in a tree."""
+    """Round to nearest and sum in a tree; the interpreter truncates float32 to bfloat16 and sums in
+    a row."""
     from triton.language import bfloat16, float32
     from triton.runtime import interpreter
 

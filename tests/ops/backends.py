@@ -7,8 +7,11 @@ from tests import interpreter
 
 
 def implementations(kernel, interpreted=False, reference=True):
-    """Those that run here; ``interpreted``: Triton too, on CPU tensors where there is no GPU;
-    ``reference=False``: kernels alone."""
+    """Parametrize a test by the backends that run here.
+
+    ``interpreted``: where there is no GPU, Triton runs on CPU tensors. ``reference=False``: kernels
+    alone.
+    """
     if interpreter.EXECUTED:
         return pytest.mark.parametrize("name, device", [pytest.param("triton", "cpu", id="ptx")])
     params = [pytest.param("reference", "cpu", id="reference")] if reference else []

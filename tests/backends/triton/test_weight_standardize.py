@@ -27,8 +27,8 @@ def test_weight_dtypes(device, dtype):
 @pytest.mark.parametrize("out_format", FORMATS)
 def test_formats(device, format, out_format):
     shapes = [(2, 24, 3, 3), (2, 5, 3, 2)]
-    of = {"format": format, "out_format": out_format, "out_dtype": torch.bfloat16}
-    Problem(device, shapes, **of).check()
+    formats = {"format": format, "out_format": out_format}
+    Problem(device, shapes, out_dtype=torch.bfloat16, **formats).check()
 
 
 @pytest.mark.parametrize("length", [1, 2, 9, 27, 64, 147, 576, 1152, 8192, 8200, 9216, 73728])
