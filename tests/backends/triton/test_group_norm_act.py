@@ -167,6 +167,21 @@ def test_channels_last_3d(device):
     Problem(x, 4, weight.to(device), bias.to(device), "relu").check()
 
 
+@pytest.mark.parametrize(
+    "weight, bias",
+    [(None, torch.bfloat16), (torch.float16, None), (torch.float32, torch.bfloat16)],
+    ids=str,
+)
+def test_parameters(device, weight, bias):
+    case = problem(device, (3, 16, 5, 5), 4, torch.bfloat16)
+    case.weight = None if weight is None else case.weight.to(weight)
+    case.bias = None if bias is None else case.bias.to(bias)
+    ours = case.check()
+    for gradient, dtype in ((ours["dweight"], weight), (ours["dbias"], bias)):
+        assert (gradient is None) == (dtype is None)
+        assert gradient is None or gradient.dtype == dtype
+
+
 @formats
 @tiled
 def test_parameters_of_each_sample(way, device, format):
@@ -194,7 +209,7 @@ def test_gradients_not_needed(way, device):
 
 
 @formats
-@tiled
+@ways
 def test_mean_far_from_zero(way, device, format):
     """1000 standard deviations. Not ReLU: it turns an error of z near 0 into one of dx by dy."""
     x = (torch.randn(2, 24, 9, 9) + 1e3).to(device).contiguous(memory_format=FORMATS[format])
@@ -212,7 +227,7 @@ def test_first_value_is_an_outlier(way, device, format):
 
 
 @formats
-@tiled
+@ways
 def test_no_variance(way, device, format):
     case = problem(device, (2, 24, 7, 9), 4, torch.float32, format)
     case.x[0, :6] = 0.75

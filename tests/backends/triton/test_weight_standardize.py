@@ -78,6 +78,11 @@ def test_no_variance(device, variant):
     standardization.check_no_variance(case, 0.25)
 
 
+def test_not_finite_stays_in_its_filter(device):
+    case = Problem(device, [(40, 64, 1, 1), (4, 16, 3, 3)])
+    standardization.check_not_finite_stays_in_its_filter(case, (7, 2))
+
+
 def test_unaligned_addresses(device, launches):
     def shifted(t):
         return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
