@@ -25,6 +25,7 @@ sweeps: .venv/installed build/triton-3.6.0
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
@@ -41,12 +42,13 @@ sanitize: .venv/installed
 	BITKERN_CUDA=0 BITKERN_SANITIZE=$(SANITIZERS) $(BIN)/python setup.py --quiet build \
 	  --build-base build/sanitize --build-lib $(SANITIZED)
 	rm -rf $(SANITIZED)/tests && cp -r tests $(SANITIZED)
-	cd $(SANITIZED) && $(UNDER_SANITIZERS) tests/ops -k "cpu and not compile"
-	BITKERN_SANITIZE=$(SANITIZERS) $(UNDER_SANITIZERS) tests/cuda_on_cpu
+	cd $(SANITIZED) && $(UNDER_SANITIZERS) tests/ops tests/backends/test_cpu.py \
+	  -k "cpu and not compile"
+	BITKERN_SANITIZE=$(SANITIZERS) $(UNDER_SANITIZERS) tests/backends/cuda_on_cpu
 	for kernel in group_norm_act weight_standardize; do \
 	  $(RACES) -fopenmp -DBITKERN_ISA=baseline -c csrc/cpu/$$kernel.cpp -o build/$$kernel.o || exit; \
 	done
-	$(RACES) tests/races.cpp build/group_norm_act.o build/weight_standardize.o -o build/races
+	$(RACES) tests/backends/races.cpp build/group_norm_act.o build/weight_standardize.o -o build/races
 	build/races
 
 # The wheel for this machine and Python, as the others are built by cibuildwheel. libgomp is PyTorch's,

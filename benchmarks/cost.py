@@ -2,8 +2,8 @@
 
 A program copies its tiles, and works on them; what limits a launch is the bytes that are under way
 (Little's law), the copy rate of the device's memory, or the instructions of the loop. No constant
-is fitted to a measurement of our kernels; ``tests/kernels/test_cost.py`` holds the model against
-what is known of others.
+is fitted to a measurement of our kernels; ``tests/backends/triton/test_cost.py`` holds the model
+against what is known of others.
 """
 
 import math
@@ -31,7 +31,7 @@ DEVICES = {
 
 
 class Code(NamedTuple):
-    """A compiled kernel: what ``tests/kernels/shipped.py`` reads from machine code."""
+    """A compiled kernel: what ``tests/backends/triton/shipped.py`` reads from machine code."""
 
     programs: int = 2  # on a multiprocessor
     tiles: float = 2.0  # of a program's tiles under way

@@ -24,7 +24,7 @@ export PYTHONUNBUFFERED=1
 status=0
 parallel=()
 # By name: others need packages that a machine with a GPU may lack.
-with_gpu_tests=(tests/kernels tests/ops tests/transfer/test_{graphs,loop,step}.py)
+with_gpu_tests=(tests/backends/triton tests/ops tests/transfer/test_{graphs,loop,step}.py)
 "$python" -c "import xdist" 2>/dev/null && parallel=(-n $(($(nproc) * 3 / 4)))
 
 section() { # section NAME SECONDS COMMAND…

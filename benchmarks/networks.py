@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bitkern
 from benchmarks.measure import DTYPES, free
 from bitkern.models import ARCHITECTURES, load_state_dict
-from tests.helpers import assert_accurate
+from bitkern.testing import assert_accurate
 
 CLASSES = 1000
 

@@ -16,7 +16,7 @@ import bitkern
 from benchmarks.measure import DTYPES, l2_bytes
 from bitkern import reference
 from bitkern.nn import WSConv2d
-from tests.helpers import affine, assert_accurate, maps
+from bitkern.testing import affine, assert_accurate, maps
 
 GROUPS = 32
 FORMATS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}

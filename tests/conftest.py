@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from bitkern.testing import poisoned_memory
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
@@ -12,11 +14,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def poison():
-    """Fill every torch.empty with NaN, so that an element nobody writes is found."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
+    with poisoned_memory():
+        yield
 
 
 @pytest.fixture(autouse=True)

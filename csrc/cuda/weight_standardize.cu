@@ -170,7 +170,7 @@ void launch_table(bool forward, const WeightStandardizeProblem& problem,
   if (filters == 0) return;
   const auto kernel = forward ? weight_standardize_forward<W, O, CAPACITY>
                               : weight_standardize_backward<W, O, CAPACITY>;
-  // Not <<<...>>>, which C++ cannot parse: tests/cuda_on_cpu compiles this file for the CPU.
+  // Not <<<...>>>, which C++ cannot parse: tests/backends/cuda_on_cpu compiles this file for the CPU.
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(filters));
   config.blockDim = dim3(THREADS);

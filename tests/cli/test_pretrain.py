@@ -21,11 +21,11 @@ from bitkern.models import (
     save_safetensors,
 )
 from bitkern.transfer import load_run
+from tests import ROOT
 from tests.cli.commands import RESULTS, SMALL, call, digest, error_of
 from tests.transfer.images import write_folder
 from tests.transfer.shards import jpeg, sample, write_shards, write_tar
 
-ROOT = Path(__file__).parents[2]
 TINY = ["--model", "R26x0.5", "--image-size", "32", "--batch-size", "7", "--workers", "0"]
 TINY += ["--steps", "6", "--warmup-steps", "2", "--base-lr", "0.5", "--device", "cpu"]
 
@@ -93,7 +93,7 @@ def test_official_keys_and_timm(shards, tmp_path):
     loaded = create_model("R50x1", num_classes=3)
     load_npz(loaded, tmp_path / "bit.npz")
     assert torch.equal(loaded.eval()(x), expected)
-    import timm  # not before, since it imports Triton, which tests/kernels has to set up
+    import timm  # not before, since it imports Triton, which tests/backends/triton has to set up
 
     other = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     torch.testing.assert_close(other(x), expected, atol=1e-4, rtol=1e-3)

@@ -1,4 +1,4 @@
-"""Models with hostile random weights, ours and timm's, and how far two tensors are apart."""
+"""Models with hostile random weights, ours and timm's."""
 
 from functools import partial
 
@@ -49,8 +49,3 @@ def with_eps(model, eps):
         if isinstance(module, WSConv2d):
             module.eps = eps
     return model
-
-
-def relative(actual, expected):
-    """The L2 norm of the difference over that of ``expected``."""
-    return ((actual - expected).norm() / expected.norm()).item()

@@ -23,7 +23,8 @@ from bitkern.models import (
     save_npz,
     save_safetensors,
 )
-from tests.models.helpers import PEER_EPS, randomize, relative, small, timm_bit, with_eps
+from tests.models.helpers import PEER_EPS, randomize, small, timm_bit, with_eps
+from tests.peers import relative
 
 
 def assert_same_weights(model, other):

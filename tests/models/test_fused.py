@@ -7,7 +7,7 @@ from torch import nn
 
 import bitkern
 from bitkern.models import ARCHITECTURES, ResNetV2
-from tests.helpers import assert_accurate
+from bitkern.testing import assert_accurate
 from tests.models.helpers import randomize, small
 
 

@@ -7,8 +7,9 @@ from transformers import BitConfig, BitForImageClassification
 
 from bitkern.models import ARCHITECTURES, FeatureNet, ResNetV2, create_model, load_state_dict
 from bitkern.nn import GroupNormAct, WSConv2d
-from tests.helpers import assert_accurate
-from tests.models.helpers import PEER_EPS, randomize, relative, small, timm_bit, with_eps
+from bitkern.testing import assert_accurate
+from tests.models.helpers import PEER_EPS, randomize, small, timm_bit, with_eps
+from tests.peers import relative
 
 # Parameters with 1000 classes in millions, WS convolutions, GroupNorms: facts about BiT.
 SIZES = {

@@ -7,11 +7,11 @@ import torch
 
 from bitkern import reference
 from bitkern.backends import launchers
-from tests.helpers import affine, assert_accurate, maps, strided
+from bitkern.testing import affine, assert_accurate, maps, strided
 from tests.ops.backends import implementations
 from tests.ops.test_group_norm_act import ACTS, DTYPES, compare
 
-every_implementation = implementations("group_norm_act")
+every_implementation = implementations("group_norm_act", interpreted=True)
 # ReLU, SiLU and none have a file of their own.
 others = pytest.mark.parametrize("act", [act for act in reference.ACTIVATIONS if act not in ACTS])
 NEGATIVE = [-1e30, -200, -104, -87, -60, -20, -8, -5, -3, -1, -0.1, -1e-4, -1e-38]

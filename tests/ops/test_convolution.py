@@ -5,7 +5,7 @@ import torch
 
 from bitkern.ops import convolution as convolutions
 from bitkern.ops.convolution import Conv, convolution, convolution_backward
-from tests.helpers import assert_accurate
+from bitkern.testing import assert_accurate
 
 # Channels in, out, kernel, size of the map, stride, padding, bias.
 CASES = {

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import bitkern
 from bitkern import ops, reference
 from bitkern.backends import launchers
-from tests.helpers import affine, assert_accurate, maps, pytorch_group_norm, strided
+from bitkern.testing import affine, assert_accurate, maps, pytorch_group_norm, strided
 from tests.ops.backends import implementations
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -24,7 +24,11 @@ SHAPES = [
     ((2, 8, 11), 4),
     ((2, 8, 3, 5, 2), 4),
 ]
-every_implementation = implementations("group_norm_act")
+every_implementation = implementations("group_norm_act", interpreted=True)
+# What takes long in an interpreter, or is not about the kernels.
+uninterpreted = implementations("group_norm_act")
+# Promised of the kernels: PyTorch's own code makes no such promises.
+kernels = implementations("group_norm_act", reference=False)
 
 
 def run(fn, x, residual, num_groups, weight, bias, act, grads, eps=1e-5):
@@ -132,7 +136,7 @@ def test_layouts(poison, name, device, kind, dtype):
             assert ours[key].is_contiguous(memory_format=format), key
 
 
-@every_implementation
+@uninterpreted
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_recompute(poison, name, device, format, dtype):
@@ -235,7 +239,7 @@ def test_nan_and_inf_stay_in_their_sample(name, device, kind, bad):
 
 
 @every_implementation
-def test_empty_batch(name, device):
+def test_empty_batch(poison, name, device):
     shape = (0, 8, 3, 3)
     for format, samples in ((torch.contiguous_format, ()), (torch.channels_last, (0,))):
         x = torch.empty(shape, device=device).contiguous(memory_format=format).requires_grad_()
@@ -282,10 +286,8 @@ def test_only_wanted_gradients(name, device):
         assert [i for i in range(3) if leaves[i].grad is not None] == wanted
 
 
-@every_implementation
+@kernels
 def test_a_sample_does_not_depend_on_its_batch(name, device):
-    if name == "reference":
-        pytest.skip("promised of the kernels only: PyTorch's own code makes no such promise")
     for kind in ("contiguous", "channels_last"):
         for shape in ((5, 64, 15, 15), (3, 32, 40, 40), (9, 256, 7, 7)):
             x = strided(maps(shape, torch.bfloat16), kind).to(device)
@@ -305,7 +307,7 @@ def test_autocast_keeps_the_dtype(name, device):
             assert ops.group_norm_act(x, 4, weight, bias).dtype == dtype
 
 
-@every_implementation
+@uninterpreted
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_opcheck(name, device, format):
     x, residual = (
@@ -322,7 +324,7 @@ def test_opcheck(name, device, format):
             torch.library.opcheck(torch.ops.bitkern.group_norm_act, args)
 
 
-@every_implementation
+@uninterpreted
 def test_compile(name, device):
     # The reference is compiled by Inductor, whose float32 statistics differ from eager's.
     dtype = torch.float64 if name == "reference" else torch.float32

@@ -6,7 +6,7 @@ import torch
 import bitkern
 from bitkern import ops, reference
 from bitkern.ops import Conv
-from tests.helpers import affine, assert_accurate, maps, strided
+from bitkern.testing import affine, assert_accurate, maps, strided
 from tests.ops.backends import implementations
 
 every_implementation = implementations("group_norm_act")

@@ -6,11 +6,15 @@ import torch.nn.functional as F
 
 import bitkern
 from bitkern import ops, reference
-from tests.helpers import affine, assert_accurate, maps, pytorch_group_norm, strided
+from bitkern.testing import affine, assert_accurate, maps, pytorch_group_norm, strided
 from tests.ops.backends import implementations
 from tests.ops.test_group_norm_act import DTYPES, SHAPES
 
-every_implementation = implementations("group_norm_add_relu")
+every_implementation = implementations("group_norm_add_relu", interpreted=True)
+# What takes long in an interpreter, or is not about the kernels.
+uninterpreted = implementations("group_norm_add_relu")
+# Promised of the kernels: PyTorch's own code makes no such promises.
+kernels = implementations("group_norm_add_relu", reference=False)
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -91,7 +95,7 @@ def test_layouts(poison, name, device, kind, of_residual):
             assert kind not in FORMATS or ours[key].is_contiguous(memory_format=FORMATS[kind]), key
 
 
-@every_implementation
+@uninterpreted
 @pytest.mark.parametrize("kind", FORMATS)
 def test_large_maps(poison, name, device, kind):
     """Several blocks of work, none of them full."""
@@ -153,7 +157,7 @@ def test_nan_and_inf(name, device, kind, bad):
 
 @every_implementation
 @pytest.mark.parametrize("kind", FORMATS)
-def test_empty_batch(name, device, kind):
+def test_empty_batch(poison, name, device, kind):
     x, residual = (torch.empty(0, 8, 3, 3, device=device).requires_grad_() for _ in range(2))
     weight, bias = (p.to(device).requires_grad_() for p in affine(8))
     with bitkern.use_backend(name):
@@ -163,13 +167,11 @@ def test_empty_batch(name, device, kind):
     assert weight.grad.abs().max() == bias.grad.abs().max() == 0
 
 
-@every_implementation
+@kernels
 @pytest.mark.parametrize("kind", FORMATS)
 def test_gradients_of_any_stride(name, device, kind):
     """Of no strides as from sum(), a slice as from cat, in the other memory format: the same bits
     as of a dense one."""
-    if name == "reference":
-        pytest.skip("PyTorch's own code takes other ways for other strides")
     x, residual, dy = (strided(maps((2, 8, 5, 5), seed=s), kind).to(device) for s in (0, 3, 5))
     of = 4, *(p.to(device) for p in affine(8))
     with bitkern.use_backend(name):
@@ -205,11 +207,9 @@ def test_only_wanted_gradients(name, device, kind):
         assert all(torch.equal(found[i], everything[i]) for i in wanted)
 
 
-@every_implementation
+@kernels
 def test_what_is_kept(name, device):
     """x, y and what is small: not the residual."""
-    if name == "reference":
-        pytest.skip("PyTorch's own code keeps what it keeps")
     x, residual = (maps((2, 8, 5, 5), seed=seed).to(device).requires_grad_() for seed in (0, 7))
     kept = []
 
@@ -228,11 +228,9 @@ def test_what_is_kept(name, device):
         y.sum().backward()
 
 
-@every_implementation
+@kernels
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_same_bits_again_and_in_a_batch(name, device, kind):
-    if name == "reference":
-        pytest.skip("promised of the kernels only: PyTorch's own code makes no such promise")
     for shape in ((5, 64, 15, 15), (3, 32, 40, 40), (9, 256, 7, 7)):
         x, residual, dy = (
             strided(maps(shape, torch.bfloat16, seed), kind).to(device) for seed in (0, 7, 9)
@@ -279,7 +277,7 @@ def test_functional_transforms(samples):
     torch.testing.assert_close(grads[0], leaf.grad)
 
 
-@every_implementation
+@uninterpreted
 @pytest.mark.parametrize("kind", FORMATS)
 def test_opcheck(name, device, kind):
     x, residual = (
@@ -294,7 +292,7 @@ def test_opcheck(name, device, kind):
             torch.library.opcheck(torch.ops.bitkern.group_norm_add_relu, args)
 
 
-@every_implementation
+@uninterpreted
 def test_compile(name, device):
     x, residual = (maps((2, 8, 6, 6), seed=seed).to(device) for seed in (0, 1))
     x = x.contiguous(memory_format=torch.channels_last)

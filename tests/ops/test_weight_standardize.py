@@ -5,13 +5,15 @@ import torch
 
 import bitkern
 from bitkern import ops, reference
+from bitkern.testing import assert_accurate, strided
 from bitkern.variant import Variant
-from tests.helpers import assert_accurate, strided
 from tests.ops.backends import implementations
-from tests.test_reference import VARIANTS
+from tests.ops.test_reference import VARIANTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-every_implementation = implementations("weight_standardize")
+every_implementation = implementations("weight_standardize", interpreted=True)
+# What takes long in an interpreter, or is not about the kernels.
+uninterpreted = implementations("weight_standardize")
 
 
 def filters(shape, dtype=torch.float32, seed=0):
@@ -137,7 +139,7 @@ def test_nan_stays_in_its_filter(name, device):
     assert out[[0, 1, 2, 4]].isfinite().all()
 
 
-@every_implementation
+@uninterpreted
 def test_opcheck(name, device):
     a, b = (filters((4, 3, 3, 3), seed=s).to(device).requires_grad_() for s in (0, 1))
     g = torch.randn(4, 1, 1, 1, device=device, requires_grad=True)
@@ -150,7 +152,7 @@ def test_opcheck(name, device):
         )
 
 
-@every_implementation
+@uninterpreted
 def test_compile(name, device):
     w = filters((6, 4, 3, 3)).to(device)
     w[3, 0] += 0.03

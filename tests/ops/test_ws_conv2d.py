@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import bitkern
 from bitkern import ops, reference
-from tests.helpers import assert_accurate, maps, strided
+from bitkern.testing import assert_accurate, maps, strided
 from tests.ops.backends import implementations
 
 every_implementation = implementations("weight_standardize")

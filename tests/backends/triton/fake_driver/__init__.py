@@ -1,0 +1,35 @@
+"""Triton's real launcher on a machine without a GPU: see libcuda.c, __main__.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import triton
+
+from tests import ROOT
+from tests.backends.triton import tritons
+
+HERE = Path(__file__).parent
+BUILD = ROOT / "build/fake_driver"
+COMPILER = os.environ.get("CC", "gcc")
+
+
+def build():
+    """The folder of libcuda.so.1."""
+    include = Path(triton.__file__).parent / "backends/nvidia/include"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    compiler = [COMPILER, "-shared", "-fPIC", "-O1", f"-I{include}"]
+    subprocess.run([*compiler, HERE / "libcuda.c", "-o", BUILD / "libcuda.so.1"], check=True)
+    return BUILD
+
+
+def run(what, other_triton):
+    """What ``python -m tests.backends.triton.fake_driver`` prints, under one of the two Tritons."""
+    folder = str(build())
+    environment = tritons.environment(other_triton)
+    environment |= {"LD_LIBRARY_PATH": folder, "TRITON_LIBCUDA_PATH": folder}
+    command = [sys.executable, "-m", "tests.backends.triton.fake_driver", what]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

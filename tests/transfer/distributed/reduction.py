@@ -1,0 +1,211 @@
+"""Gradients summed while the backward pass goes on: training in several processes by it."""
+
+import contextlib
+import dataclasses
+import signal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from bitkern.nn import WSConv2d
+from bitkern.ops.detached import DetachedWeights
+from bitkern.transfer import loop, ranks
+from tests.transfer.distributed import training
+from tests.transfer.distributed.training import OPTIONS, save
+from tests.transfer.images import image_set
+from tests.transfer.net import Net
+
+RULE, PLAIN = (dataclasses.replace(r, base_lr=0.01) for r in (training.RULE, training.PLAIN))
+BUCKET_BYTES = 512  # some buckets even of nets as small as these
+LAYERS = 6
+
+
+class Every(nn.Module):
+    """Layers whose gradients come by each way there is, in the first of two micro-batches or not.
+
+    ``frozen`` has a gain that is trained, ``direct`` is checkpointed, ``both`` adds its weight.
+    """
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = WSConv2d(3, 8, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.gained = WSConv2d(8, 8, 1, gain=True, scale=0.7)
+        self.frozen = WSConv2d(8, 8, 1, gain=True)
+        self.frozen.weight.requires_grad_(False)
+        self.direct = WSConv2d(8, 8, 1, gain=True, eps=1e-5)
+        self.both = WSConv2d(8, 8, 1)
+        self.early = WSConv2d(8, 8, 1)
+        self.plain = nn.Conv2d(8, 8, 1)
+        self.unused = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+        for p in (*self.norm.parameters(), self.gained.gain, self.frozen.gain, self.direct.gain):
+            nn.init.normal_(p)
+        self.to(dtype)
+        self.calls, self.on_call = 0, lambda call: None
+
+    def forward(self, x):
+        self.calls += self.training
+        self.on_call(self.calls)
+        x = F.relu(self.norm(self.stem(x.to(self.head.weight.dtype))))
+        x = F.relu(self.frozen(self.gained(x)))
+        x = x + checkpoint(self.direct, x, use_reentrant=False)
+        x = self.both(x) + self.both.weight.mean() * x
+        if self.training and self.calls % 2:
+            x = x + self.plain(F.relu(self.early(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class Chain(nn.Module):
+    """Standardized layers one after another, which tells what comes: see :func:`events`."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(WSConv2d(3 if i == 0 else 8, 8, 1) for i in range(LAYERS))
+        self.head = nn.Linear(8, 3)
+        self.calls, self.on_call, self.on_grad = 0, lambda call: None, lambda call: None
+
+    def forward(self, x):
+        self.calls += self.training
+        self.on_call(self.calls)
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i == 0 and self.training:
+                x.register_hook(lambda grad, call=self.calls: self.on_grad(call))
+        return self.head(x.mean((2, 3)))
+
+
+@contextlib.contextmanager
+def small_buckets():
+    before, ranks.BUCKET_BYTES = ranks.BUCKET_BYTES, BUCKET_BYTES
+    try:
+        yield
+    finally:
+        ranks.BUCKET_BYTES = before
+
+
+MODELS = {
+    "every": lambda: Every(torch.float64),
+    "no standardization": lambda: Net(torch.float64),
+    "float32": Every,
+}
+
+
+def training_equals_one_process(folder):
+    """The files are compared with a single process by the test."""
+    folder.mkdir(exist_ok=True)
+    for name, model in MODELS.items():
+        for rule in (RULE, PLAIN):
+            with small_buckets():
+                trained = model()
+                result = loop.train(trained, image_set(), rule, **OPTIONS)
+            save(folder / f"{name} {rule.mixup_alpha}", trained, result)
+
+
+def other_runs_have_equal_replicas(folder):
+    for options in ({"precision": "fp16"}, {"balance": "loss"}, {"batch_split": 1}):
+        model = Every()
+        with small_buckets():
+            history = loop.train(model, image_set(), RULE, **OPTIONS | options).history
+        assert ranks.everyones(history) == [history] * ranks.world_size(), options
+        for tensor in model.state_dict().values():
+            first = ranks.everyones(tensor)[0]
+            assert torch.equal(tensor, first), options
+
+
+def sums_begin_in_the_last_backward_pass(folder):
+    """All of them but that of the bucket with the first layer, and none before."""
+    model, events, reduce = Chain(), [], dist.all_reduce
+    model.on_grad = lambda call: events.append("first layer")
+
+    def all_reduce(tensor, *arguments, async_op=False, **options):
+        if async_op:
+            events.append("sum")
+        return reduce(tensor, *arguments, async_op=async_op, **options)
+
+    dist.all_reduce = all_reduce
+    try:
+        with small_buckets():
+            loop.train(model, image_set(), PLAIN, **OPTIONS)
+    finally:
+        dist.all_reduce = reduce
+    # Of five layers of 288 bytes: the head and two, two, and one with the first layer.
+    assert events == ["first layer", "sum", "sum", "first layer", "sum"] * PLAIN.steps, events
+
+
+def resumed_run_has_the_same_bits(folder):
+    straight, stopped, resumed = Every(), Every(), Every()
+    if dist.get_rank() == 1:
+        stopped.on_call = lambda call: call == 9 and signal.raise_signal(signal.SIGINT)
+    with small_buckets():
+        expected = loop.train(straight, image_set(), RULE, **OPTIONS)
+        try:
+            loop.train(stopped, image_set(), RULE, out=folder, **OPTIONS)
+        except KeyboardInterrupt:
+            assert stopped.calls == 10
+        else:
+            raise AssertionError("expected an interrupt")
+        result = loop.train(resumed, image_set(), RULE, out=folder, resume=True, **OPTIONS)
+    assert result.history == expected.history
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def failure_wherever_it_is_stops_all(folder):
+    """In the first or last micro-batch, forward or backward, or standardization's backward."""
+    sgd, own = DetachedWeights.sgd, "the disk is gone"
+
+    def fail(*arguments):
+        raise OSError(own)
+
+    for place in ("on_call 5", "on_call 6", "on_grad 5", "on_grad 6", "standardization"):
+        model = Chain()
+        if dist.get_rank() == 1:
+            name, _, number = place.partition(" ")
+            if number:
+                setattr(model, name, lambda call, at=int(number): fail() if call == at else None)
+            else:
+                DetachedWeights.sgd = fail
+        try:
+            with small_buckets():
+                loop.train(model, image_set(), PLAIN, **OPTIONS)
+        except (OSError, ranks.RankError) as error:
+            assert str(error) == (own if dist.get_rank() == 1 else f"process 1: {own}"), place
+        else:
+            raise AssertionError(f"{place}: expected an error")
+        finally:
+            DetachedWeights.sgd = sgd
+        assert ranks.sums_of(1) == [ranks.world_size()], "nothing is left to meet for"
+
+
+class Hungry(Chain):
+    """The memory of the second process suffices for so many images."""
+
+    def forward(self, x):
+        if self.training and ranks.rank() == 1 and len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x)
+
+
+def memory_is_tried_in_all_processes(folder):
+    histories = []
+    for split in ("auto", -(-PLAIN.batch_size // (2 * ranks.world_size()))):
+        torch.manual_seed(0)
+        options = OPTIONS | {"batch_split": split}
+        with small_buckets():
+            histories.append(loop.train(Hungry(), image_set(), PLAIN, **options).history)
+    assert histories[0] == histories[1]
+
+
+CHECKS = (
+    training_equals_one_process,
+    other_runs_have_equal_replicas,
+    sums_begin_in_the_last_backward_pass,
+    resumed_run_has_the_same_bits,
+    failure_wherever_it_is_stops_all,
+    memory_is_tried_in_all_processes,
+)
