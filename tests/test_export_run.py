@@ -117,7 +117,7 @@ def test_transformers_widths(architecture):
     with torch.device("meta"):
         ours = ResNetV2(*ARCHITECTURES[architecture], 5)
         theirs = BitForImageClassification(transformers.config(architecture))
-    names = {transformers.name_of(name): t.shape for name, t in ours.state_dict().items()}
+    names = {transformers.transformers_name(name): t.shape for name, t in ours.state_dict().items()}
     names["classifier.1.weight"] = names["classifier.1.weight"][:2]
     theirs = {name: t.shape for name, t in theirs.state_dict().items()}
     theirs["classifier.1.weight"] = (5, *theirs["classifier.1.weight"][1:])

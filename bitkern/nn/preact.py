@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from bitkern.nn.fused import norm_act_conv, watched
+from bitkern.nn.fused import has_hooks, norm_act_conv
 
 
 def summed(x: Tensor, residual: Tensor | None) -> Tensor:
@@ -36,7 +36,7 @@ def advance(module: Any, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Te
 
     Called, where hooks watch it or it is no ``Paired`` but a wrapper, say.
     """
-    if isinstance(module, Paired) and not watched(cast(nn.Module, module)):
+    if isinstance(module, Paired) and not has_hooks(cast(nn.Module, module)):
         return module.pair(x, residual)
     return module(summed(x, residual)), None
 
@@ -46,7 +46,7 @@ def through(
 ) -> tuple[Tensor, Tensor | None]:
     """``advance`` through modules: a list, or an ``nn.Sequential`` that would be called."""
     called = not isinstance(modules, list)
-    if called and (not isinstance(modules, nn.Sequential) or watched(modules)):
+    if called and (not isinstance(modules, nn.Sequential) or has_hooks(modules)):
         return advance(modules, x, residual)
     for module in modules:
         x, residual = advance(module, x, residual)

@@ -29,7 +29,7 @@ _FORM = """write
     optimizer.step()"""
 
 
-class Sums:
+class GradAccumulator:
     """The gradients of layers' standardized weights, summed over micro-batches."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class _Carried(torch.autograd.Function):
 class _StepKind(_Kind):
     """A kind whose gradients are collected until ``finish`` carries them to the weights."""
 
-    def __init__(self, convs: Sequence[WSConv2d], sums: Sums) -> None:
+    def __init__(self, convs: Sequence[WSConv2d], sums: GradAccumulator) -> None:
         super().__init__(convs)
         self.sums = sums
         self.arrived = self.closed = False
@@ -243,7 +243,7 @@ class _StepPool(Pool):
 
     kinds: Sequence[_StepKind]
 
-    def __init__(self, module: nn.Module, sums: Sums) -> None:
+    def __init__(self, module: nn.Module, sums: GradAccumulator) -> None:
         super().__init__(module, partial(_StepKind, sums=sums))
         self.parameters = [p for p in module.parameters() if type(p) is nn.Parameter]
         self.state = _torch.state_of(self.parameters)
@@ -272,7 +272,7 @@ class _StepPool(Pool):
         That is a weight of one layer, which nothing else gives a gradient or looks at it.
         """
         fused: set[Tensor] = set()
-        if optimizer is not None and not self.ddp and not optimizer.watched:
+        if optimizer is not None and not self.ddp and not optimizer.has_hooks:
             weights = [w for kind in self.kinds for w in kind.weights]
             layers = Counter(w.data_ptr() for w in weights)
             alone = (w for w in weights if layers[w.data_ptr()] == 1 and w.grad is None)
@@ -316,7 +316,7 @@ def _take_step(optimizer: SGD | None) -> None:
 
 @contextlib.contextmanager
 def standardized(
-    module: nn.Module, *, optimizer: SGD | None = None, sums: Sums | None = None
+    module: nn.Module, *, optimizer: SGD | None = None, sums: GradAccumulator | None = None
 ) -> Iterator[None]:
     """Standardize all weights of ``module`` once for the forward and backward passes inside.
 
@@ -360,7 +360,7 @@ def standardized(
         yield
         _take_step(optimizer)
         return
-    sums = sums or Sums()
+    sums = sums or GradAccumulator()
     pool = _StepPool(module, sums)
     refusal = register_optimizer_step_pre_hook(pool.refuse_step)
     try:

@@ -1,6 +1,5 @@
 """The BiT transfer recipe: the HyperRule and MixUp as pure functions, data, and one loop."""
 
-from bitkern.transfer.compute import default_precision
 from bitkern.transfer.data import (
     DataError,
     ImageSet,
@@ -13,19 +12,19 @@ from bitkern.transfer.data import (
     image_table,
 )
 from bitkern.transfer.data.loader import train_batches
-from bitkern.transfer.finished import FinishedRun, load_run
+from bitkern.transfer.device_config import default_precision
 from bitkern.transfer.inference import evaluate, predict
-from bitkern.transfer.loop import train
 from bitkern.transfer.ranks import RankError
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.recipes.hyperrule import HyperRule, hyperrule
 from bitkern.transfer.recipes.mixup import mixup, mixup_loss
 from bitkern.transfer.recipes.pretraining import Pretraining, pretraining
 from bitkern.transfer.report import check_report, scores, write_report
-from bitkern.transfer.run import RunError
+from bitkern.transfer.run import FinishedRun, RunError, load_run
 from bitkern.transfer.selection import Selection
-from bitkern.transfer.setup import TrainingError
-from bitkern.transfer.training import TrainResult
+from bitkern.transfer.train_setup import TrainingError
+from bitkern.transfer.trainer import TrainResult
+from bitkern.transfer.training import train
 
 __all__ = [
     "DataError",

@@ -18,7 +18,7 @@ from bitkern.transfer import (
     pretraining,
     train_batches,
 )
-from bitkern.transfer.data import images
+from bitkern.transfer.data import decoders
 from bitkern.transfer.data.decoders import DECODERS, pillow
 from tests.transfer.images import image_set, picture
 from tests.transfer.net import PLAIN, Net, assert_same_bits, state_of, stopped, train
@@ -198,7 +198,7 @@ def test_region_of_a_jpeg(name, scale, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     source = Encoded(encoded(pixels, quality=95, exif=exif))
-    upright = np.asarray(images.read_image(source))
+    upright = np.asarray(decoders.read_image(source))
     told = []
 
     def region(height, width):
@@ -217,7 +217,7 @@ def test_region_of_a_jpeg(name, scale, orientation):
 @pytest.mark.parametrize("wide, scale", [(15, 1), (31, 1), (32, 2), (64, 4), (127, 4), (128, 8)])
 def test_fewer_pixels_of_a_large_jpeg_are_decoded(wide, scale):
     source = Encoded(encoded(smooth(200, 200)))
-    image, box = images.read_region(source, 16, lambda height, width: (3, 5, wide, wide))
+    image, box = decoders.read_region(source, 16, lambda height, width: (3, 5, wide, wide))
     assert image.size == (-(-200 // scale), -(-200 // scale))
     assert box == (5 / scale, 3 / scale, (5 + wide) / scale, (3 + wide) / scale)
 
@@ -225,7 +225,7 @@ def test_fewer_pixels_of_a_large_jpeg_are_decoded(wide, scale):
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF"])
 def test_region_of_what_is_no_jpeg(format):
     source = Encoded(encoded(picture(1, 2, 64, 50), format, **{"lossless": True}))
-    whole = np.asarray(images.read_image(source))
+    whole = np.asarray(decoders.read_image(source))
     got = pillow(source, 8, lambda height, width: (10, 20, 30, 25))
     box = (20, 10, 45, 40)
     expected = Image.fromarray(whole).resize((8, 8), Image.Resampling.BILINEAR, box)

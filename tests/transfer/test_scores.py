@@ -8,7 +8,7 @@ import torch
 from sklearn import metrics
 
 from bitkern.transfer import ImageSet, scores
-from bitkern.transfer.report.intervals import wilson
+from bitkern.transfer.report.metrics import wilson
 from tests.transfer.images import CLASSES, picture
 from tests.transfer.outputs import arrays, logits
 
