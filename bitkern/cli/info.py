@@ -76,7 +76,6 @@ def _operators() -> list[dict[str, str]]:
 
 
 def collect() -> dict[str, Any]:
-    """Collect everything as plain data."""
     module, built = extension.load()
     if module is not None:
         cuda = "with" if module.with_cuda else "without"
@@ -101,7 +100,6 @@ def collect() -> dict[str, Any]:
 
 
 def report() -> str:
-    """Format it as text."""
     data = collect()
     lines = [f"bitkern    {data['bitkern']}", f"python     {data['python']}"]
     lines += [f"{k:<10} {v or 'not installed'}" for k, v in data["packages"].items()]

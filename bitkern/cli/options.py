@@ -52,13 +52,11 @@ def non_negative(text: str) -> int:
 
 
 def add_data(parser: Parser, help: str) -> None:
-    """Add the option of the source of images."""
     names = "|".join(("DIR", "FILE.csv", *SOURCES))
     parser.group("data")("--data", required=True, metavar=names, help=help)
 
 
 def add_device_options(parser: Parser) -> None:
-    """Add the options of the commands that run a model."""
     add = parser.group("speed and memory")
     add("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     add(
@@ -82,7 +80,6 @@ def add_device_options(parser: Parser) -> None:
 
 
 def add_cache(parser: Parser, help: str) -> None:
-    """Add the option of the cache of resized images."""
     parser.group("speed and memory")("--cache", choices=CACHE, default="auto", help=help)
 
 
@@ -105,6 +102,5 @@ def usable_device(name: str | None) -> str:
 
 
 def report_skipped(skipped: int) -> None:
-    """Print how many images were left out, if any."""
     if skipped and ranks.rank() == 0:
         print(f"skipped {skipped} corrupt image{'s' * (skipped > 1)}", file=sys.stderr)

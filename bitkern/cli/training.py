@@ -104,7 +104,6 @@ def add_options(parser: options.Parser) -> None:
 
 
 def add_selection(parser: options.Parser) -> None:
-    """Add the options of model selection."""
     add = parser.group("data")
     help = "model to keep: the last, as published, or the best on images held out or in DIR/val"
     add("--keep", choices=KEEP, default="last", help=f"{help} (default: last)")
@@ -217,7 +216,6 @@ def check_same_everywhere(source: str, *sets: ImageSet) -> None:
 
 
 def _digest(data: ImageSet) -> str:
-    """Hash the labels."""
     labels = data.labels
     parts = (labels,) if isinstance(labels, np.ndarray) else (labels.indptr, labels.indices)
     return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
@@ -242,7 +240,6 @@ def run(
     choice: DeviceChoice,
     about: Mapping[str, Any],
 ) -> None:
-    """Train, and print the settings and the results."""
     train_set, eval_set, split, val_set = data
     several = ", several an image" if train_set.multi_label else ""
     print(

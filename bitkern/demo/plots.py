@@ -23,7 +23,6 @@ class DemoRun(NamedTuple):
 
 
 def table(pairs: dict[str, tuple[DemoRun, DemoRun]], test_images: int) -> str:
-    """Format the top-1 of each pair of runs."""
     lines = [f"{'digits per class':18}{'images':>8}{'steps':>8}{'transfer':>10}{'scratch':>10}"]
     for shots, (transfer, scratch) in pairs.items():
         counts = f"{transfer.images:>8}{transfer.rule.steps:>8}"

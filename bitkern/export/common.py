@@ -30,7 +30,6 @@ def scaled_state(run: FinishedRun) -> dict[str, Tensor]:
 
 
 def preprocessing(run: FinishedRun) -> str:
-    """Describe the preprocessing of images."""
     return (
         f"turn it upright as its EXIF data says, convert to RGB, resize to {run.crop} x {run.crop} "
         "pixels (bilinear, antialiased, not keeping the aspect ratio), scale to [-1, 1] by "
@@ -111,6 +110,5 @@ def _cell(value: object) -> str:
 
 
 def write_json(content: object, path: Path) -> None:
-    """Write a JSON file."""
     with files.atomic_write(path) as part:
         part.write_text(json.dumps(content, indent=2) + "\n")

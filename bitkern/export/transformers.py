@@ -29,7 +29,6 @@ RENAMES = (
 
 
 def config(architecture: str, **options: Any) -> Any:
-    """Return the BitConfig of an architecture."""
     from transformers import BitConfig
 
     depths, width = ARCHITECTURES[architecture]
@@ -43,7 +42,6 @@ def config(architecture: str, **options: Any) -> Any:
 
 
 def transformers_name(name: str) -> str:
-    """Rename a tensor of bitkern's state dict."""
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     return name

@@ -1,4 +1,4 @@
-"""The BiT transfer recipe: the HyperRule and MixUp as pure functions, data, and one loop."""
+"""Big Transfer: recipes, data, training, evaluation and reports."""
 
 from bitkern.transfer.data import (
     DataError,
@@ -26,36 +26,9 @@ from bitkern.transfer.train_setup import TrainingError
 from bitkern.transfer.trainer import TrainResult
 from bitkern.transfer.training import train
 
-__all__ = [
-    "DataError",
-    "FinishedRun",
-    "HyperRule",
-    "ImageSet",
-    "Pretraining",
-    "RankError",
-    "Recipe",
-    "RunError",
-    "Selection",
-    "TrainResult",
-    "TrainingError",
-    "check_report",
-    "default_precision",
-    "digits",
-    "evaluate",
-    "few_shot",
-    "hold_out",
-    "hyperrule",
-    "image_dataset",
-    "image_folder",
-    "image_shards",
-    "image_table",
-    "load_run",
-    "mixup",
-    "mixup_loss",
-    "predict",
-    "pretraining",
-    "scores",
-    "train",
-    "train_batches",
-    "write_report",
-]
+__all__ = ["DataError", "FinishedRun", "HyperRule", "ImageSet", "Pretraining", "RankError"]
+__all__ += ["Recipe", "RunError", "Selection", "TrainResult", "TrainingError", "check_report"]
+__all__ += ["default_precision", "digits", "evaluate", "few_shot", "hold_out", "hyperrule"]
+__all__ += ["image_dataset", "image_folder", "image_shards", "image_table", "load_run", "mixup"]
+__all__ += ["mixup_loss", "predict", "pretraining", "scores", "train", "train_batches"]
+__all__ += ["write_report"]

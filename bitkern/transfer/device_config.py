@@ -54,11 +54,7 @@ class DeviceConfig(NamedTuple):
 
     @classmethod
     def create(
-        cls,
-        device: str | torch.device,
-        precision: str,
-        workers: int,
-        cuda_graph: str = "off",
+        cls, device: str | torch.device, precision: str, workers: int, cuda_graph: str = "off"
     ) -> "DeviceConfig":
         """Validate a user's arguments; precision ``"auto"`` is that of ``default_precision``.
 
@@ -95,6 +91,5 @@ class DeviceConfig(NamedTuple):
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def autocast(self) -> torch.autocast:
-        """Return the autocast context of the model."""
         dtype = PRECISIONS[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")

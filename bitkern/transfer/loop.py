@@ -5,7 +5,6 @@ import dataclasses
 import math
 import threading
 import time
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,31 +17,12 @@ from bitkern.transfer.progress import Display, StopRequested, format_duration
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.recipes.hyperrule import HyperRule
 from bitkern.transfer.run import Journal, Progress, Run
-from bitkern.transfer.selection import BestModel, Selection
+from bitkern.transfer.selection import BestModel
 from bitkern.transfer.step import AsyncScalar, TrainStep
 from bitkern.transfer.train_setup import TrainingError, TrainSetup
 
 FORWARD = 3  # duration of forward and backward relative to forward alone
 LONG = 3600  # seconds on a CPU after which the quick preset is suggested
-
-
-class Intervals(NamedTuple):
-    """The steps after which to evaluate and to save: every so many of ``steps``, and the last."""
-
-    steps: int
-    eval_every: int | None
-    checkpoint_every: int | None
-
-    def _is_due(self, step: int, every: int | None) -> bool:
-        return step == self.steps or step % (every or max(1, self.steps // 10)) == 0
-
-    def evaluation(self, step: int) -> bool:
-        """Return True if an evaluation follows the step."""
-        return step > 0 and self._is_due(step, self.eval_every)
-
-    def checkpoint(self, step: int) -> bool:
-        """Return True if a checkpoint follows the step."""
-        return self._is_due(step, self.checkpoint_every)
 
 
 @dataclasses.dataclass
@@ -55,9 +35,6 @@ class TrainLoop:
     interrupted: threading.Event
     train_images: ResizedImages
     evaluation: tuple[ResizedImages, ImageSet] | None
-    intervals: Intervals
-    skip_corrupt: bool
-    selection: Selection | None
     best_model: BestModel
 
     def __post_init__(self) -> None:
@@ -92,7 +69,7 @@ class TrainLoop:
                 self._evaluate_if_due()
             (stop,) = ranks.all_reduce_sum(self.interrupted.is_set())
             over = self.step == rule.steps or self._is_over()
-            if stop or self.step > first and (over or self.intervals.checkpoint(self.step)):
+            if stop or self.step > first and (over or self.setup.intervals.checkpoint(self.step)):
                 self._save()
             if stop:
                 raise KeyboardInterrupt
@@ -107,14 +84,15 @@ class TrainLoop:
         return self.predictions
 
     def _is_over(self) -> bool:
-        return bool(self.selection and self.selection.is_over(self.run.journal.records))
+        selection = self.setup.selection
+        return bool(selection and selection.is_over(self.run.journal.records))
 
     def estimate(self, trial: Trial) -> str:
         """Describe the memory and time of the training, extrapolated from a micro-batch."""
         rule, setup = self.setup.rule, self.setup
         per_image = trial.seconds / setup.micro_batch
         left = range(self.step + 1, rule.steps + 1)
-        evaluations = sum(map(self.intervals.evaluation, left))
+        evaluations = sum(map(self.setup.intervals.evaluation, left))
         eval_images = evaluations * (len(self.evaluation[1].images) if self.evaluation else 0)
         eval_cost = eval_images / FORWARD / ranks.world_size()  # in training images
         step = setup.batch_split * trial.seconds
@@ -144,7 +122,7 @@ class TrainLoop:
     def _evaluate_if_due(self) -> None:
         journal, last = self.run.journal, self.run.journal.records[-1:]
         done = last and last[0]["step"] == self.step and "top1" in last[0]
-        if not self.evaluation or not self.intervals.evaluation(self.step) or done:
+        if not self.evaluation or not self.setup.intervals.evaluation(self.step) or done:
             return
         self.losses.read()
         self.predictions = self.predict(*self.evaluation)
@@ -152,14 +130,15 @@ class TrainLoop:
         _check_finite(metrics["eval_loss"], "evaluation loss", self.step, self.setup.rule)
         journal.add(step=self.step, **metrics)
         self.display.show(journal.records[-1])
-        if self.selection and self.selection.keep == "best":
-            if self.selection.best(journal.records) is journal.records[-1]:
+        selection = self.setup.selection
+        if selection and selection.keep == "best":
+            if selection.best(journal.records) is journal.records[-1]:
                 self.best_model.save()
 
     def predict(self, resized: ResizedImages, data: ImageSet) -> RankPredictions:
         """Predict this process's share of a set. Raises ``StopRequested`` after Ctrl-C."""
         parts = self.setup.config, self.setup.model, resized, data, self.setup.micro_batch
-        return predict_on_rank(*parts, self.skip_corrupt, self.on_micro_batch)
+        return predict_on_rank(*parts, self.setup.read_options.skip_corrupt, self.on_micro_batch)
 
     def _save(self) -> None:
         self.losses.read()  # raises if it is not finite, so that no such step is saved

@@ -72,12 +72,10 @@ class Display:
         self.print(f"{line}: {', '.join(parts)}")
 
     def print(self, line: str) -> None:
-        """Print a line above the bar."""
         self.bar.write(line)
         sys.stdout.flush()
 
     def close(self) -> None:
-        """Leave the bar as it is."""
         self.bar.close()
 
 

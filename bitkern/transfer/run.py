@@ -190,10 +190,7 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    out: Path,
-    checkpoint: Mapping[str, Any],
-    state: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    out: Path, checkpoint: Mapping[str, Any], state: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> Progress:
     """Restore the parts of ``state`` from last.pt; returns its progress.
 

@@ -77,11 +77,9 @@ class BestModel:
         self.tensors: dict[str, Tensor] = {}
 
     def save(self) -> None:
-        """Copy the current model."""
         self.load_state_dict(self.model.state_dict())
 
     def restore(self) -> None:
-        """Load the copy into the model, if there is one."""
         if self.tensors:
             self.model.load_state_dict(self.tensors)
 

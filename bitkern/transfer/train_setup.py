@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from bitkern.optim import SGD
 from bitkern.transfer import balance, ranks
 from bitkern.transfer.data.images import ImageSet
+from bitkern.transfer.data.open_images import ImageReadOptions
 from bitkern.transfer.device_config import DeviceConfig
 from bitkern.transfer.gradient_reducer import GradientReducer
 from bitkern.transfer.micro_batch import (
@@ -25,6 +27,7 @@ from bitkern.transfer.micro_batch import (
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.run import OPTIONS
 from bitkern.transfer.schedule import Schedule
+from bitkern.transfer.selection import Selection
 from bitkern.transfer.step import TrainStep
 
 
@@ -32,12 +35,26 @@ class TrainingError(RuntimeError):
     """Training cannot go on: the loss is not finite, or the memory does not suffice."""
 
 
+class Intervals(NamedTuple):
+    """The steps after which to evaluate and to save: every so many of ``steps``, and the last."""
+
+    steps: int
+    eval_every: int | None
+    checkpoint_every: int | None
+
+    def _is_due(self, step: int, every: int | None) -> bool:
+        return step == self.steps or step % (every or max(1, self.steps // 10)) == 0
+
+    def evaluation(self, step: int) -> bool:
+        return step > 0 and self._is_due(step, self.eval_every)
+
+    def checkpoint(self, step: int) -> bool:
+        return self._is_due(step, self.checkpoint_every)
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainSetup:
-    """The arguments of ``train`` that determine the trained model.
-
-    Raises ValueError for arguments that do not fit each other.
-    """
+    """The arguments of ``train``. Raises ValueError if they do not fit each other."""
 
     model: nn.Module
     train_set: ImageSet
@@ -47,7 +64,13 @@ class TrainSetup:
     batch_split: int
     balance: str
     flip: bool
-    decoder: str
+    read_options: ImageReadOptions
+    eval_set: ImageSet | None
+    selection: Selection | None
+    folder: Path | None
+    intervals: Intervals
+    shown: bool
+    about: dict[str, Any]
 
     def __post_init__(self) -> None:
         if not self.trainable:
@@ -68,9 +91,12 @@ class TrainSetup:
                 f"batch_split: expected 1 to {self.most_splits}, {limit}, got {self.batch_split}"
             )
 
+    @property
+    def decoder(self) -> str:
+        return self.read_options.decoder
+
     @functools.cached_property
     def trainable(self) -> list[nn.Parameter]:
-        """The parameters that require gradients."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @property
@@ -92,6 +118,7 @@ class TrainSetup:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings that must be the same on resuming."""
+        selection = self.selection.settings if self.selection else {"keep": "last"}
         return {
             "recipe": type(self.rule).__name__,
             "rule": dataclasses.asdict(self.rule),
@@ -101,6 +128,7 @@ class TrainSetup:
             "multi-label": self.train_set.multi_label,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trainable parameters": sum(p.numel() for p in self.trainable),
+            **selection,
         }
 
     @functools.cached_property
@@ -135,7 +163,6 @@ class TrainSetup:
         batches: Iterator[Sequence[Tensor]],
         on_micro_batch: Callable[[int], object] = lambda done: None,
     ) -> TrainStep:
-        """Create the step on these micro-batches."""
         class_weight = None
         if self.balance == "loss":
             weights = balance.class_weights(self.train_set.labels, len(self.train_set.classes))
@@ -144,11 +171,7 @@ class TrainSetup:
         return TrainStep(*parts, batches, scaler, reducer, class_weight, on_micro_batch)
 
     def fitted(
-        self,
-        optimizer: SGD,
-        scaler: torch.amp.GradScaler,
-        reducer: GradientReducer,
-        auto: bool,
+        self, optimizer: SGD, scaler: torch.amp.GradScaler, reducer: GradientReducer, auto: bool
     ) -> "tuple[TrainSetup, Trial]":
         """Return the setup, with the smallest ``batch_split`` that fits if ``auto``, and its trial.
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,16 +12,16 @@ from bitkern.transfer.curves import Record
 from bitkern.transfer.data.decoders import notes
 from bitkern.transfer.data.images import ImageSet
 from bitkern.transfer.data.loader import TrainBatches, copy_to_gpu, open_for_recipe
-from bitkern.transfer.data.open_images import ImageReadOptions, open_resized
+from bitkern.transfer.data.open_images import open_resized
 from bitkern.transfer.data.resized import ResizedImages, check_classes
 from bitkern.transfer.gradient_reducer import GradientReducer
 from bitkern.transfer.inference import RankPredictions
-from bitkern.transfer.loop import Intervals, TrainLoop, gather_corrupt
+from bitkern.transfer.loop import TrainLoop, gather_corrupt
 from bitkern.transfer.micro_batch import Trial
 from bitkern.transfer.progress import Display, StopRequested, deferred_interrupt
 from bitkern.transfer.report import write_report
 from bitkern.transfer.run import REPORT, Progress, Run, load_checkpoint, read_checkpoint
-from bitkern.transfer.selection import BestModel, Selection
+from bitkern.transfer.selection import BestModel
 from bitkern.transfer.train_setup import TrainSetup
 
 
@@ -42,28 +41,18 @@ class TrainResult(NamedTuple):
     skipped: int
 
 
-@dataclasses.dataclass
 class Trainer:
     """The stages of a training, called in the order of the methods."""
 
-    setup: TrainSetup
-    read_options: ImageReadOptions
-    eval_set: ImageSet | None
-    selection: Selection | None
-    folder: Path | None
-    intervals: Intervals
-    shown: bool
-    about: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        self.model = self.setup.model
-        self.optimizer = self.setup.optimizer()
+    def __init__(self, setup: TrainSetup) -> None:
+        self.setup, self.model = setup, setup.model
+        self.optimizer = setup.optimizer()
         self.best_model = BestModel(self.model)
-        self.done = Progress()
+        self.done, self.about = Progress(), setup.about
 
     def restore(self, resume: bool, auto_precision: bool, auto_split: bool) -> bool:
         """Move the model to its device and load a checkpoint; returns True if there is one."""
-        folder, setup = self.folder, self.setup
+        folder, setup = self.setup.folder, self.setup
         with ranks.propagate_errors():
             checkpoint = read_checkpoint(folder) if folder and resume else None
             if checkpoint and auto_precision:
@@ -78,7 +67,7 @@ class Trainer:
         self.setup = setup
         if folder and checkpoint:
             with ranks.propagate_errors():
-                self.done = load_checkpoint(folder, checkpoint, self._state, self._settings)
+                self.done = load_checkpoint(folder, checkpoint, self._state, setup.settings)
                 self.about = checkpoint["about"]
         return checkpoint is not None
 
@@ -88,15 +77,10 @@ class Trainer:
         parts = {"model": self.model, "optimizer": self.optimizer}
         return {**parts, "scaler": self.scaler, "kept": self.best_model}
 
-    @property
-    def _settings(self) -> dict[str, Any]:
-        """Settings that must be the same on resuming."""
-        chosen = self.selection.settings if self.selection else {"keep": "last"}
-        return self.setup.settings | chosen
-
     def open_images(self) -> None:
         """Open the sets; ``evaluation`` is used while training, ``test`` at the end."""
-        rule, options, train_set = self.setup.rule, self.read_options, self.setup.train_set
+        setup, rule, train_set = self.setup, self.setup.rule, self.setup.train_set
+        options = setup.read_options
         if self.done.corrupt and not options.skip_corrupt:
             raise ValueError(
                 "the run goes on without images that it could not read: skip_corrupt=True"
@@ -110,19 +94,19 @@ class Trainer:
         def open_set(data: ImageSet, name: str) -> tuple[ResizedImages, ImageSet]:
             return self._checked(open_resized(data.images, rule.crop, options), data, name), data
 
-        self.test = None if self.eval_set is None else open_set(self.eval_set, "evaluation")
+        self.test = None if setup.eval_set is None else open_set(setup.eval_set, "evaluation")
         self.evaluation = self.test
-        if self.selection and self.selection.val_set is not self.eval_set:
-            self.evaluation = open_set(self.selection.val_set, "validation")
+        if setup.selection and setup.selection.val_set is not setup.eval_set:
+            self.evaluation = open_set(setup.selection.val_set, "validation")
         with ranks.propagate_errors():
-            self.on_device = copy_to_gpu(self.setup.config.device, self.train_images)
+            self.on_device = copy_to_gpu(setup.config.device, self.train_images)
         # Before the micro-batch is tried, because NCCL allocates buffers with its first message.
         ranks.broadcast_from_rank0(self.model.state_dict().values())
 
     def _checked(self, images: ResizedImages, data: ImageSet, name: str) -> ResizedImages:
         with ranks.propagate_errors():
             check_classes(data, images)
-        if self.shown:
+        if self.setup.shown:
             print(f"image cache, {name}: {images.cache}")
         return images
 
@@ -136,27 +120,24 @@ class Trainer:
     ) -> TrainResult:
         """Take the remaining steps, and write the results."""
         setup, rule = self.setup, self.setup.rule
-        split = "validation" if self.selection else self.about.get("evaluated_on", "test")
-        out = self.folder if ranks.rank() == 0 else None
-        run = Run(out, self._state, self._settings, self.about, self.done)
+        split = "validation" if setup.selection else self.about.get("evaluated_on", "test")
+        out = setup.folder if ranks.rank() == 0 else None
+        run = Run(out, self._state, setup.settings, self.about, self.done)
         with contextlib.ExitStack() as stack:
             with ranks.propagate_errors():
                 journal = stack.enter_context(run.recording(resume, on_record))
             journal.records = ranks.run_on_rank0(lambda: journal.records)
-            display = Display(self.done.step, rule.steps, split, self.shown, self.done.seconds)
+            display = Display(self.done.step, rule.steps, split, setup.shown, self.done.seconds)
             loop = TrainLoop(
                 setup,
                 run,
                 stack.enter_context(contextlib.closing(display)),
-                stack.enter_context(deferred_interrupt(self.shown)),
+                stack.enter_context(deferred_interrupt(setup.shown)),
                 self.train_images,
                 self.evaluation,
-                self.intervals,
-                self.read_options.skip_corrupt,
-                self.selection,
                 self.best_model,
             )
-            if self.shown and trial:
+            if setup.shown and trial:
                 display.print(loop.estimate(trial))
             batches = TrainBatches(
                 setup.train_set,
@@ -164,7 +145,7 @@ class Trainer:
                 setup.schedule,
                 setup.config,
                 flip=setup.flip,
-                skip_corrupt=self.read_options.skip_corrupt,
+                skip_corrupt=setup.read_options.skip_corrupt,
                 start=self.done.step,
                 on_device=self.on_device,
             )
@@ -177,27 +158,27 @@ class Trainer:
         self, run: Run, loop: TrainLoop, predictions: RankPredictions | None
     ) -> TrainResult:
         """Evaluate the selected model, and write the results."""
-        skipped, journal = len(gather_corrupt(self.train_images)), run.journal
+        setup, journal = self.setup, run.journal
+        skipped = len(gather_corrupt(self.train_images))
         evaluated = metrics = None
-        if self.selection and self.selection.keep == "best":
+        if setup.selection and setup.selection.keep == "best":
             self.best_model.restore()
         if self.test:
             # There are no predictions if the run was stopped after its last step.
-            if predictions is None or self.selection:
+            if predictions is None or setup.selection:
                 try:
                     predictions = loop.predict(*self.test)
                 except StopRequested:
                     raise KeyboardInterrupt from None
             skipped += len(self.test[1].images) - predictions.readable
             metrics = predictions.metrics()
-            evaluated = predictions.gather() if self.folder else None
+            evaluated = predictions.gather() if setup.folder else None
         result = TrainResult(metrics, journal.records, loop.seconds, skipped)
         with ranks.propagate_errors():
             images = predictions.readable if predictions else 0
             summary = self._summary(result, loop.step, images)
-            setup, train_set = self.setup, self.setup.train_set
-            metadata = {"classes": list(train_set.classes), "crop": setup.rule.crop}
-            metadata |= {"multi_label": train_set.multi_label, "decoder": setup.decoder}
+            metadata = {"classes": list(setup.train_set.classes), "crop": setup.rule.crop}
+            metadata |= {"multi_label": setup.train_set.multi_label, "decoder": setup.decoder}
             run.save_results(**metadata)
             if run.out and evaluated:
                 known = {"seconds", *(result.metrics or {})}  # the report has its own metrics
@@ -208,7 +189,7 @@ class Trainer:
 
     def _summary(self, result: TrainResult, step: int, evaluation_images: int) -> dict[str, Any]:
         setup, train_set = self.setup, self.setup.train_set
-        selection = self.selection.about(result.history) if self.selection else {}
+        selection = setup.selection.about(result.history) if setup.selection else {}
         return {
             **self.about,
             **(result.metrics or {}),

@@ -24,12 +24,11 @@ from bitkern.transfer.curves import Record
 from bitkern.transfer.data.images import ImageSet
 from bitkern.transfer.data.open_images import ImageReadOptions
 from bitkern.transfer.device_config import DeviceConfig
-from bitkern.transfer.loop import Intervals
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.report import check_report
 from bitkern.transfer.run import REPORT, check_out
 from bitkern.transfer.selection import Selection
-from bitkern.transfer.train_setup import TrainSetup
+from bitkern.transfer.train_setup import Intervals, TrainSetup
 from bitkern.transfer.trainer import Trainer, TrainResult
 
 
@@ -118,19 +117,25 @@ def train(
         selection = dataclasses.replace(selection, val_set=val_set)
         eval_set = val_set if eval_set is None else eval_set
     first_split = 1 if batch_split == "auto" else batch_split
-    setup = TrainSetup(model, train_set, rule, config, seed, first_split, balance, flip, decoder)
-    folder = None if out is None else Path(out)
-    _check_out(folder, resume, eval_set, model, about or {})
-    trainer = Trainer(
-        setup,
+    setup = TrainSetup(
+        model,
+        train_set,
+        rule,
+        config,
+        seed,
+        first_split,
+        balance,
+        flip,
         ImageReadOptions.create(cache, decoder, skip_corrupt, check),
         eval_set,
         selection,
-        folder,
+        None if out is None else Path(out),
         Intervals(rule.steps, eval_every, checkpoint_every),
         progress and ranks.rank() == 0,
         dict(about or {}),
     )
+    _check_out(setup, resume)
+    trainer = Trainer(setup)
     resumed = trainer.restore(resume, precision == "auto", batch_split == "auto")
     trainer.open_images()
     trial, auto = None, batch_split == "auto" and not resumed
@@ -139,28 +144,22 @@ def train(
     return trainer.run(resume, trial, on_record)
 
 
-def _check_out(
-    folder: Path | None,
-    resume: bool,
-    eval_set: ImageSet | None,
-    model: nn.Module,
-    about: Mapping[str, Any],
-) -> None:
+def _check_out(setup: TrainSetup, resume: bool) -> None:
     """Raise now the errors that would stop the results from being written."""
-    if folder is None:
+    if setup.folder is None:
         if resume:
             raise ValueError("resume: expected out, the folder of the run to continue")
         return
     require("matplotlib", "tqdm")
-    ranks.run_on_rank0(check_out, folder, resume)
-    if eval_set is not None:
-        ranks.run_on_rank0(check_report, folder / REPORT)
-    for name, value in about.items():
+    ranks.run_on_rank0(check_out, setup.folder, resume)
+    if setup.eval_set is not None:
+        ranks.run_on_rank0(check_report, setup.folder / REPORT)
+    for name, value in setup.about.items():
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise type(error)(f"about: expected what JSON can hold, got {name}: {error}") from None
-    for name, value in model.state_dict().items():
+    for name, value in setup.model.state_dict().items():
         if not isinstance(value, Tensor):
             raise TypeError(f"model: expected tensors in its state, got {name}: {type(value)}")
 

@@ -115,7 +115,6 @@ class CacheEntry:
 
 
 def images_folder() -> Path:
-    """Return the folder of all entries."""
     return files.cache_folder() / "images"
 
 

@@ -48,7 +48,6 @@ class _ImageFinder:
         return sorted(found)
 
     def report(self, folder: Path) -> None:
-        """Print what was left out."""
         if self.skipped:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.skipped.most_common())
             print(f"{folder}: not images, left out: {kinds}", file=sys.stderr)
@@ -119,7 +118,6 @@ def image_folder(
 
 
 def class_folders(folder: Path) -> list[Path]:
-    """List the folders in a folder, sorted, without hidden ones."""
     return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 

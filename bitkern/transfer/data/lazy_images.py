@@ -90,7 +90,6 @@ def labelled_set(
 
 
 def _explain(value: int, names: Sequence[str] | None, classes: int) -> str:
-    """Explain why a label is none of the classes."""
     if names is not None and 0 <= value < len(names):
         return f"label: expected one of {classes} classes, got {names[value]!r}"
     try:

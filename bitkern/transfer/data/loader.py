@@ -40,7 +40,6 @@ class _BufferPool:
         self.free: list[Pixels] = []
 
     def empty(self, *shape: int) -> Tensor:
-        """Return an uninitialized uint8 tensor."""
         if self.pinned:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         size = math.prod(shape)

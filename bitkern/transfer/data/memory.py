@@ -36,7 +36,6 @@ def free_memory() -> int:
 
 
 def resident_memory() -> int:
-    """Return the bytes of RAM that the process uses."""
     return _statm()[1]
 
 

@@ -145,7 +145,6 @@ def image_shards(
 
 
 def _shards(source: str, split: str) -> list[Shard]:
-    """Find the shards of a split."""
     folder, name = os.path.split(source)
     if split == "validation":
         raise NoSplitError(f"{source}: no shards to choose by: expected holdout")
@@ -194,7 +193,6 @@ def _shard(path: str) -> Shard:
 
 
 def _read_classes(path: Path) -> list[str]:
-    """Read the names of classes, one a line."""
     try:
         with files.explain_read_errors(path, "a list of classes"):
             names = path.read_text("utf-8-sig").rstrip().split("\n")
@@ -208,7 +206,6 @@ def _read_classes(path: Path) -> list[str]:
 
 
 def index_folder() -> Path:
-    """Return the cache folder of the indexes of shards."""
     return files.cache_folder() / "shards"
 
 
@@ -321,7 +318,6 @@ class _Indexer:
                     raise DataError(f"{shard.name}: {tar.printable(key)}: {error}") from None
 
     def _number(self, data: bytes) -> tuple[int, ...]:
-        """Parse the label of a ``.cls``."""
         if not re.fullmatch(rb"\s*-?\d{1,18}\s*", data):
             raise ValueError(f"label: expected an integer, got {tar.printable(data)!r}")
         return self._labels([int(data)], several=False)
@@ -364,7 +360,6 @@ class _Indexer:
             raise ValueError(f"expected {first}, as in the samples before, got {form}")
 
     def _append(self, samples: Sequence[_Sample]) -> None:
-        """Append the arrays of a shard's samples."""
         labels = [sample.labels or () for sample in samples]
         self.parts.append(
             _Index(

@@ -128,7 +128,6 @@ def _truncated(path: str, size: int) -> DataError:
 
 
 def _explain(path: str, header: bytes, position: int) -> str:
-    """Explain why a header is invalid."""
     if header.startswith(_COMPRESSED) and not position:
         return f"{path}: compressed; expected a plain .tar, whose images can be read one by one"
     if len(header) < BLOCK:

@@ -15,7 +15,6 @@ def check(valid: bool, name: str, expected: str, got: object) -> None:
 
 
 def check_schedule(rule: Union["HyperRule", "Pretraining"]) -> None:
-    """Raise ValueError for steps and rates that make no schedule."""
     check(rule.steps >= 1, "steps", "a positive number", rule.steps)
     ordered = list(rule.decay_steps) == sorted(rule.decay_steps)
     positive = all(step >= 0 for step in rule.decay_steps)

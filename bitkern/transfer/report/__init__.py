@@ -17,12 +17,7 @@ from bitkern.transfer.curves import Record
 from bitkern.transfer.data.images import ImageSet
 from bitkern.transfer.report import plots
 from bitkern.transfer.report.evaluation import Evaluation, evaluate_logits
-from bitkern.transfer.report.metrics import (
-    compute_scores,
-    confusion_matrix,
-    image_name,
-    scores,
-)
+from bitkern.transfer.report.metrics import compute_scores, confusion_matrix, image_name, scores
 from bitkern.transfer.report.page import render
 
 __all__ = ["check_report", "scores", "write_report"]
@@ -107,7 +102,6 @@ def check_report(page: str | os.PathLike[str]) -> None:
 
 
 def _rows(evaluation: Evaluation, data: ImageSet) -> Iterable[tuple[Any, ...]]:
-    """Yield the rows of predictions.csv."""
     probability, correct = evaluation.probabilities.max(1), evaluation.exact_matches
     for i in range(len(evaluation.rank)):
         yield (

@@ -34,7 +34,6 @@ def scores(outputs: Tensor, data: ImageSet) -> dict[str, Any]:
 
 
 def compute_scores(evaluation: Evaluation, data: ImageSet) -> dict[str, Any]:
-    """Compute ``scores``."""
     truth, predicted, rank = evaluation.truth, evaluation.predicted, evaluation.rank
     found, support, named = (truth & predicted).sum(0), truth.sum(0), predicted.sum(0)
     per_class = _per_class(evaluation, data.classes)
