@@ -79,7 +79,7 @@ def _run(argv: Sequence[str]) -> int:
     try:
         argv = training.restore_arguments(argv)
         args = _parse(argv)
-        args.typed = shlex.join(["bitkern", *argv])
+        args.command_line = shlex.join(["bitkern", *argv])
         command = commands[args.command]
         if ranks.world_size() > 1 and not command.DISTRIBUTED:
             *most, last = (name for name, command in commands.items() if command.DISTRIBUTED)
@@ -91,9 +91,8 @@ def _run(argv: Sequence[str]) -> int:
         if command in (finetune, pretrain):
             message += training.resume_hint(args)
     except BrokenPipeError:  # the reader of the output has closed it, as head does
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # output that is still buffered
+        # Output that is still buffered goes to the null device.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (ValueError, OSError, TrainingError, ExportError, ranks.RankError) as error:
         code, message = 2, f"error: {_with_options(' '.join(str(error).split()))}"

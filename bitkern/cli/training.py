@@ -250,7 +250,7 @@ def run(
     print(f"{type(rule).__name__}: {', '.join(values)}")
     print(f"{choice.precision} on {choice.device} ({choice.reason})")
     settings = {"model": args.model, "weights": weights, "data": args.data, "evaluated_on": split}
-    settings |= {"command": args.typed, **about}
+    settings |= {"command": args.command_line, **about}
     selection = None
     if val_set is not None:
         selection = Selection(val_set, args.keep, args.metric, args.patience)

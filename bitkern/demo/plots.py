@@ -75,9 +75,9 @@ def draw_predictions(
     """Draw a sheet of upstream letters, the first held-out digits, and the mistakes."""
     from matplotlib.figure import Figure
 
-    sure, predicted = (t.numpy() for t in logits.softmax(1).max(1))
+    confidence, predicted = (t.numpy() for t in logits.softmax(1).max(1))
     wrong = np.flatnonzero(predicted != data.labels)
-    wrong = wrong[np.argsort(-sure[wrong])][: 2 * columns].tolist()
+    wrong = wrong[np.argsort(-confidence[wrong])][: 2 * columns].tolist()
     letters_shown, digits_shown = (
         range(min(count, len(source.images)))
         for count, source in ((columns, upstream), (2 * columns, data))
@@ -103,7 +103,7 @@ def draw_predictions(
                 right = predicted[i] == data.labels[i]
                 color = "black" if right else "tab:red"
                 truth = "" if right else f" [{name}]"
-                name = f"{data.classes[predicted[i]]}{truth}\n{sure[i]:.0%}"
+                name = f"{data.classes[predicted[i]]}{truth}\n{confidence[i]:.0%}"
             axes.set_title(name, fontsize=8, color=color, pad=2)
     with files.atomic_write(path) as part:
         figure.savefig(part, format="png", dpi=120)

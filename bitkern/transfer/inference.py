@@ -13,7 +13,7 @@ from bitkern.packages import require
 from bitkern.transfer import ranks
 from bitkern.transfer.cuda_graphs import Batch, CudaGraphRunner
 from bitkern.transfer.data.decoders import find_decoder
-from bitkern.transfer.data.images import DataError, ImageSet
+from bitkern.transfer.data.images import DataError, ImageSet, Source
 from bitkern.transfer.data.loader import eval_batches
 from bitkern.transfer.data.open_images import ImageReadOptions, open_resized
 from bitkern.transfer.data.resized import ADVICE, ResizedImages
@@ -86,10 +86,10 @@ class RankPredictions(NamedTuple):
         top1, top5, mean_loss = (total / self.readable for total in ranks.all_reduce_sum(*sums))
         metrics = {"top1": top1, "top5": top5, "eval_loss": mean_loss}
         ranks.all_reduce_tensors([counts])
-        found, support, named = counts[:, counts[1] > 0]
+        true_positives, support, predicted = counts[:, counts[1] > 0]
         if len(support):  # multi-label images may have no labels
-            metrics["balanced_accuracy"] = (found / support).mean().item()
-            metrics["macro_f1"] = (2 * found / (support + named)).mean().item()
+            metrics["balanced_accuracy"] = (true_positives / support).mean().item()
+            metrics["macro_f1"] = (2 * true_positives / (support + predicted)).mean().item()
         if data.multi_label and math.isfinite(mean_loss):
             metrics |= self._mean_average_precision()
         return metrics
@@ -202,15 +202,26 @@ def predict(
     if not len(images.images):
         raise ValueError("images: expected at least one, got none")
     config = DeviceConfig.create(device, precision, workers, cuda_graph)
-    resized = ResizedImages(images.images, crop, find_decoder(decoder))
     outputs = []
-    for logits, unreadable in predict_batches(
-        config, model, resized, range(len(resized)), batch_size
-    ):
+    parts = images.images, crop, decoder, batch_size
+    for logits, unreadable in predict_images(config, model, *parts):
         for error in unreadable.values():
             raise error
         outputs.append(logits)
     return torch.cat(outputs)
+
+
+def predict_images(
+    config: DeviceConfig,
+    model: nn.Module,
+    images: Sequence[Source],
+    crop: int,
+    decoder: str,
+    batch_size: int,
+) -> Iterator[tuple[Tensor, dict[int, DataError]]]:
+    """Yield ``predict_batches`` of images that are resized to (crop, crop)."""
+    resized = ResizedImages(images, crop, find_decoder(decoder))
+    return predict_batches(config, model, resized, range(len(images)), batch_size)
 
 
 def predict_batches(

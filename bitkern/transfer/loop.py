@@ -183,10 +183,9 @@ def gather_corrupt(images: ResizedImages) -> tuple[int, ...]:
 
 def _check_finite(loss: float, name: str, step: int, rule: Recipe) -> None:
     if not math.isfinite(loss):
-        base_lr = getattr(rule, "base_lr", None)
-        what, now = "base_lr", base_lr
-        if base_lr is None:
-            what, now = "learning rate", rule.lr(step - 1)
+        lr_name, lr = "base_lr", getattr(rule, "base_lr", None)
+        if lr is None:
+            lr_name, lr = "learning rate", rule.lr(step - 1)
         raise TrainingError(
-            f"the {name} is {loss} at step {step}: try a lower {what} (now {now:g})"
+            f"the {name} is {loss} at step {step}: try a lower {lr_name} (now {lr:g})"
         )

@@ -35,7 +35,7 @@ def scores(outputs: Tensor, data: ImageSet) -> dict[str, Any]:
 
 def compute_scores(evaluation: Evaluation, data: ImageSet) -> dict[str, Any]:
     truth, predicted, rank = evaluation.truth, evaluation.predicted, evaluation.rank
-    found, support, named = (truth & predicted).sum(0), truth.sum(0), predicted.sum(0)
+    correct, support, positives = (truth & predicted).sum(0), truth.sum(0), predicted.sum(0)
     per_class = _per_class(evaluation, data.classes)
     occurring = [row for row in per_class if row["support"]]
     means = {
@@ -61,9 +61,9 @@ def compute_scores(evaluation: Evaluation, data: ImageSet) -> dict[str, Any]:
         "baseline_top1": int(support.max()) / len(rank),
         "largest_class": data.classes[support.argmax()],
         **means,
-        "micro_precision": _ratio(found.sum(), named.sum()),
-        "micro_recall": _ratio(found.sum(), support.sum()),
-        "micro_f1": _ratio(2 * found.sum(), support.sum() + named.sum()),
+        "micro_precision": _ratio(correct.sum(), positives.sum()),
+        "micro_recall": _ratio(correct.sum(), support.sum()),
+        "micro_f1": _ratio(2 * correct.sum(), support.sum() + positives.sum()),
         "intervals": {"top1": wilson(top1, len(rank)), **resampled},
         "per_class": per_class,
         "rarest": [data.classes[c] for c in rarest],
@@ -107,16 +107,16 @@ def _per_class(evaluation: Evaluation, classes: tuple[str, ...]) -> list[dict[st
     return [
         {
             "class": name,
-            "precision": _ratio(found, named),
-            "recall": _ratio(found, support),
-            "f1": _ratio(2 * found, support + named),
+            "precision": _ratio(correct, positives),
+            "recall": _ratio(correct, support),
+            "f1": _ratio(2 * correct, support + positives),
             "support": int(support),
-            "predicted": int(named),
+            "predicted": int(positives),
             "average_precision": (
                 float(average_precision_score(truth[:, c], chances[:, c])) if support else None
             ),
         }
-        for c, (name, found, support, named) in enumerate(zip(classes, *counts, strict=True))
+        for c, (name, correct, support, positives) in enumerate(zip(classes, *counts, strict=True))
     ]
 
 
@@ -204,16 +204,18 @@ def bootstrap_intervals(
     truth, predicted = csr_array(evaluation.truth), csr_array(evaluation.predicted)
     counted = hstack([truth * predicted, truth, predicted], format="csr", dtype=np.float64)
     count = len(evaluation.rank)
-    means = []
+    resampled = []
     for resample in range(RESAMPLES):
         drawn = random_stream(BOOTSTRAP, resample).integers(count, size=count)
         times = np.bincount(drawn, minlength=count).astype(np.float64)
-        found, support, named = np.split(times @ counted, 3)
+        correct, support, positives = np.split(times @ counted, 3)
         occurs = support > 0
         if occurs.any():  # multi-label images may have no labels
-            found, support, named = found[occurs], support[occurs], named[occurs]
-            means.append(((found / support).mean(), (2 * found / (support + named)).mean()))
-    errors = Z_95 * np.std(means or [(0.0, 0.0)], axis=0)
+            correct, support, positives = correct[occurs], support[occurs], positives[occurs]
+            resampled.append(
+                ((correct / support).mean(), (2 * correct / (support + positives)).mean())
+            )
+    errors = Z_95 * np.std(resampled or [(0.0, 0.0)], axis=0)
     values = {"balanced_accuracy": balanced_accuracy, "macro_f1": macro_f1}
     return {
         name: (max(0.0, value - error), min(1.0, value + error))
