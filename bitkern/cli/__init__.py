@@ -84,7 +84,7 @@ def _run(argv: Sequence[str]) -> int:
         if ranks.world_size() > 1 and not command.DISTRIBUTED:
             *most, last = (name for name, command in commands.items() if command.DISTRIBUTED)
             several = f"{', '.join(most)} or {last}"
-            raise ValueError(f"torchrun: expected {several}, the rest is for one process")
+            raise ValueError(f"torchrun: expected {several}; other commands run in one process")
         command.run(args)
     except KeyboardInterrupt:
         code, message = 130, "interrupted"

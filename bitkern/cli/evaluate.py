@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         test_set = test_set.as_multi_label()
     elif test_set.multi_label:
         raise DataError(
-            f"{args.data}: expected one label an image as {args.run} has learnt, found several"
+            f"{args.data}: expected one label per image as {args.run} has learnt, found several"
         )
     read_options = ImageReadOptions.create(args.cache, finished.decoder, args.skip_corrupt)
     predictions = open_and_predict(

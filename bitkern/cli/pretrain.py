@@ -87,7 +87,7 @@ def _check_labels(args: argparse.Namespace, data: ImageSet, rule: Pretraining) -
     if not data.multi_label:
         return
     if not rule.sigmoid:
-        raise ValueError("loss: expected sigmoid for several labels an image, got softmax")
+        raise ValueError("loss: expected sigmoid for several labels per image, got softmax")
     unlabelled = np.flatnonzero(data.labels.sum(1) == 0)
     if len(unlabelled):
         image = data.images[unlabelled[0]]

@@ -133,7 +133,7 @@ def restore_arguments(argv: Sequence[str]) -> Sequence[str]:
     check_out(out, resume=True)
     began = shlex.split(read_checkpoint(out)["about"].get("command", f"bitkern {argv[0]}"))
     if began[1] != argv[0]:
-        raise ValueError(f"{out}: was begun by bitkern {began[1]}; resume it with that")
+        raise ValueError(f"{out}: was started by bitkern {began[1]}; resume it with that")
     return [*began[1:], *argv[1:]]
 
 
@@ -241,7 +241,7 @@ def run(
     about: Mapping[str, Any],
 ) -> None:
     train_set, eval_set, split, val_set = data
-    several = ", several an image" if train_set.multi_label else ""
+    several = ", several labels per image" if train_set.multi_label else ""
     print(
         f"{args.model} from {weights or 'random weights'}: {len(train_set.images)} training "
         f"images, {len(eval_set.images)} {split} images, {len(train_set.classes)} classes{several}"

@@ -40,7 +40,7 @@ def preprocessing(run: FinishedRun) -> str:
 def write_card(run: FinishedRun, path: Path, library: str, snippet: str) -> None:
     """Write the model card, README.md with metadata for the Hugging Face hub."""
     summary = run.summary
-    kind = "Several labels an image are possible" if run.multi_label else "One label an image"
+    kind = "Several labels per image are possible" if run.multi_label else "One label per image"
     known = {
         "Model": f"{summary.get('model', run.architecture)}, pre-activation ResNet with weight "
         "standardization and GroupNorm",
@@ -87,8 +87,8 @@ standardizes weights with an eps of 1e-8 where the model was trained with 1e-10,
 same. To train on, mind that a step moves weights ten times as large a hundredth as far.
 
 ## Licence
-The released weights of Big Transfer are under Apache-2.0. Whether those of this model are depends
-on what it was trained from and on: whoever publishes it decides.
+The released weights of Big Transfer are under Apache-2.0. The licence of this model depends on
+its initial weights and training data, and is up to its publisher.
 """
     with files.atomic_write(path) as part:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")

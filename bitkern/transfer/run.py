@@ -213,7 +213,7 @@ def load_checkpoint(
             if name not in ("scaler", "kept") or checkpoint.get(name):
                 part.load_state_dict(checkpoint[name])
     except (RuntimeError, ValueError, KeyError) as error:
-        raise RunError(f"{path}: is of another model: {one_line(error)}") from None
+        raise RunError(f"{path}: does not fit the model: {one_line(error)}") from None
     return Progress(**checkpoint["progress"])
 
 
@@ -264,7 +264,7 @@ def load_run(path: str | PathLike[str]) -> FinishedRun:
         raise ValueError(f"{path}: holds no class names; expected a file of a run of bitkern")
     architecture, classes = metadata["model"], tuple(metadata["classes"])
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"{path}: holds a model of one's own ({architecture})")
+        raise ValueError(f"{path}: holds a custom model ({architecture})")
     model = create_model(architecture, weights=path)
     if model.num_classes != len(classes):
         raise ValueError(f"{path}: names {len(classes)} classes, its head has {model.num_classes}")

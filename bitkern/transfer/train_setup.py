@@ -32,7 +32,7 @@ from bitkern.transfer.step import TrainStep
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: the loss is not finite, or the memory does not suffice."""
+    """Training cannot continue: the loss is not finite, or there is too little memory."""
 
 
 class Intervals(NamedTuple):
@@ -204,9 +204,7 @@ class TrainSetup:
             images, advice = "one image", "lower the crop or take a smaller model"
             if not auto and self.micro_batch > 1:
                 images, advice = f"{self.micro_batch} images", "raise batch_split"
-            raise TrainingError(
-                f"the memory of {device} does not suffice for {images} at a time: {advice}"
-            )
+            raise TrainingError(f"not enough memory on {device} for {images} at a time: {advice}")
         return dataclasses.replace(self, batch_split=batch_split), trial
 
     def blank_batches(self) -> Iterator[tuple[Tensor, Tensor]]:

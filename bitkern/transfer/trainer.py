@@ -83,7 +83,8 @@ class Trainer:
         options = setup.read_options
         if self.done.corrupt and not options.skip_corrupt:
             raise ValueError(
-                "the run goes on without images that it could not read: skip_corrupt=True"
+                "the run has skipped images that it could not read: resume it with "
+                "skip_corrupt=True"
             )
         images = open_for_recipe(rule, train_set.images, options)
         self.train_images = self._checked(images, train_set, "training")

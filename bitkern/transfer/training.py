@@ -158,7 +158,7 @@ def _check_out(setup: TrainSetup, resume: bool) -> None:
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"about: expected what JSON can hold, got {name}: {error}") from None
+            raise type(error)(f"about: expected JSON values, got {name}: {error}") from None
     for name, value in setup.model.state_dict().items():
         if not isinstance(value, Tensor):
             raise TypeError(f"model: expected tensors in its state, got {name}: {type(value)}")
@@ -170,5 +170,5 @@ def _match_labels(train_set: ImageSet, data: ImageSet, name: str) -> ImageSet:
     if train_set.multi_label:
         return data.as_multi_label()
     if data.multi_label:
-        raise ValueError(f"{name}: expected one label an image as train_set has, got several")
+        raise ValueError(f"{name}: expected one label per image as train_set has, got several")
     return data

@@ -189,7 +189,7 @@ def test_interrupted_run_resumes_by_itself(run, tmp_path, monkeypatch, capfd, pl
         "the run is not finished; continue it with --resume"
     )
     message = error_of(capfd, "pretrain", "--resume", "--out", out)
-    assert message.endswith("was begun by bitkern finetune; resume it with that")
+    assert message.endswith("was started by bitkern finetune; resume it with that")
     assert call("finetune", "--resume", "--out", out) == 0
     assert sorted(path.name for path in out.iterdir()) == RESULTS
     assert (out / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()

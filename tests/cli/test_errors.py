@@ -24,10 +24,7 @@ from tests.cli.commands import (
 )
 from tests.transfer.images import write_folder
 
-FIRST = (
-    "the memory of cpu does not suffice for one image at a time: "
-    "lower the crop or take a smaller model"
-)
+FIRST = "not enough memory on cpu for one image at a time: lower the crop or take a smaller model"
 LATER = "out of memory: raise --batch-split or lower --batch-size"
 
 

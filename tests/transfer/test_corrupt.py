@@ -102,7 +102,7 @@ def test_resumed_after_the_corrupt_image_was_repaired(folder, tmp_path, mode, ch
     with pytest.raises(Crash):
         training.train(stopped, data, RULE, out=out, **options)
     broken.write_bytes(sound)
-    with pytest.raises(ValueError, match="could not read: skip_corrupt=True"):
+    with pytest.raises(ValueError, match="could not read: resume it with skip_corrupt=True"):
         training.train(
             resumed, data, RULE, out=out, resume=True, **options | {"skip_corrupt": False}
         )

@@ -86,7 +86,7 @@ def test_a_cpu_takes_no_more_than_fit(monkeypatch):
     auto = Hungry(10)
     train(auto, PLAIN, batch_split="auto")
     assert auto.largest == 4
-    message = "does not suffice for 5 images at a time: raise batch_split"
+    message = "not enough memory on cpu for 5 images at a time: raise batch_split"
     with pytest.raises(TrainingError, match=message):
         train(Hungry(10), PLAIN, batch_split=2, progress=True)
     monkeypatch.setattr(train_setup, "images_that_fit", lambda *_: 10**9)
@@ -106,7 +106,7 @@ def test_what_a_micro_batch_takes_is_measured():
 def test_nothing_fits(tmp_path):
     model = Hungry(0)
     before = state_of(model)
-    with pytest.raises(TrainingError, match="does not suffice for one image at a time"):
+    with pytest.raises(TrainingError, match="not enough memory on cpu for one image at a time"):
         train(model, out=tmp_path / "run", batch_split="auto")
     assert not (tmp_path / "run").exists()
     assert_same_bits(model, before)

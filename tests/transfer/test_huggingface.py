@@ -106,7 +106,7 @@ def test_one_dataset_is_every_split(tmp_path):
     source = saved(tmp_path / "d", table())
     train_set, test_set = (image_dataset(source, split) for split in ("train", "test"))
     assert (train_set.labels == test_set.labels).all()
-    with pytest.raises(DataError, match="row 0 is both to train on and to test with"):
+    with pytest.raises(DataError, match="row 0 is in the training set and in the test set"):
         check_apart(train_set, test_set, source)
     assert str(train_set.images[0]) == f"{source}: row 0"
 

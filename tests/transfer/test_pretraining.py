@@ -121,7 +121,7 @@ def test_loss_is_summed_over_classes_and_a_mean_over_images():
         chances = logits.sigmoid()
         expected = -torch.where(truth, chances, 1 - chances).log().sum(1).mean()
         torch.testing.assert_close(sigmoid.loss(logits, given), expected)
-    with pytest.raises(ValueError, match="^labels: expected one an image for a softmax"):
+    with pytest.raises(ValueError, match="^labels: expected one per image for a softmax"):
         softmax.loss(logits, several)
 
 
@@ -327,5 +327,5 @@ def test_labels_to_evaluate_on_are_as_those_to_train_on():
         for some in (data, data.as_multi_label())
     )
     assert one == several and "mean_average_precision" in one
-    with pytest.raises(ValueError, match="^eval_set: expected one label an image as train_set"):
+    with pytest.raises(ValueError, match="^eval_set: expected one label per image as train_set"):
         train(Net(), rule, data, eval_set=data.as_multi_label())

@@ -229,12 +229,12 @@ def test_replaces_its_own_and_nothing_else(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("report.json", '{"page": "report.html"}', "report.json: is no report of bitkern"),
-        ("report.json", "[]", "report.json: is no report of bitkern"),
+        ("report.json", '{"page": "report.html"}', "report.json: is not a report of bitkern"),
+        ("report.json", "[]", "report.json: is not a report of bitkern"),
         ("report.json", "{", "report.json: truncated or not a report of bitkern"),
         ("report.json", "5", "report.json: truncated or not a report of bitkern"),
-        ("predictions.csv", "image,label\n", "predictions.csv: is of no report of bitkern"),
-        ("report.html", "<html>", "report.html: is no report of bitkern"),
+        ("predictions.csv", "image,label\n", "predictions.csv: is not part of a report of bitkern"),
+        ("report.html", "<html>", "report.html: is not a report of bitkern"),
     ],
 )
 def test_refuses_what_is_not_its_own(tmp_path, monkeypatch, name, content, message):
@@ -255,7 +255,7 @@ def test_refuses_bad_names_and_settings_before_any_work(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="file: expected a folder, found a file"):
         check_report(tmp_path / "file" / "deeper" / "report.html")
     for value in (object(), math.nan):
-        with pytest.raises(ValueError, match="about: expected what JSON can hold"):
+        with pytest.raises(ValueError, match="about: expected JSON values"):
             write_report(
                 tmp_path / "report.html", torch.zeros(15, 3), image_set(), about={"x": [value]}
             )

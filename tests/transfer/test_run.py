@@ -191,7 +191,7 @@ class Counted(nn.Linear):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"about": {"data": Path("here")}}, "about: expected what JSON can hold, got data: .*Path"),
+        ({"about": {"data": Path("here")}}, "about: expected JSON values, got data: .*Path"),
         ({"model": nn.Sequential(nn.Flatten(), Counted(192, 3))}, "model: expected tensors in its"),
     ],
 )

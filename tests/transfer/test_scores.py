@@ -26,7 +26,7 @@ def single():
 
 @pytest.fixture(scope="module")
 def several():
-    """As above, but several labels an image, or none."""
+    """As above, but several labels per image, or none."""
     random = np.random.default_rng(1)
     labels = random.random((200, 6)) < (0, 0.05, 0.2, 0.3, 0.4, 0.5)
     outputs = torch.from_numpy(random.normal(size=(200, 6)) + 2 * labels - 1).float()

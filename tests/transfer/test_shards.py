@@ -121,7 +121,7 @@ def test_a_folder_whose_name_is_a_pattern(tmp_path):
 
 def test_splits(tmp_path):
     source = write_shards(tmp_path)
-    with pytest.raises(DataError, match=r"no shards to test with: .*test-\*.tar, or holdout"):
+    with pytest.raises(DataError, match=r"no test shards: .*test-\*.tar, or holdout"):
         image_shards(source, "test")
     write_shards(tmp_path, "test", shards=5)
     found = image_shards(source, "test")

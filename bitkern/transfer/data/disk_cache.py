@@ -244,7 +244,7 @@ def open_complete(
         return None
     pixels = map_pixels(file, resized)
     if any(zlib.crc32(pixels[int(i)]) != crc for i, crc in index.checksums.items()):
-        print(f"{entry.folder}: damaged, made again", file=sys.stderr)
+        print(f"{entry.folder}: damaged, rebuilding it", file=sys.stderr)
         with contextlib.suppress(OSError):
             (entry.folder / INDEX).unlink()
         return None

@@ -126,7 +126,7 @@ def split_folder(root: Path, split: str, flat: bool) -> Path:
     for name in SPLITS.get(split, (split,)):
         if (root / name).is_dir():
             if split == "test" and name != split:
-                print(f"{root / name}: taken for test images", file=sys.stderr)
+                print(f"{root / name}: used as test images", file=sys.stderr)
             return root / name
     wanted = f"{root / split}: no such folder"
     expected = f"expected images in {root}/{split}/CLASS/"

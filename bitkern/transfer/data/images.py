@@ -92,7 +92,7 @@ def check_same_classes(
     hint = ""
     if nfc[0] & nfc[1]:
         missing, unexpected = [*map(ascii, missing)], [*map(ascii, unexpected)]
-        hint = ", which look alike in two forms of Unicode: rename one of them"
+        hint = ", which are equal after Unicode normalization: rename one of them"
     kinds = ("missing", missing), ("unexpected", unexpected)
     listed = "; ".join(f"{kind}: {listing(names)}" for kind, names in kinds if names)
     raise DataError(
@@ -113,6 +113,6 @@ def check_apart(train_set: ImageSet, test_set: ImageSet, source: str) -> None:
     for image in train_set.images if test_files else ():
         if not isinstance(image, np.ndarray) and image in test_files:
             raise DataError(
-                f"{source}: {image} is both to train on and to test with: name the split of each "
-                "image, or hold out part of them"
+                f"{source}: {image} is in the training set and in the test set: name the split of "
+                "each image, or hold out part of them"
             )

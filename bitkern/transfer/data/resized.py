@@ -62,7 +62,9 @@ class ResizedImages:
             except DataError as error:
                 if not skip_corrupt:
                     raise DataError(f"{error}: {ADVICE}") from None
-        raise DataError(f"{self.images[index]}: nor can any other image be read; replace them")
+        raise DataError(
+            f"{self.images[index]}: cannot be read, nor can any other image; replace them"
+        )
 
     def decode_all(
         self,

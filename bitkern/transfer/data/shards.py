@@ -147,7 +147,7 @@ def image_shards(
 def _shards(source: str, split: str) -> list[Shard]:
     folder, name = os.path.split(source)
     if split == "validation":
-        raise NoSplitError(f"{source}: no shards to choose by: expected holdout")
+        raise NoSplitError(f"{source}: no validation shards: expected holdout")
     if split != "test" or "train" not in name:
         found = _expand(source)
         if not found:
@@ -156,7 +156,7 @@ def _shards(source: str, split: str) -> list[Shard]:
     beside = os.path.join(folder, re.sub(r"\{[^{}]*\}", "*", name.replace("train", "test")))
     found = [path for path in _expand(beside) if os.path.exists(path)]
     if not found:
-        raise NoSplitError(f"{source}: no shards to test with: expected {beside}, or holdout")
+        raise NoSplitError(f"{source}: no test shards: expected {beside}, or holdout")
     return [_shard(path) for path in found]
 
 
@@ -297,7 +297,7 @@ class _Indexer:
         if not any(sample.name for sample in samples.values()):
             found = ", ".join(sorted(tar.printable(suffix) for suffix in suffixes)) or "no files"
             raise DataError(
-                f"{shard.name}: no images: expected .jpg, .png, .webp or the like behind the first "
+                f"{shard.name}: no images: expected .jpg, .png, .webp or the like after the first "
                 f"dot of a name, as in 0.jpg, found {one_line(found)}"
             )
         for key, sample in samples.items():

@@ -28,7 +28,7 @@ def few_shot(data: ImageSet, shots: int, seed: int) -> ImageSet:
     if shots < 1:
         raise DataError(f"shots: expected a positive number, got {shots}")
     if data.multi_label:
-        raise DataError("shots: expected one label an image, got a multi-label set")
+        raise DataError("shots: expected one label per image, got a multi-label set")
 
     def count(available: int, name: str) -> int:
         if available < shots:

@@ -80,7 +80,7 @@ def members(file: Reader, path: str) -> Iterator[tuple[bytes, int, int]]:
         raise _truncated(path, file.size)
     while piece := file.read(position, _LONGEST):
         if piece.strip(b"\0"):
-            raise DataError(f"{path}: goes on behind the end of the archive at byte {position}")
+            raise DataError(f"{path}: has data after the end of the archive at byte {position}")
         position += len(piece)
 
 
@@ -124,7 +124,7 @@ def _pax(data: bytes) -> dict[bytes, bytes]:
 
 
 def _truncated(path: str, size: int) -> DataError:
-    return DataError(f"{path}: ends early, at byte {size}: copy it anew")
+    return DataError(f"{path}: truncated at byte {size}: copy it again")
 
 
 def _explain(path: str, header: bytes, position: int) -> str:
@@ -132,5 +132,5 @@ def _explain(path: str, header: bytes, position: int) -> str:
         return f"{path}: compressed; expected a plain .tar, whose images can be read one by one"
     if len(header) < BLOCK:
         doubt = "" if position else ", or is not a tar file"
-        return f"{path}: ends early, at byte {position + len(header)}{doubt}: copy it anew"
+        return f"{path}: truncated at byte {position + len(header)}{doubt}: copy it again"
     return f"{path}: {f'damaged at byte {position}' if position else 'not a tar file'}"

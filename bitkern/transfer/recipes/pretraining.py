@@ -108,7 +108,7 @@ class Pretraining:
         Raises ValueError for a multi-label set without ``sigmoid``.
         """
         if not self.sigmoid and labels.ndim == 2:
-            raise ValueError("labels: expected one an image for a softmax, got several")
+            raise ValueError("labels: expected one per image for a softmax, got several")
         if self.sigmoid and labels.ndim == 1:
             labels = F.one_hot(labels, logits.shape[1]).bool()
         return cross_entropy(logits, labels, class_weight)

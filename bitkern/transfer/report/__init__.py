@@ -48,7 +48,7 @@ def write_report(
     try:
         about = json.loads(json.dumps(about, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"about: expected what JSON can hold: {error}") from None
+        raise ValueError(f"about: expected JSON values: {error}") from None
     evaluation = evaluate_logits(outputs, data)
     report = {"page": page.name, **compute_scores(evaluation, data), "about": about}
     matrix, support = confusion_matrix(evaluation), evaluation.truth.sum(0)
@@ -91,14 +91,14 @@ def check_report(page: str | os.PathLike[str]) -> None:
             keys = {"page", "per_class", "calibration"}
             owner = content["page"] if keys <= set(content) else None
         if owner != page.name:
-            found = "no report of bitkern" if owner is None else f"of {one_line(owner)}"
+            found = "not a report of bitkern" if owner is None else f"of {one_line(owner)}"
             raise ValueError(f"{report}: is {found}, not of {page.name}; {advice}")
     elif page.exists():
-        raise ValueError(f"{page}: is no report of bitkern; {advice}")
+        raise ValueError(f"{page}: is not a report of bitkern; {advice}")
     if predictions.exists():
         with open(predictions, "rb") as file:
             if file.readline().strip() != ",".join(COLUMNS).encode():
-                raise ValueError(f"{predictions}: is of no report of bitkern; {advice}")
+                raise ValueError(f"{predictions}: is not part of a report of bitkern; {advice}")
 
 
 def _rows(evaluation: Evaluation, data: ImageSet) -> Iterable[tuple[Any, ...]]:
