@@ -28,7 +28,7 @@ class Prediction(NamedTuple):
     """The most probable classes of an image, {"class", "probability"}, in descending order."""
 
     image: str
-    classes: list[dict[str, Any]]
+    predictions: list[dict[str, Any]]
 
 
 def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
@@ -95,10 +95,6 @@ def _predict(
                 raise ValueError(f"{unreadable[i]}: leave it out, or pass skip_corrupt=True")
 
 
-def _object(prediction: Prediction) -> dict[str, Any]:
-    return {"image": prediction.image, "predictions": prediction.classes}
-
-
 def _write_text(predictions: Iterable[Prediction]) -> None:
     for image, best in predictions:
         print(f"{image}:", ", ".join("{class} {probability:.4f}".format(**p) for p in best))
@@ -107,14 +103,14 @@ def _write_text(predictions: Iterable[Prediction]) -> None:
 def _write_json(predictions: Iterable[Prediction]) -> None:
     before = "["
     for prediction in predictions:
-        print(before, json.dumps(_object(prediction)), sep="\n", end="")
+        print(before, json.dumps(prediction._asdict()), sep="\n", end="")
         before = ","
     print("\n]" if before == "," else "[]")
 
 
 def _write_jsonl(predictions: Iterable[Prediction]) -> None:
     for prediction in predictions:
-        print(json.dumps(_object(prediction)))
+        print(json.dumps(prediction._asdict()))
 
 
 def _write_csv(predictions: Iterable[Prediction]) -> None:

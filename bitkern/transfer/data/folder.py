@@ -1,7 +1,6 @@
 """Images in folders, one for each class."""
 
 import os
-import stat
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -41,7 +40,7 @@ class _ImageFinder:
                     continue
                 if suffix not in image_formats():
                     self.skipped[suffix or "without a suffix"] += 1
-                elif not _is_regular(path):
+                elif not os.path.isfile(path):
                     self.skipped["that are no files"] += 1
                 else:
                     found.append(path)
@@ -56,13 +55,6 @@ class _ImageFinder:
                 "1 folder that is" if self.repeated == 1 else f"{self.repeated} folders that are"
             )
             print(f"{folder}: {count} linked more than once, read once", file=sys.stderr)
-
-
-def _is_regular(path: str) -> bool:
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except OSError:  # a broken link
-        return False
 
 
 def find_images(folder: Path) -> list[str]:

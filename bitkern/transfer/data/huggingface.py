@@ -1,6 +1,7 @@
 """Images in the tables of Hugging Face's ``datasets``, on this machine."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -33,9 +34,6 @@ class _Table:
     def encoded(self, row: int) -> tuple[bytes | None, str | None]:
         value = self.rows[row][self.column] or {}
         return value.get("bytes"), value.get("path")
-
-    def image(self, row: int) -> "DatasetImage":
-        return DatasetImage(self, row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +106,7 @@ def _image_set(folder: Path, source: str, split: str, classes: Sequence[str] | N
     dataset = dataset.with_format(None)  # the saved format would change the type of rows
     image, label = _columns(dataset.features, name)
     table = _table(dataset, image, folder, name, part)
-    images = LazyImages(table.image, np.arange(len(dataset)))
+    images = LazyImages(functools.partial(DatasetImage, table), np.arange(len(dataset)))
     return labelled_set(images, _labels(dataset, label, name), classes, name)
 
 
