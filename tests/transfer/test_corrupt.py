@@ -61,7 +61,7 @@ def test_every_image_is_corrupt(folder, mode, check):
     data = sources.image_folder(folder, "train")
     for image in data.images:
         open(image, "w").close()
-    with pytest.raises(DataError, match="nor can any other image be read"):
+    with pytest.raises(DataError, match="cannot be read, nor can any other image"):
         list(batches(data, mode, check, skip_corrupt=True))
 
 
