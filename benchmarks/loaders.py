@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from bitkern import transfer
-from bitkern.transfer.data.images import read_image
+from bitkern.transfer.data.decoders import read_image
 
 CORES = len(os.sched_getaffinity(0))
 SHARDS = 4

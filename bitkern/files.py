@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name, synced, and renamed."""
+"""Atomic writes (temporary name, fsync, rename), errors that name the file, the cache folder."""
 
 import contextlib
 import errno
@@ -9,11 +9,20 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from bitkern.text import one_line
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Find bitkern's cache: ``cache_dir``, else ``BITKERN_CACHE``, else the user's cache folder."""
+    folder = cache_dir or os.environ.get("BITKERN_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(folder or Path(base, "bitkern")).expanduser()
 
 
 def sync(path: Path) -> None:
-    """Have what was written to a file, or the names in a folder, outlive a power cut."""
+    """Flush a file's content, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -22,8 +31,8 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what is raised on a full disk into an OSError that names the file and what is free.
+def explain_write_errors(path: Path) -> Iterator[None]:
+    """Turn errors of a full disk into an OSError that names the file and the free space.
 
     PyTorch and safetensors raise errors of their own, the former without the cause.
     """
@@ -31,10 +40,10 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         number = getattr(error, "errno", None)
-        said = re.search(r"\(os error (\d+)\)|PytorchStreamWriter|inline_container", str(error))
-        if said and said[1]:
-            number = int(said[1])
-        if number not in _FULL and not said:
+        match = re.search(r"\(os error (\d+)\)|PytorchStreamWriter|inline_container", str(error))
+        if match and match[1]:
+            number = int(match[1])
+        if number not in _DISK_FULL and not match:
             raise
         free = shutil.disk_usage(next(p for p in path.absolute().parents if p.exists())).free
         reason = os.strerror(number) if number else "the disk is full, or gone"
@@ -44,19 +53,19 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path``, which takes its place when the block succeeds."""
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``, which replaces it when the block succeeds."""
     path = Path(path)
     part = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
-        with writing(path):
+        with explain_write_errors(path):
             yield part
-            put_in_place(part, path)
+            replace_atomically(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def put_in_place(part: Path, path: Path) -> None:
+def replace_atomically(part: Path, path: Path) -> None:
     """Sync a written file and rename it to ``path``, in the same folder."""
     sync(part)
     os.replace(part, path)
@@ -64,8 +73,8 @@ def put_in_place(part: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def part_folder(part: Path) -> Iterator[Path]:
-    """A folder beside a temporary path, for whoever makes temporary files of its own."""
+def temporary_folder(part: Path) -> Iterator[Path]:
+    """Yield a folder beside a temporary path, for libraries that write temporary files."""
     folder = part.with_name(f"{part.name}.d")
     folder.mkdir()
     try:
@@ -75,12 +84,12 @@ def part_folder(part: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def made(path: Path) -> Iterator[Path]:
-    """A temporary path of the same name, for a file or folder that is not there yet.
+def atomic_create(path: Path) -> Iterator[Path]:
+    """Yield a temporary path of the same name for a new file or folder.
 
-    It takes the place of ``path`` when the block succeeds, and what lies beside it likewise.
+    It is moved to ``path`` when the block succeeds, along with files written beside it.
     """
-    with part_folder(path.with_name(f".part-{os.getpid()}-{path.name}")) as folder:
+    with temporary_folder(path.with_name(f".part-{os.getpid()}-{path.name}")) as folder:
         yield folder / path.name
         for part in folder.rglob("*"):
             sync(part)
@@ -89,22 +98,15 @@ def made(path: Path) -> Iterator[Path]:
         sync(path.parent)
 
 
-def remove_parts(folder: Path) -> None:
-    """Delete what a killed process left of ``replacing`` in a folder."""
+def remove_temporary_files(folder: Path) -> None:
+    """Delete the temporary files that a killed process left in a folder."""
     for part in folder.glob(".part-*"):
         shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
-def in_a_line(text: object, limit: int = 160) -> str:
-    """What an error says, in one short printable line."""
-    line = " ".join(str(text).split())
-    line = "".join(c if c.isprintable() else "?" for c in line)
-    return line if len(line) <= limit else f"{line[: limit - 1]}…"
-
-
 @contextlib.contextmanager
-def reading(path: Path, kind: str) -> Iterator[None]:
-    """Turn the many ways in which a file can be damaged into one ValueError that names it.
+def explain_read_errors(path: Path, kind: str) -> Iterator[None]:
+    """Turn any error that a damaged file causes into a ValueError that names the file.
 
     Raises FileNotFoundError if there is no such file.
     """
@@ -117,7 +119,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
             f"{path}: damaged, or holds more than tensors (nothing else is unpickled; save the "
             "state dict alone)"
         ) from error
-    # Readers of damaged files raise whatever they come upon: IndexError, KeyError, MemoryError, …
+    # A damaged file can raise anything: IndexError, KeyError, MemoryError, …
     except Exception as error:
-        reason = in_a_line(error) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise ValueError(f"{path}: truncated or not {kind}: {reason}") from error

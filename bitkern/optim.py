@@ -29,8 +29,8 @@ class SGD(torch.optim.SGD):
     """
 
     @property
-    def watched(self) -> bool:
-        """Return whether hooks see its steps, who may look at gradients."""
+    def has_hooks(self) -> bool:
+        """True if step hooks are registered, which may read gradients."""
         return _torch.step_hooked(self)
 
     def momenta(self, params: Set[Tensor]) -> Iterator[tuple[SgdOptions, dict[Tensor, Tensor]]]:

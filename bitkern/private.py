@@ -1,7 +1,7 @@
-"""Gradients of each sample for Opacus (https://opacus.ai), as private training needs them.
+"""Per-sample gradients of bitkern's layers for Opacus (https://opacus.ai).
 
 Importing this module registers the layers of ``bitkern.nn``, and those that ``bitkern.convert``
-puts into models of the libraries imported before it. Without it Opacus computes the same through
+puts into models of the libraries imported before it. Without it Opacus computes the same with
 functorch and ``bitkern.reference``, in more time and memory.
 """
 
@@ -20,14 +20,14 @@ from bitkern.nn import GroupNormAct, WSConv2d
 from bitkern.nn.norms import INSTANCE_NORMS, GroupNorm
 from bitkern.ops.detached import weight_standardize_detached
 
-# Elements of gradients of a weight: what stays in a CPU's cache, and is enough for a GPU's launch.
-AT_ONCE = 1 << 20
+# Elements of weight gradients in one launch: they fit a CPU's cache, and fill a GPU.
+CHUNK = 1 << 20
 
 GradSamples = dict[Tensor, Tensor]
 
 
 def norm_grad_sample(layer: Any, activations: Sequence[Tensor], backprops: Tensor) -> GradSamples:
-    """Gradients (N, C) of a norm's weight and bias, by a norm whose parameters are (N, C).
+    """Compute gradients (N, C) of a norm's weight and bias with a norm whose parameters are (N, C).
 
     Args:
         layer: a ``GroupNormAct``, or another norm with a ``fusion``.
@@ -35,7 +35,7 @@ def norm_grad_sample(layer: Any, activations: Sequence[Tensor], backprops: Tenso
         backprops: (N, C, *), the gradient of its result.
 
     Raises:
-        NotImplementedError: what the layer calls after its norm is random or has parameters.
+        NotImplementedError: if modules after the norm are random or have parameters.
     """
     _, modules = layer.fusion()
     random = any(type(module) is not nn.Identity for module in modules[:-1])
@@ -60,10 +60,10 @@ def norm_grad_sample(layer: Any, activations: Sequence[Tensor], backprops: Tenso
 def conv_grad_sample(
     layer: WSConv2d, activations: Sequence[Tensor], backprops: Tensor
 ) -> GradSamples:
-    """Gradients (N, *) of the parameters of a convolution with a standardized weight.
+    """Compute gradients (N, *) of the parameters of a convolution with a standardized weight.
 
-    The gradients of the standardized weight go through the backward of the standardization, those
-    of several samples in one launch: to it they are layers with the same weight.
+    The standardization's backward treats the samples' gradients as layers with the same weight,
+    several in one launch.
 
     Args:
         layer: a ``WSConv2d``.
@@ -78,7 +78,7 @@ def conv_grad_sample(
         grads[layer.bias] = backprops.sum((2, 3))
     if not grads.keys() & {weight, gain}:
         return grads
-    x, step = activations[0].to(backprops.dtype), max(1, AT_ONCE // weight.numel())
+    x, step = activations[0].to(backprops.dtype), max(1, CHUNK // weight.numel())
     one = weight_standardize_detached(
         [weight],
         layer.variant,
@@ -104,14 +104,14 @@ def conv_grad_sample(
 
 
 def _conv_weight_grads(layer: WSConv2d, x: Tensor, backprops: Tensor) -> Tensor:
-    """Gradients (N, O, I / groups, kh, kw) of the weight that the convolution itself is given."""
+    """Compute gradients (N, O, I / groups, kh, kw) of the standardized weight."""
     if isinstance(layer, PaddedConv) and layer.pads():
         x = layer.padded(x)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, _torch.padding_of(layer), mode)
     columns = F.unfold(x, layer.kernel_size, layer.dilation, stride=layer.stride)
-    of_groups = len(x), layer.groups, -1, columns.shape[-1]
-    grads = backprops.reshape(of_groups) @ columns.view(of_groups).mT
+    grouped = len(x), layer.groups, -1, columns.shape[-1]
+    grads = backprops.reshape(grouped) @ columns.view(grouped).mT
     return grads.view(len(x), *layer.weight.shape)
 
 

@@ -39,5 +39,5 @@ def draw(path, claim):
     axes.grid(axis="y", alpha=0.3)
     beside = max(min(WIDTH // (max(map(len, rows)) + 6), len(rows), 3), 1)
     figure.legend(loc="outside upper center", ncols=beside)
-    with files.replacing(path) as part:
+    with files.atomic_write(path) as part:
         figure.savefig(part, format="png", dpi=110, metadata={"Software": None})

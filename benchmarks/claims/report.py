@@ -233,7 +233,7 @@ def page(summary):
 
 def write(summary, folder):
     """Write claims.json, claims.md and the pictures into a folder."""
-    with files.replacing(folder / RESULTS) as part:
+    with files.atomic_write(folder / RESULTS) as part:
         part.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     write_page(summary, folder)
 
@@ -243,7 +243,7 @@ def write_page(summary, folder):
     (folder / PICTURES).mkdir(exist_ok=True)
     for name, claim in summary["claims"].items():
         pictures.draw(folder / PICTURES / f"{name}.png", claim)
-    with files.replacing(folder / PAGE) as part:
+    with files.atomic_write(folder / PAGE) as part:
         part.write_text(page(summary) + "\n")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.claims import CLAIMS
-from bitkern.files import in_a_line
+from bitkern.text import one_line
 from bitkern.transfer import TrainingError
 
 # Seeds below were run with weight decay on all parameters, to see how many a claim needs.
@@ -45,7 +45,7 @@ def execute(key, quick):
     try:
         result = {"numbers": claim.run(key.seed, **amounts, **claim.conditions[key.condition])}
     except (ValueError, TrainingError) as error:
-        result = {"failure": in_a_line(f"{type(error).__name__}: {error}")}
+        result = {"failure": one_line(f"{type(error).__name__}: {error}")}
     return key._asdict() | result | {"seconds": round(time.perf_counter() - began, 1)}
 
 

@@ -25,11 +25,10 @@ from bitkern.cli import (
 )
 from bitkern.cli.options import Parser
 from bitkern.export import ExportError
-from bitkern.transfer import ranks
-from bitkern.transfer.compute import is_out_of_memory
-from bitkern.transfer.setup import TrainingError
+from bitkern.transfer import TrainingError, ranks
+from bitkern.transfer.data.memory import is_out_of_memory
 
-# Each adds its parser, runs, and says whether it does so under torchrun as well.
+# Modules with add(commands), run(args), and DISTRIBUTED: True if torchrun may start it.
 COMMANDS = (finetune, pretrain, evaluate, predict, export, weights, cache, demo, info)
 
 
@@ -40,12 +39,12 @@ examples:
   bitkern finetune --resume --out runs/mine
   bitkern predict runs/mine photo.jpg
 """
-# What other programs call an option, where spelling does not lead to it.
-ALSO = {"--epochs": "--steps", "--lr": "--base-lr", "--learning-rate": "--base-lr"}
+# Other programs' names of options that are too different for a spelling suggestion.
+ALIASES = {"--epochs": "--steps", "--lr": "--base-lr", "--learning-rate": "--base-lr"}
 
 
 def _parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser, and that of each command."""
+    """Build the parser; returns it with those of the commands."""
     parser = Parser(
         prog="bitkern",
         description="Fine-tune, evaluate and export Big Transfer (BiT) models.",
@@ -58,14 +57,14 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     return parser, commands.choices
 
 
-def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser, commands = _parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         option = unknown[0].partition("=")[0]
-        known = [text for text in commands[args.command].format_help().replace(",", " ").split()]
-        known = [text for text in known if text.startswith("--")]
-        near = [ALSO[option]] if ALSO.get(option) in known else []
+        words = commands[args.command].format_help().replace(",", " ").split()
+        known = [word for word in words if word.startswith("--")]
+        near = [ALIASES[option]] if ALIASES.get(option) in known else []
         near += difflib.get_close_matches(option, known, n=1) if not near else []
         hint = f"; did you mean {near[0]}?" if near else f"; see bitkern {args.command} --help"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint * option.startswith('-')}")
@@ -78,21 +77,22 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
 def _run(argv: Sequence[str]) -> int:
     commands = {command.__name__.rpartition(".")[2]: command for command in COMMANDS}
     try:
-        argv = training.resumed(argv)
-        args = _parsed(argv)
-        args.typed = shlex.join(["bitkern", *argv])
+        argv = training.restore_arguments(argv)
+        args = _parse(argv)
+        args.command_line = shlex.join(["bitkern", *argv])
         command = commands[args.command]
         if ranks.world_size() > 1 and not command.DISTRIBUTED:
             *most, last = (name for name, command in commands.items() if command.DISTRIBUTED)
             several = f"{', '.join(most)} or {last}"
-            raise ValueError(f"torchrun: expected {several}, the rest is for one process")
+            raise ValueError(f"torchrun: expected {several}; other commands run in one process")
         command.run(args)
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
         if command in (finetune, pretrain):
-            message += training.how_to_go_on(args)
-    except BrokenPipeError:  # whoever reads the output has seen enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to flush
+            message += training.resume_hint(args)
+    except BrokenPipeError:  # the reader of the output has closed it, as head does
+        # Output that is still buffered goes to the null device.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (ValueError, OSError, TrainingError, ExportError, ranks.RankError) as error:
         code, message = 2, f"error: {_with_options(' '.join(str(error).split()))}"
@@ -108,7 +108,7 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _with_options(message: str) -> str:
-    """A message in which arguments are options: skip_corrupt=True is --skip-corrupt."""
+    """Replace arguments in a message by options: skip_corrupt=True by --skip-corrupt."""
 
     def option(found: re.Match[str]) -> str:
         before, name, value = found[1] or "", found[2], found[3]
@@ -124,9 +124,9 @@ def _with_options(message: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's error, 130 for Ctrl-C.
 
-    Of several processes, as torchrun starts them, the first speaks for all.
+    Under torchrun only rank 0 prints.
     """
-    with ranks.launched():
+    with ranks.process_group():
         silent = ranks.rank() > 0
         with contextlib.redirect_stdout(None) if silent else contextlib.nullcontext():
             return _run(sys.argv[1:] if argv is None else argv)

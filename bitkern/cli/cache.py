@@ -1,4 +1,4 @@
-"""``bitkern cache``: the resized images that runs have kept on disk."""
+"""``bitkern cache``: the resized images on disk."""
 
 import argparse
 import datetime
@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from bitkern.cli import options
-from bitkern.transfer.data.entries import Entry, entries, images_folder
+from bitkern.transfer.data.disk_cache import CacheEntry, cache_entries, images_folder
 from bitkern.transfer.data.shards import index_folder
 
 DISTRIBUTED = False
@@ -15,19 +15,19 @@ DISTRIBUTED = False
 def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
     parser = commands.add_parser("cache", help="list the resized images on disk, or delete them")
     actions = parser.add_subparsers(required=True, metavar="list|clear", dest="action")
-    listing = actions.add_parser("list", help="the entries, the last used first")
+    listing = actions.add_parser("list", help="the entries, the most recently used first")
     listing.add_argument("--json", action="store_true", help="print JSON")
-    help = "delete entries: all, and the indexes of shards too, unless some are named"
+    help = "delete entries: those named, or all and the indexes of shards"
     clearing = actions.add_parser("clear", help=help)
-    clearing.add_argument("key", nargs="*", help="as the list shows them")
+    clearing.add_argument("key", nargs="*", help="key of an entry, as in the list")
 
 
 def run(args: argparse.Namespace) -> None:
     if args.action == "list":
-        rows = [_row(entry) for entry in entries()]
+        rows = [_row(entry) for entry in cache_entries()]
         print(json.dumps(rows, indent=2) if args.json else _table(rows))
         return
-    every = {entry.folder.name: entry for entry in entries()}
+    every = {entry.folder.name: entry for entry in cache_entries()}
     for key in args.key:
         if key not in every:
             raise ValueError(f"{key}: no such entry in {images_folder()}")
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{entry.folder}: a process is filling it, or it may not be deleted")
 
 
-def _row(entry: Entry) -> dict[str, Any]:
+def _row(entry: CacheEntry) -> dict[str, Any]:
     index = entry.read()
     return {
         "key": entry.folder.name,
@@ -59,7 +59,7 @@ def _row(entry: Entry) -> dict[str, Any]:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     line = "{:<32} {:>9} {:>5} {:>5} {:>8}  {:<16}  {}".format
-    lines = [line("key", "images", "done", "size", "GB", "used", "of")]
+    lines = [line("key", "images", "done", "size", "GB", "used", "data")]
     for row in rows:
         count = row["images"]
         done = f"{row['done'] / count:.0%}" if count else "?"

@@ -17,7 +17,7 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
         metavar="DIR",
         help="folder of the results (default: %(default)s)",
     )
-    add("--seed", type=options.not_negative, default=0, help="of all that is random (default: 0)")
+    add("--seed", type=options.non_negative, default=0, help="random seed (default: 0)")
     add("--letters", type=options.positive, help="training letters to render (default: 8000)")
 
 

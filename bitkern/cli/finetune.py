@@ -9,9 +9,8 @@ from bitkern.cli import options, training
 from bitkern.models import create_model
 from bitkern.models.pretrained import find_release, get_release
 from bitkern.models.registry import weights_path
-from bitkern.transfer import ranks
-from bitkern.transfer.data import ImageSet, few_shot, image_size
-from bitkern.transfer.recipes.hyperrule import HyperRule, hyperrule
+from bitkern.transfer import HyperRule, ImageSet, few_shot, hyperrule, ranks
+from bitkern.transfer.data import image_size
 
 DISTRIBUTED = True  # also under torchrun
 PRESETS = ("hyperrule", "quick")
@@ -31,7 +30,7 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
     model(
         "--weights",
         metavar="FILE|RUN|NAME",
-        help="to start from: a checkpoint, the folder of a run, a name such as BiT-M-R50x1 or "
+        help="initial weights: a checkpoint, the folder of a run, a name such as BiT-M-R50x1 or "
         "hf-hub:ORG/NAME, or none for random ones (default: those released under --model)",
     )
     model("--freeze", action="store_true", help="train the head alone: faster, less accurate")
@@ -46,47 +45,46 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
         "of 64, minutes instead of hours and usually less accurate (default: hyperrule)",
     )
     rule("--steps", type=options.positive, help="optimizer steps; scales the whole schedule")
-    rule("--warmup-steps", type=options.not_negative, help="steps until the full learning rate")
+    rule("--warmup-steps", type=options.non_negative, help="steps until the full learning rate")
     help = "steps after which the learning rate falls to a tenth"
-    rule("--decay-steps", type=options.not_negative, nargs="*", metavar="STEP", help=help)
+    rule("--decay-steps", type=options.non_negative, nargs="*", metavar="STEP", help=help)
     rule("--base-lr", type=float, help="learning rate (default: 0.003)")
     help = "images per step; does not rescale the learning rate (default: 512)"
     rule("--batch-size", type=options.positive, help=help)
-    help = "of the weights of convolutions and head (default: 0)"
+    help = "weight decay of convolutions and head (default: 0)"
     rule("--weight-decay", type=float, help=help)
     help = "strength of MixUp, 0 for none (default: 0.1 from 20 000 images on, else 0)"
     rule("--mixup-alpha", type=float, help=help)
-    for what, help in (
-        ("resize", "images are resized to a square of so many pixels (default: 512, 160 if small)"),
-        ("crop", "and a square of so many is cut out (default: 480, 128 if small)"),
-    ):
-        rule(f"--{what}", type=options.positive, metavar="PIXELS", help=help)
+    help = "size of the resized square image (default: 512, 160 if small)"
+    rule("--resize", type=options.positive, metavar="PIXELS", help=help)
+    help = "size of the square crop (default: 480, 128 if small)"
+    rule("--crop", type=options.positive, metavar="PIXELS", help=help)
 
 
 def run(args: argparse.Namespace) -> None:
-    running = training.begin(args)
-    data = ranks.from_first_of_host(_load_data, args)
+    choice = training.prepare(args)
+    data = ranks.run_on_local_rank0(_load_data, args)
     train_set, eval_set = data.train_set, data.eval_set
     training.check_same_everywhere(args.data, train_set, eval_set)
-    rule = ranks.from_first(_rule, args, train_set)
-    with ranks.together():
+    rule = ranks.run_on_rank0(_rule, args, train_set)
+    with ranks.propagate_errors():
         torch.manual_seed(args.seed)
         weights = _weights(args)
         # The other processes then find it in the cache.
-        if weights and not args.resume and ranks.is_first_of_host():
+        if weights and not args.resume and ranks.is_local_rank0():
             weights_path(weights, args.model)
-    with ranks.together():
+    with ranks.propagate_errors():
         model = create_model(args.model, 0, weights=None if args.resume else weights)
-    # Never the head of the weights: as many classes need not be the same ones.
+    # A new head always, because the same number of classes need not be the same classes.
     model.reset_classifier(len(train_set.classes))
     if args.freeze:
         model.freeze_backbone()
     about = {"shots": args.shots, "freeze": args.freeze}
-    training.run(args, model, weights, rule, data, running, about)
+    training.run(args, model, weights, rule, data, choice, about)
 
 
 def _weights(args: argparse.Namespace) -> str | None:
-    """The path or name of the weights to start from, None for random ones."""
+    """Return the path or name of the weights to start from, None for random ones."""
     if args.weights is None:
         release = find_release(args.model)
         return release.name if release else None
@@ -103,11 +101,11 @@ def _load_data(args: argparse.Namespace) -> training.Data:
 
 
 def _rule(args: argparse.Namespace, train_set: ImageSet) -> HyperRule:
-    """The HyperRule of the data set, with the values given on the command line in place."""
+    """Return the HyperRule of the data set with the values given on the command line."""
     rule = hyperrule(len(train_set.images), image_size(train_set))
     if args.preset == "quick":
         rule = rule.quick()
     if args.steps is not None:
         rule = rule.with_steps(args.steps)
     names = [field.name for field in dataclasses.fields(HyperRule) if field.name != "steps"]
-    return dataclasses.replace(rule, **training.given(args, names))
+    return dataclasses.replace(rule, **training.given_options(args, names))

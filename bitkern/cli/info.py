@@ -1,4 +1,4 @@
-"""``bitkern info``: versions, devices, what was built, what runs each operator."""
+"""``bitkern info``: versions, devices, the compiled extension, the backend of each operator."""
 
 import argparse
 import importlib.metadata
@@ -14,13 +14,13 @@ import bitkern
 from bitkern import backends
 from bitkern.backends import extension, triton
 from bitkern.cli import options
-from bitkern.transfer.compute import default_precision
+from bitkern.transfer import default_precision
 
 DISTRIBUTED = False
 
 
 def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
-    parser = commands.add_parser("info", help="versions, devices, and what serves each operator")
+    parser = commands.add_parser("info", help="versions, devices, and the backend of each operator")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -49,21 +49,21 @@ def _devices() -> list[str]:
 
 
 def _precisions() -> list[str]:
-    """What ``--precision auto`` is on each device, and why."""
+    """Describe the choice of ``--precision auto`` on each device."""
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     return ["{1} on {0}: {2}".format(name, *default_precision(name)) for name in devices]
 
 
 def _operators() -> list[dict[str, str]]:
-    """For each device at hand and each operator the choice for typical tensors."""
+    """List the backend of each operator on each device, for typical tensors."""
     rows = []
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         for dtype in (torch.float32, torch.bfloat16):
             maps = torch.empty(1, 32, 8, 8, device=device, dtype=dtype)
             weight = torch.empty(32, 32, 3, 3, device=device)
             for name, operator in backends.OPERATORS.items():
-                of_weight = operator.kernel == "weight_standardize"
-                choice = backends.choose(operator.kernel, weight if of_weight else maps)
+                takes_weight = operator.kernel == "weight_standardize"
+                choice = backends.choose(operator.kernel, weight if takes_weight else maps)
                 rows.append(
                     {
                         "operator": name,
@@ -76,13 +76,12 @@ def _operators() -> list[dict[str, str]]:
 
 
 def collect() -> dict[str, Any]:
-    """Everything as plain data."""
     module, built = extension.load()
     if module is not None:
         cuda = "with" if module.with_cuda else "without"
         built = f"cpu ({module.cpu.isa()}), {cuda} cuda, compiler {module.compiler}"
     triton_module, reason = triton.load()
-    with warnings.catch_warnings(action="ignore"):  # what they warn of stands in the table
+    with warnings.catch_warnings(action="ignore"):  # the table shows the same
         operators = _operators()
     packages = ("torch", "numpy", "safetensors", "torchvision", "timm", "transformers")
     return {
@@ -101,7 +100,6 @@ def collect() -> dict[str, Any]:
 
 
 def report() -> str:
-    """The same as text for people."""
     data = collect()
     lines = [f"bitkern    {data['bitkern']}", f"python     {data['python']}"]
     lines += [f"{k:<10} {v or 'not installed'}" for k, v in data["packages"].items()]

@@ -1,4 +1,4 @@
-"""What several commands have in common: types of options, devices and data."""
+"""Option types, and options that several commands share."""
 
 import argparse
 import os
@@ -9,13 +9,13 @@ from typing import Any, Literal, NoReturn
 import torch
 
 from bitkern.transfer import ranks
-from bitkern.transfer.compute import PRECISIONS
 from bitkern.transfer.data import SOURCES
-from bitkern.transfer.data.opening import CACHE
+from bitkern.transfer.data.open_images import CACHE
+from bitkern.transfer.device_config import PRECISIONS
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, from the first process alone; options in groups."""
+    """A parser with one-line errors, printed by rank 0 alone, and with groups of options."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, None if ranks.rank() else f"bitkern: error: {message}\n")
 
     def group(self, title: str) -> Callable[..., object]:
-        """``add_argument`` of the group of that title, which is made if there is none."""
+        """Return ``add_argument`` of the group of that title."""
         if title not in self.groups:
             self.groups[title] = self.add_argument_group(title)
         add: Callable[..., object] = self.groups[title].add_argument
@@ -33,32 +33,30 @@ class Parser(argparse.ArgumentParser):
 
 
 def batch_split(text: str) -> int | Literal["auto"]:
-    """The type of an option: 1, 2, … or auto."""
+    """Parse 1, 2, … or auto."""
     return "auto" if text == "auto" else positive(text)
 
 
 def positive(text: str) -> int:
-    """The type of an option: 1, 2, …"""
+    """Parse 1, 2, …"""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
     return int(text)
 
 
-def not_negative(text: str) -> int:
-    """The type of an option: 0, 1, …"""
+def non_negative(text: str) -> int:
+    """Parse 0, 1, …"""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected 0 or a positive whole number, got {text!r}")
     return int(text)
 
 
 def add_data(parser: Parser, help: str) -> None:
-    """Add the option that names a source of images."""
     names = "|".join(("DIR", "FILE.csv", *SOURCES))
     parser.group("data")("--data", required=True, metavar=names, help=help)
 
 
-def add_running(parser: Parser) -> None:
-    """Add the options of every command that runs a model."""
+def add_device_options(parser: Parser) -> None:
     add = parser.group("speed and memory")
     add("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     add(
@@ -70,9 +68,9 @@ def add_running(parser: Parser) -> None:
     )
     add(
         "--workers",
-        type=not_negative,
+        type=non_negative,
         default=min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-        help="threads that load images; results do not depend on it (default: %(default)s)",
+        help="threads that load images; do not change results (default: %(default)s)",
     )
     parser.group("data")(
         "--skip-corrupt",
@@ -82,17 +80,16 @@ def add_running(parser: Parser) -> None:
 
 
 def add_cache(parser: Parser, help: str) -> None:
-    """Add the option that says where resized images are kept."""
     parser.group("speed and memory")("--cache", choices=CACHE, default="auto", help=help)
 
 
 def usable_device(name: str | None) -> str:
-    """The device asked for, or a GPU if there is one; ValueError if it cannot be used."""
+    """Return the requested device, or a GPU if there is one; ValueError if it is unusable."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if ranks.world_size() > 1:
         if name not in ("cpu", "cuda"):
             raise ValueError(f"--device: expected cpu or cuda in several processes, got {name}")
-        if name == "cuda":  # torchrun gives each process a GPU of its own
+        if name == "cuda":  # one GPU for each process
             name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(0, device=name)
@@ -105,6 +102,5 @@ def usable_device(name: str | None) -> str:
 
 
 def report_skipped(skipped: int) -> None:
-    """Say how many images were left out, if any."""
     if skipped and ranks.rank() == 0:
         print(f"skipped {skipped} corrupt image{'s' * (skipped > 1)}", file=sys.stderr)

@@ -8,14 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bitkern import files
 from bitkern.cli import options
-from bitkern.transfer import inference
-from bitkern.transfer.compute import Compute, require
-from bitkern.transfer.data.decoders import find_decoder
+from bitkern.packages import require
+from bitkern.text import one_line
+from bitkern.transfer import FinishedRun, load_run
 from bitkern.transfer.data.folder import find_images
-from bitkern.transfer.data.resized import Resized
-from bitkern.transfer.finished import FinishedRun, load_run
+from bitkern.transfer.device_config import DeviceConfig
+from bitkern.transfer.inference import predict_images
 
 DISTRIBUTED = False
 EXAMPLES = """\
@@ -26,10 +25,10 @@ examples:
 
 
 class Prediction(NamedTuple):
-    """The most probable classes of an image, {"class", "probability"}, the first the best."""
+    """The most probable classes of an image, {"class", "probability"}, in descending order."""
 
     image: str
-    classes: list[dict[str, Any]]
+    predictions: list[dict[str, Any]]
 
 
 def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
@@ -39,17 +38,17 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
     parser.add_argument("images", nargs="+", metavar="image", help="image files or folders")
     help = "images computed at a time (default: 64)"
     parser.group("speed and memory")("--batch-size", type=options.positive, default=64, help=help)
-    options.add_running(parser)
+    options.add_device_options(parser)
     output = parser.group("output")
     help = "classes to name for each image, the most probable first (default: 5)"
     output("--top-k", type=options.positive, default=5, help=help)
     formats = parser.groups["output"].add_mutually_exclusive_group()
-    for name, what in (
+    for name, form in (
         ("json", "one array"),
         ("jsonl", "an object per line"),
         ("csv", "a line per image and class"),
     ):
-        help = f"print {what}"
+        help = f"print {form}"
         formats.add_argument(
             f"--{name}", action="store_const", const=name, dest="format", help=help
         )
@@ -59,47 +58,41 @@ def run(args: argparse.Namespace) -> None:
     require("PIL")
     device = options.usable_device(args.device)
     finished = load_run(args.run)
-    images = _images_of(args.images)
-    compute = Compute.of(device, args.precision, args.workers)
+    images = _find_images(args.images)
+    config = DeviceConfig.create(device, args.precision, args.workers)
     skipped: list[str] = []
-    predictions = _predictions(finished, images, compute, args, skipped)
+    predictions = _predict(finished, images, config, args, skipped)
     WRITERS[args.format](predictions)
     options.report_skipped(len(skipped))
     if len(skipped) == len(images):
         raise ValueError("images: expected one that can be read, got none")
 
 
-def _predictions(
+def _predict(
     finished: FinishedRun,
     images: Sequence[str],
-    compute: Compute,
+    config: DeviceConfig,
     args: argparse.Namespace,
     skipped: list[str],
 ) -> Iterator[Prediction]:
-    """What the model says of each image, in order; corrupt ones are added to ``skipped``."""
+    """Yield the predictions in order; corrupt images are added to ``skipped``."""
     names, top_k = finished.classes, min(args.top_k, len(finished.classes))
     paths = iter(images)
-    resized = Resized(images, finished.crop, find_decoder(finished.decoder))
-    parts = resized, range(len(images)), args.batch_size
-    batches = inference.predict_batches(compute, finished.model, *parts)
-    for logits, unreadable in batches:
+    parts = images, finished.crop, finished.decoder, args.batch_size
+    for logits, unreadable in predict_images(config, finished.model, *parts):
         probabilities = logits.sigmoid() if finished.multi_label else logits.softmax(1)
         best = probabilities.topk(top_k) if len(logits) else None
         rows = zip(best.values.tolist(), best.indices.tolist(), strict=True) if best else iter(())
-        for place in range(len(logits) + len(unreadable)):
+        for i in range(len(logits) + len(unreadable)):
             path = next(paths)
-            if place not in unreadable:
+            if i not in unreadable:
                 pairs = zip(*next(rows), strict=True)
-                yield Prediction(path, [{"class": names[i], "probability": p} for p, i in pairs])
+                yield Prediction(path, [{"class": names[c], "probability": p} for p, c in pairs])
             elif args.skip_corrupt:
-                print(f"skipped {files.in_a_line(unreadable[place])}", file=sys.stderr)
+                print(f"skipped {one_line(unreadable[i])}", file=sys.stderr)
                 skipped.append(path)
             else:
-                raise ValueError(f"{unreadable[place]}: leave it out, or pass skip_corrupt=True")
-
-
-def _object(prediction: Prediction) -> dict[str, Any]:
-    return {"image": prediction.image, "predictions": prediction.classes}
+                raise ValueError(f"{unreadable[i]}: leave it out, or pass skip_corrupt=True")
 
 
 def _write_text(predictions: Iterable[Prediction]) -> None:
@@ -110,14 +103,14 @@ def _write_text(predictions: Iterable[Prediction]) -> None:
 def _write_json(predictions: Iterable[Prediction]) -> None:
     before = "["
     for prediction in predictions:
-        print(before, json.dumps(_object(prediction)), sep="\n", end="")
+        print(before, json.dumps(prediction._asdict()), sep="\n", end="")
         before = ","
     print("\n]" if before == "," else "[]")
 
 
 def _write_jsonl(predictions: Iterable[Prediction]) -> None:
     for prediction in predictions:
-        print(json.dumps(_object(prediction)))
+        print(json.dumps(prediction._asdict()))
 
 
 def _write_csv(predictions: Iterable[Prediction]) -> None:
@@ -131,8 +124,8 @@ def _write_csv(predictions: Iterable[Prediction]) -> None:
 WRITERS = {None: _write_text, "json": _write_json, "jsonl": _write_jsonl, "csv": _write_csv}
 
 
-def _images_of(paths: Iterable[str]) -> list[str]:
-    """The files named and those in the folders named."""
+def _find_images(paths: Iterable[str]) -> list[str]:
+    """List the files of these paths, and those in folders."""
     found = []
     for path in map(Path, paths):
         if path.is_dir():

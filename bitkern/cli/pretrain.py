@@ -1,4 +1,4 @@
-"""``bitkern pretrain``: train a BiT from scratch, as its upstream models were."""
+"""``bitkern pretrain``: train a BiT from scratch, like its upstream models."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from bitkern.cli import options, training
 from bitkern.models import ResNetV2, create_model
 from bitkern.models.checkpoints import read_metadata
 from bitkern.models.registry import weights_path
-from bitkern.transfer import ranks
-from bitkern.transfer.data import DataError, ImageSet, check_same_classes
-from bitkern.transfer.recipes.pretraining import PRESETS, Pretraining, pretraining
+from bitkern.transfer import DataError, ImageSet, Pretraining, pretraining, ranks
+from bitkern.transfer.data import check_same_classes
+from bitkern.transfer.recipes.pretraining import PRESETS
 
 DISTRIBUTED = True
 LOSSES = ("softmax", "sigmoid")
@@ -31,58 +31,63 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
     parser.group("model and weights")(
         "--weights",
         metavar="FILE|RUN|NAME",
-        help="to start from, head included (default: random ones)",
+        help="initial weights, including the head (default: random)",
     )
     rule = parser.group(training.SCHEDULE)
-    rule("--preset", required=True, choices=PRESETS, help="whose schedule and loss")
+    rule(
+        "--preset",
+        required=True,
+        choices=PRESETS,
+        help="the published model whose schedule and loss to use",
+    )
     rule("--epochs", type=float, help="of training; scales the decays (default: 90, BiT-L 40)")
     rule("--steps", type=options.positive, help="the same, in optimizer steps")
     help = "epochs after which the learning rate falls to a tenth"
     rule("--decay-epochs", type=float, nargs="*", metavar="EPOCH", help=help)
     help = "steps until the full learning rate (default: 5000)"
-    rule("--warmup-steps", type=options.not_negative, help=help)
+    rule("--warmup-steps", type=options.non_negative, help=help)
     rule("--batch-size", type=options.positive, help="images per step (default: 4096)")
     help = "learning rate for 256 images, scaled for others (default: 0.03)"
     rule("--base-lr", type=float, help=help)
-    help = "of the weights of convolutions and head (default: 0.0001)"
+    help = "weight decay of convolutions and head (default: 0.0001)"
     rule("--weight-decay", type=float, help=help)
     rule("--loss", choices=LOSSES, help="(default: softmax for BiT-S, else sigmoid)")
-    help = "of the square that is cut out of an image (default: 224)"
+    help = "size of the square crops (default: 224)"
     rule("--image-size", type=options.positive, metavar="PIXELS", help=help)
-    help = "least part of an image in a crop (default: 0.05)"
+    help = "least fraction of an image in a crop (default: 0.05)"
     rule("--min-area", type=float, metavar="FRACTION", help=help)
 
 
 def run(args: argparse.Namespace) -> None:
-    running = training.begin(args)
-    data = ranks.from_first_of_host(training.load_data, args)
+    choice = training.prepare(args)
+    data = ranks.run_on_local_rank0(training.load_data, args)
     train_set, eval_set = data.train_set, data.eval_set
     training.check_same_everywhere(args.data, train_set, eval_set)
-    with ranks.together():
+    with ranks.propagate_errors():
         rule = _rule(args, len(train_set.images))
         _check_labels(args, train_set, rule)
         torch.manual_seed(args.seed)
-        if args.weights and not args.resume and ranks.is_first_of_host():
+        if args.weights and not args.resume and ranks.is_local_rank0():
             weights_path(args.weights, args.model)
-    with ranks.together():
+    with ranks.propagate_errors():
         model = _model(args, train_set.classes, rule)
-    training.run(args, model, args.weights, rule, data, running, {"preset": args.preset})
+    training.run(args, model, args.weights, rule, data, choice, {"preset": args.preset})
 
 
 def _rule(args: argparse.Namespace, num_examples: int) -> Pretraining:
     names = ("epochs", "steps", "decay_epochs", "warmup_steps", "batch_size", "base_lr")
-    values = training.given(args, (*names, "weight_decay", "image_size", "min_area"))
+    values = training.given_options(args, (*names, "weight_decay", "image_size", "min_area"))
     if args.loss:
         values["sigmoid"] = args.loss == "sigmoid"
     return pretraining(args.preset, num_examples, **values)
 
 
 def _check_labels(args: argparse.Namespace, data: ImageSet, rule: Pretraining) -> None:
-    """Raise ValueError for a loss that is not for the labels, DataError for an image without."""
+    """Raise for a softmax on a multi-label set, and for one of its images without labels."""
     if not data.multi_label:
         return
     if not rule.sigmoid:
-        raise ValueError("loss: expected sigmoid for several labels an image, got softmax")
+        raise ValueError("loss: expected sigmoid for several labels per image, got softmax")
     unlabelled = np.flatnonzero(data.labels.sum(1) == 0)
     if len(unlabelled):
         image = data.images[unlabelled[0]]

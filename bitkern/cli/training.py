@@ -1,4 +1,4 @@
-"""What the commands that train have in common."""
+"""The options and the run of the commands that train."""
 
 import argparse
 import contextlib
@@ -13,36 +13,36 @@ import numpy as np
 
 from bitkern.cli import options
 from bitkern.models import ResNetV2
-from bitkern.transfer import ranks
-from bitkern.transfer.balance import BALANCE
-from bitkern.transfer.compute import CUDA_GRAPH, default_precision, require
-from bitkern.transfer.data import (
+from bitkern.packages import require
+from bitkern.transfer import (
     DataError,
     ImageSet,
-    NoSplitError,
-    check_apart,
-    check_same_classes,
+    Recipe,
+    Selection,
+    TrainResult,
+    default_precision,
     hold_out,
-    load_split,
+    ranks,
+    train,
 )
+from bitkern.transfer.balance import BALANCE
+from bitkern.transfer.curves import Record
+from bitkern.transfer.data import NoSplitError, check_apart, check_same_classes, load_split
 from bitkern.transfer.data.decoders import DECODERS
-from bitkern.transfer.loop import train
-from bitkern.transfer.recipes import Recipe
-from bitkern.transfer.run import (
-    CHECKPOINT,
-    REPORT,
-    OnRecord,
-    Record,
-    check_out,
-    read_checkpoint,
-)
-from bitkern.transfer.selection import KEEP, METRICS, Selection
-from bitkern.transfer.training import TrainResult
-from bitkern.transfer.watching import duration, in_words
+from bitkern.transfer.device_config import CUDA_GRAPH
+from bitkern.transfer.progress import format_duration, format_metrics
+from bitkern.transfer.run import CHECKPOINT, REPORT, OnRecord, check_out, read_checkpoint
+from bitkern.transfer.selection import KEEP, METRICS
+
+# Options that are arguments of ``train`` of the same name.
+TRAIN_ARGUMENTS = (
+    "out resume seed batch_split balance eval_every checkpoint_every workers cuda_graph cache "
+    "decoder skip_corrupt check"
+).split()
 
 
 def add_options(parser: options.Parser) -> None:
-    """Add the options of a training, its recipe's and its weights' apart."""
+    """Add the options of a training, except those of its recipe and weights."""
     data, model, _, memory, output = map(parser.group, GROUPS)
     options.add_data(
         parser, "DIR/train/CLASS/*.jpg and DIR/test/…, or columns image, label or labels, and split"
@@ -54,13 +54,13 @@ def add_options(parser: options.Parser) -> None:
         help="evaluate on this part of train; with --keep best or --patience choose by it",
     )
     add_selection(parser)
-    data("--seed", type=options.not_negative, default=0, help="of all that is random (default: 0)")
-    data("--no-flip", action="store_true", help="no mirroring, for digits and letters")
+    data("--seed", type=options.non_negative, default=0, help="random seed (default: 0)")
+    data("--no-flip", action="store_true", help="no horizontal flips, for digits and letters")
     data(
         "--balance",
         choices=BALANCE,
         default="none",
-        help="for unbalanced classes: sample draws all equally often, loss weighs rare ones more "
+        help="for unbalanced classes: sample draws all equally often, loss weights rare ones more "
         "(default: none)",
     )
     data(
@@ -83,7 +83,7 @@ def add_options(parser: options.Parser) -> None:
         help="micro-batches per step, to save memory (default: auto, the fewest that fit, on a CPU "
         "of up to 16 images each)",
     )
-    options.add_running(parser)
+    options.add_device_options(parser)
     options.add_cache(
         parser,
         "where resized images are kept, so that each is decoded once (default: auto, where there "
@@ -104,12 +104,13 @@ def add_options(parser: options.Parser) -> None:
 
 
 def add_selection(parser: options.Parser) -> None:
-    """Add the options of which model is kept."""
     add = parser.group("data")
     help = "model to keep: the last, as published, or the best on images held out or in DIR/val"
     add("--keep", choices=KEEP, default="last", help=f"{help} (default: last)")
-    add("--metric", choices=METRICS, default="top1", help="what the best is by (default: top1)")
-    help = "end after so many evaluations without a better one (default: never)"
+    add(
+        "--metric", choices=METRICS, default="top1", help="metric of the best model (default: top1)"
+    )
+    help = "stop after N evaluations without a better one (default: never)"
     add("--patience", type=options.positive, metavar="N", help=help)
 
 
@@ -117,10 +118,10 @@ SCHEDULE = "schedule: override the values of the recipe"
 GROUPS = ("data", "model and weights", SCHEDULE, "speed and memory", "output")
 
 
-def resumed(argv: Sequence[str]) -> Sequence[str]:
-    """The arguments of a command; with --resume after those that the run began with.
+def restore_arguments(argv: Sequence[str]) -> Sequence[str]:
+    """Prepend the arguments that the run began with to those of a command with --resume.
 
-    Raises ``RunError`` where there is nothing to resume, ValueError for one of another command.
+    Raises ``RunError`` if there is nothing to resume, ValueError for a run of another command.
     """
     if "--resume" not in argv or argv[0] not in ("finetune", "pretrain"):
         return argv
@@ -132,46 +133,44 @@ def resumed(argv: Sequence[str]) -> Sequence[str]:
     check_out(out, resume=True)
     began = shlex.split(read_checkpoint(out)["about"].get("command", f"bitkern {argv[0]}"))
     if began[1] != argv[0]:
-        raise ValueError(f"{out}: was begun by bitkern {began[1]}; resume it with that")
+        raise ValueError(f"{out}: was started by bitkern {began[1]}; resume it with that")
     return [*began[1:], *argv[1:]]
 
 
-def how_to_go_on(args: argparse.Namespace) -> str:
-    """Say how an interrupted run goes on, if it does."""
+def resume_hint(args: argparse.Namespace) -> str:
+    """Return the command that continues an interrupted run, if there is a checkpoint."""
     if not (Path(args.out) / CHECKPOINT).exists():
         return " before a step was saved: nothing is left to resume"
     command = shlex.join(["bitkern", args.command, "--resume", "--out", args.out])
     return f"; to continue: {command}"
 
 
-class Running(NamedTuple):
-    """The device, the precision, and why it is that one."""
+class DeviceChoice(NamedTuple):
+    """The device, the precision, and the reason for the precision."""
 
     device: str
     precision: str
-    why: str
+    reason: str
 
 
-def begin(args: argparse.Namespace) -> Running:
-    """What can be found out, or be wrong, before anything is read."""
+def prepare(args: argparse.Namespace) -> DeviceChoice:
+    """Check packages, output folder and device before any data is read."""
     require("PIL", "matplotlib", "sklearn", "tqdm", *["tensorboard"] * args.tensorboard)
-    ranks.from_first(check_out, Path(args.out), args.resume)
-    with ranks.together():
+    ranks.run_on_rank0(check_out, Path(args.out), args.resume)
+    with ranks.propagate_errors():
         device = options.usable_device(args.device)
-        return Running(device, *_precision(args, device))
-
-
-def _precision(args: argparse.Namespace, device: str) -> tuple[str, str]:
-    """The precision, and why."""
-    began = read_checkpoint(Path(args.out))["settings"]["precision"] if args.resume else None
-    if args.precision == "auto":
-        return (began, "as the run began") if began else default_precision(device)
-    other = began not in (None, args.precision)
-    return args.precision, f"asked for; the run began in {began}" if other else "asked for"
+        out = Path(args.out)
+        began = read_checkpoint(out)["settings"]["precision"] if args.resume else None
+        if args.precision == "auto":
+            chosen = (began, "as the run began") if began else default_precision(device)
+            return DeviceChoice(device, *chosen)
+        other = began not in (None, args.precision)
+        reason = "asked for" + f"; the run began in {began}" * other
+        return DeviceChoice(device, args.precision, reason)
 
 
 class Data(NamedTuple):
-    """The sets of a training; ``split`` is what that to evaluate is, ``val_set`` to choose by."""
+    """The sets of a training; ``split`` names ``eval_set``; ``val_set`` selects the model."""
 
     train_set: ImageSet
     eval_set: ImageSet
@@ -180,15 +179,15 @@ class Data(NamedTuple):
 
 
 def load_data(args: argparse.Namespace) -> Data:
-    """The sets that the options name. Raises ``DataError``."""
+    """Load the sets that the options name. Raises ``DataError``."""
     train_set = load_split(args.data, "train", flat=args.holdout is not None)
-    chooses = args.keep == "best" or args.patience is not None
+    selects = args.keep == "best" or args.patience is not None
     held_out = val_set = None
     if args.holdout is not None:
         train_set, held_out = hold_out(train_set, args.holdout, args.seed)
-        if not chooses:
+        if not selects:
             return Data(train_set, held_out, "holdout")
-    if chooses:
+    if selects:
         val_set = held_out or _load(args, "validation", train_set)
     try:
         test_set = _load(args, "test", train_set)
@@ -203,32 +202,27 @@ def load_data(args: argparse.Namespace) -> Data:
 
 def _load(args: argparse.Namespace, split: str, train_set: ImageSet) -> ImageSet:
     found = load_split(args.data, split, train_set.classes)
-    check_same_classes(
-        found.classes, train_set.classes, f"{args.data}/{split}", f"{args.data}/train"
-    )
+    names = f"{args.data}/{split}", f"{args.data}/train"
+    check_same_classes(found.classes, train_set.classes, *names)
     check_apart(train_set, found, args.data)
     return found
 
 
 def check_same_everywhere(source: str, *sets: ImageSet) -> None:
     """Raise DataError if the machines that train together have other data."""
-    mine = [(data.classes, _digest(data)) for data in sets]
-    if any(other != mine for other in ranks.everyones(mine)):
+    own = [(data.classes, _digest(data)) for data in sets]
+    if any(other != own for other in ranks.all_gather_object(own)):
         raise DataError(f"{source}: expected the same images on all machines, found others")
 
 
 def _digest(data: ImageSet) -> str:
-    """What tells labels from others."""
     labels = data.labels
     parts = (labels,) if isinstance(labels, np.ndarray) else (labels.indptr, labels.indices)
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.tobytes())
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
 
-def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The options of these names that a user gave, lists as tuples."""
+def given_options(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Return the options of these names that a user gave, lists as tuples."""
     values = {name: getattr(args, name) for name in names}
     return {
         name: tuple(value) if isinstance(value, list) else value
@@ -243,25 +237,24 @@ def run(
     weights: str | None,
     rule: Recipe,
     data: Data,
-    running: Running,
+    choice: DeviceChoice,
     about: Mapping[str, Any],
 ) -> None:
-    """Train, and say so."""
     train_set, eval_set, split, val_set = data
-    several = ", several an image" if train_set.multi_label else ""
+    several = ", several labels per image" if train_set.multi_label else ""
     print(
         f"{args.model} from {weights or 'random weights'}: {len(train_set.images)} training "
         f"images, {len(eval_set.images)} {split} images, {len(train_set.classes)} classes{several}"
     )
     values = (f"{k.replace('_', ' ')} {v}" for k, v in dataclasses.asdict(rule).items())
     print(f"{type(rule).__name__}: {', '.join(values)}")
-    print(f"{running.precision} on {running.device} ({running.why})")
-    said = {"model": args.model, "weights": weights, "data": args.data, "evaluated_on": split}
-    said |= {"command": args.typed}
+    print(f"{choice.precision} on {choice.device} ({choice.reason})")
+    settings = {"model": args.model, "weights": weights, "data": args.data, "evaluated_on": split}
+    settings |= {"command": args.command_line, **about}
     selection = None
     if val_set is not None:
         selection = Selection(val_set, args.keep, args.metric, args.patience)
-        optimistic = ", which the test is on too: so it is optimistic" * (val_set is eval_set)
+        optimistic = ", also those of the test: so it is optimistic" * (val_set is eval_set)
         print(f"{args.keep} model by {args.metric} on {len(val_set.images)} images{optimistic}")
     with _tensorboard(args) as on_record:
         result = train(
@@ -269,33 +262,21 @@ def run(
             train_set,
             rule,
             eval_set=eval_set,
-            out=Path(args.out),
-            resume=args.resume,
-            seed=args.seed,
-            batch_split=args.batch_split,
-            balance=args.balance,
             flip=not args.no_flip,
-            eval_every=args.eval_every,
-            checkpoint_every=args.checkpoint_every,
-            workers=args.workers,
-            device=running.device,
-            precision=running.precision,
-            cuda_graph=args.cuda_graph,
-            cache=args.cache,
-            decoder=args.decoder,
-            skip_corrupt=args.skip_corrupt,
-            check=args.check,
+            device=choice.device,
+            precision=choice.precision,
             on_record=on_record,
             selection=selection,
-            about=said | dict(about),
+            about=settings,
+            **{name: getattr(args, name) for name in TRAIN_ARGUMENTS},
         )
     options.report_skipped(result.skipped)
-    print(_in_the_end(result, eval_set, split))
+    print(_describe(result, eval_set, split))
     print(f"open {Path(args.out) / REPORT}")
 
 
-def _in_the_end(result: TrainResult, eval_set: ImageSet, split: str) -> str:
-    """What came of a training, beside what needs none."""
+def _describe(result: TrainResult, eval_set: ImageSet, split: str) -> str:
+    """Describe the results beside a baseline that always names the largest class."""
     assert result.metrics is not None
     counts = np.bincount(eval_set.labels) if not eval_set.multi_label else eval_set.labels.sum(0)
     largest, occurring = int(counts.argmax()), np.count_nonzero(counts)
@@ -303,23 +284,24 @@ def _in_the_end(result: TrainResult, eval_set: ImageSet, split: str) -> str:
     baseline += f"{100 * counts.max() / len(eval_set.images):.1f} %"
     if occurring and not eval_set.multi_label:
         baseline += f", balanced {100 / occurring:.1f} %"
-    evaluated = [record for record in result.history if "top1" in record]
-    best = max(evaluated, key=lambda record: record["top1"])
+    evaluations = [record for record in result.history if "top1" in record]
+    best = max(evaluations, key=lambda record: record["top1"])
     return (
-        f"{in_words(result.metrics)} on {len(eval_set.images)} {split} images ({baseline})\n"
-        f"{duration(result.seconds)}; best top-1 {100 * best['top1']:.1f} % at step {best['step']}"
+        f"{format_metrics(result.metrics)} on {len(eval_set.images)} {split} images ({baseline})\n"
+        f"{format_duration(result.seconds)}; best top-1 {100 * best['top1']:.1f} % at step "
+        f"{best['step']}"
     )
 
 
 @contextlib.contextmanager
 def _tensorboard(args: argparse.Namespace) -> Iterator[OnRecord | None]:
-    """Give what writes records for TensorBoard, into the folder of the run, if asked for."""
+    """Yield a function that writes records for TensorBoard into the run's folder, if asked for."""
     if not args.tensorboard or ranks.rank():
         yield None
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    writers: list[SummaryWriter] = []  # made when there is something to write
+    writers: list[SummaryWriter] = []  # created with the first record
 
     def write(record: Record) -> None:
         if not writers:

@@ -1,4 +1,4 @@
-"""``bitkern weights``: released weights, and the cache of them."""
+"""``bitkern weights``: released weights and their cache."""
 
 import argparse
 import json
@@ -50,6 +50,8 @@ def _table(rows: list[dict[str, str | int | bool | None]]) -> str:
     line = "{:<50} {:<12} {:>7}  {:<6} {}".format
     lines = [line("name", "architecture", "classes", "cached", "source")]
     for row in rows:
-        here = "yes" if row["cached"] else "no"
-        lines.append(line(row["name"], row["architecture"], row["classes"], here, row["source"]))
+        is_cached = "yes" if row["cached"] else "no"
+        lines.append(
+            line(row["name"], row["architecture"], row["classes"], is_cached, row["source"])
+        )
     return "\n".join([*lines, "and vtab/BiT-M-ARCHITECTURE-run{0,1,2}-TASK"])

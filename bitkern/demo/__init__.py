@@ -3,7 +3,7 @@
 Beside each transfer the same network is trained from random weights with the same budget. Top-1 of
 the two with 1, 5, 10 and all digits per class, mean of the seeds 0 to 4: 0.69 and 0.53, 0.86 and
 0.80, 0.91 and 0.85, 0.974 and 0.968. With few digits the transfer leads for each of these seeds,
-with all of them for four of the five: no gain to speak of.
+with all digits for four of the five, by a negligible margin.
 """
 
 import contextlib
@@ -18,26 +18,26 @@ import torch
 
 from bitkern import files
 from bitkern.demo.letters import letters
-from bitkern.demo.pictures import Fit, draw_curves, draw_predictions, table
+from bitkern.demo.plots import DemoRun, draw_curves, draw_predictions, table
 from bitkern.models import create_model
 from bitkern.models.checkpoints import save_safetensors
 from bitkern.transfer import HyperRule, ImageSet, digits, few_shot, hyperrule, predict, train
+from bitkern.transfer.progress import Display, format_duration
 from bitkern.transfer.run import CURVES, METRICS, SUMMARY, WEIGHTS, check_out, write_summary
-from bitkern.transfer.watching import Display, duration
 
 MODEL = "R26x0.5"
-LETTERS = 8000  # to train on, unless another number is asked for
-HELD_OUT_LETTERS = 740  # 20 of each class, in fonts that training does not see
+LETTERS = 8000  # default number to train on
+HELD_OUT_LETTERS = 740  # 20 of each class, in fonts not used in training
 UPSTREAM_STEPS, FULL_STEPS, FEW_SHOT_STEPS = 500, 150, 60
 SHOTS = 1, 5, 10
 PREDICTIONS = "predictions.png"
 
 
 def shortened(num_examples: int, steps: int, weight_decay: float = 0.0) -> HyperRule:
-    """The HyperRule squeezed into ``steps`` of a small network: 32 pixels, batches of 64.
+    """The HyperRule shortened to ``steps``, for a small network: 32 pixels, batches of 64.
 
-    The learning rate is 0.03, at which transfer and training from scratch are both about as good as
-    at 0.01; at the HyperRule's 0.003, meant for 500 steps and more, both lag behind.
+    The learning rate is 0.03. Transfer and training from scratch are both about as good at 0.01,
+    and both worse at the HyperRule's 0.003, which is meant for 500 steps and more.
     """
     rule = hyperrule(num_examples, (8, 8)).with_steps(steps)
     return dataclasses.replace(
@@ -54,8 +54,8 @@ def _fit(
     upstream: torch.nn.Module | None = None,
     evaluations: int = 1,
     weight_decay: float = 0.0,
-) -> Fit:
-    """Train a new network, or the body of the ``upstream`` one under a new head, on ``data``."""
+) -> DemoRun:
+    """Train a new network, or that of ``upstream`` with a new head, on ``data``."""
     rule = shortened(len(data.images), steps, weight_decay)
     print(f"{name}: {len(data.images)} images, {steps} steps", flush=True)
     with torch.random.fork_rng(devices=[]):
@@ -67,8 +67,8 @@ def _fit(
     with contextlib.closing(Display(0, steps, "test", True)) as display:
 
         def show(record: dict[str, Any]) -> None:
-            display.move(record["step"])
-            display.tell(record)
+            display.update(record["step"])
+            display.show(record)
 
         result = train(
             model,
@@ -84,26 +84,26 @@ def _fit(
         )
     assert result.metrics is not None
     top1 = result.metrics["top1"]
-    return Fit(name, len(data.images), rule, model, result.history, top1)
+    return DemoRun(name, len(data.images), rule, model, result.history, top1)
 
 
 def run(out: str | PathLike[str], seed: int = 0, num_letters: int | None = None) -> None:
-    """``bitkern demo``: pre-train on so many letters, transfer to digits.
+    """Pre-train on ``num_letters`` letters, transfer to digits.
 
-    Writes metrics.jsonl, anew after each training, and in the end model.safetensors (the transfer
-    from all digits), curves.png, predictions.png and, last, summary.json into ``out``; an earlier
-    demo there is replaced. Raises ``RunError`` if ``out`` holds another run.
+    Writes metrics.jsonl after each training, and in the end model.safetensors (the transfer from
+    all digits), curves.png, predictions.png and, last, summary.json into ``out``; an earlier demo
+    there is replaced. Raises ``RunError`` if ``out`` holds another run.
     """
     out = Path(out)
     if not _is_demo(out):
         check_out(out, resume=False)
     out.mkdir(parents=True, exist_ok=True)
-    (out / SUMMARY).unlink(missing_ok=True)  # it comes last, and says that all is there
-    fits: list[Fit] = []
+    (out / SUMMARY).unlink(missing_ok=True)  # written last, it marks a complete demo
+    fits: list[DemoRun] = []
 
-    def fit(*arguments: Any, **options: Any) -> Fit:
+    def fit(*arguments: Any, **options: Any) -> DemoRun:
         fits.append(_fit(*arguments, **options))
-        with files.replacing(out / METRICS) as part:
+        with files.atomic_write(out / METRICS) as part:
             lines = (json.dumps({"run": r.name} | line) for r in fits for line in r.history)
             part.write_text("\n".join(lines) + "\n")
         return fits[-1]
@@ -122,15 +122,15 @@ def run(out: str | PathLike[str], seed: int = 0, num_letters: int | None = None)
         evaluations=5,
         weight_decay=1e-4,
     )
-    pairs: dict[str, tuple[Fit, Fit]] = {}
+    pairs: dict[str, tuple[DemoRun, DemoRun]] = {}
     for shots in (*SHOTS, None):
         name = str(shots or "all")
         data = few_shot(train_set, shots, seed) if shots else train_set
         steps, evaluations = (FEW_SHOT_STEPS, 1) if shots else (FULL_STEPS, 10)
-        of = data, test_set, steps, seed
+        arguments = data, test_set, steps, seed
         pairs[name] = (
-            fit(f"digits, {name}, transfer", *of, upstream.model, evaluations),
-            fit(f"digits, {name}, scratch", *of, None, evaluations),
+            fit(f"digits, {name}, transfer", *arguments, upstream.model, evaluations),
+            fit(f"digits, {name}, scratch", *arguments, None, evaluations),
         )
     transfer, scratch = pairs["all"]
     logits = predict(transfer.model, test_set, transfer.rule.crop)
@@ -160,11 +160,12 @@ def run(out: str | PathLike[str], seed: int = 0, num_letters: int | None = None)
     }
     write_summary(out, summary)
     print(table(pairs, len(test_set.images)))
-    print(f"{duration(time.perf_counter() - began)}; open {out / CURVES} and {out / PREDICTIONS}")
+    duration = format_duration(time.perf_counter() - began)
+    print(f"{duration}; open {out / CURVES} and {out / PREDICTIONS}")
 
 
 def _is_demo(out: Path) -> bool:
-    """Whether a folder holds a demo, or what one had before it was stopped."""
+    """Return True for the folder of a demo, finished or not."""
     try:
         with open(out / METRICS) as file:
             return "run" in json.loads(file.readline())

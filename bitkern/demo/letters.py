@@ -1,4 +1,4 @@
-"""Letters rendered from the fonts that matplotlib ships: a data set of any size, no download.
+"""Letters rendered from matplotlib's fonts: a data set of any size without a download.
 
 They are made as scikit-learn's digits were (E. Alpaydin and C. Kaynak, "Optical Recognition of
 Handwritten Digits", UCI 1998): a bitmap of 32x32, whose ink is counted in blocks of 4x4, which
@@ -13,7 +13,7 @@ import numpy as np
 
 from bitkern.transfer.data import ImageSet
 from bitkern.transfer.data.images import Pixels
-from bitkern.transfer.streams import LETTERS, random_stream
+from bitkern.transfer.rng import LETTERS, random_stream
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,14 +29,14 @@ FONTS = (
     *("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"),
     *("cmr10", "cmb10", "cmss10", "cmtt10", "cmti10", "cmmi10"),
 )
-# Never seen in training: one face each of a sans, a serif, a typewriter and an italic.
+# For the test only: a sans, a serif, a monospaced and an italic face.
 HELD_OUT = ("DejaVuSans-Oblique", "STIXGeneral", "cmtt10", "cmti10")
 GLYPH, BITMAP, BLOCK = 64, 32, 4  # pixels
 
 
 @cache
 def _glyph(font: str, letter: str, stroke: int) -> "tuple[Image.Image, float, float]":
-    """The letter in white on black, centred, and the width and height of its ink in pixels."""
+    """Draw a letter in white on black, centred; returns it with its width and height in pixels."""
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
@@ -49,12 +49,12 @@ def _glyph(font: str, letter: str, stroke: int) -> "tuple[Image.Image, float, fl
 
 
 def _render(font: str, letter: str, random: np.random.Generator) -> Pixels:
-    """One letter, turned, sheared, scaled, shifted and spotted at random: (8, 8) uint8."""
+    """Render a letter, rotated, sheared, scaled, shifted and with noise: (8, 8) uint8."""
     from PIL import Image
 
     image, width, height = _glyph(font, letter, int(random.integers(5)))
     angle, shear = np.deg2rad(random.normal(0, 8)), random.normal(0, 0.15)
-    # The ink fills the bitmap, as it does in the digits, but narrow letters stay narrow.
+    # Letters fill the bitmap, as the digits do, but narrow ones stay narrow.
     tall = BITMAP * random.uniform(0.75, 1.05) / height
     wide = min(tall * random.uniform(0.7, 1.2), BITMAP / width)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -73,10 +73,10 @@ def _render(font: str, letter: str, random: np.random.Generator) -> Pixels:
 
 
 def letters(count: int, seed: int, *, held_out: bool = False) -> ImageSet:
-    """``count`` letters of ``CLASSES``, 8x8 grey uint8, classes in turn, fonts at random.
+    """Render ``count`` letters, 8x8 grey uint8, with classes in turn and random fonts.
 
-    With ``held_out`` they are in fonts that are never in a set without it. Letter i is a function
-    of (seed, held_out, i) alone.
+    ``held_out`` uses the fonts that are in no other set. Letter i is a function of (seed, held_out,
+    i) alone.
     """
     fonts = HELD_OUT if held_out else sorted(set(FONTS) - set(HELD_OUT))
     images = np.empty((count, BITMAP // BLOCK, BITMAP // BLOCK), np.uint8)

@@ -1,4 +1,4 @@
-"""Finished runs for other libraries: a file for each target, and a line here."""
+"""Export finished runs to other libraries, one module per target."""
 
 import importlib.util
 from os import PathLike
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from bitkern import files
 from bitkern.export import aoti, npz, onnx, timm, transformers
-from bitkern.transfer.finished import FinishedRun, load_run
+from bitkern.transfer.run import FinishedRun, load_run
 
 TOLERANCE = 1e-4
 
 
 class Target(Protocol):
-    """A module of this package."""
+    """The interface of a target's module."""
 
-    REQUIRES: tuple[str, ...]  # what must be installed
+    REQUIRES: tuple[str, ...]  # packages that must be installed
 
     def write(self, run: FinishedRun, out: Path) -> None:
         """Write ``out``, a file or folder that is not there yet.
@@ -27,7 +27,7 @@ class Target(Protocol):
         """
 
     def logits(self, run: FinishedRun, out: Path, images: Tensor) -> Tensor:
-        """What was written makes of images (N, 3, crop, crop) in [-1, 1]: (N, classes)."""
+        """Run the exported model on images (N, 3, crop, crop) in [-1, 1]: (N, classes)."""
 
 
 TARGETS: dict[str, Target] = {
@@ -40,11 +40,11 @@ TARGETS: dict[str, Target] = {
 
 
 class ExportError(RuntimeError):
-    """What was written computes something else than the run's model; it has been deleted."""
+    """The exported model's logits differ from the run's; it has been deleted."""
 
 
 def export(run: str | PathLike[str], to: str, out: str | PathLike[str]) -> float:
-    """Write the model of a finished run for another library, and compare the two.
+    """Export the model of a finished run to another library, and compare the two.
 
     Args:
         run: folder of a run, or its model.safetensors.
@@ -79,7 +79,7 @@ def export(run: str | PathLike[str], to: str, out: str | PathLike[str]) -> float
     images = torch.rand(2, 3, crop, crop, generator=generator) * 2 - 1
     with torch.inference_mode():
         expected = model(images)
-    with files.made(out) as part:
+    with files.atomic_create(out) as part:
         target.write(finished, part)
         with torch.inference_mode():
             logits = target.logits(finished, part, images)

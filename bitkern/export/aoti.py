@@ -1,4 +1,4 @@
-"""A package of AOTInductor, which PyTorch alone runs, from Python or C++; compiled for CPUs."""
+"""An AOTInductor package for CPUs, which runs with PyTorch alone, from Python or C++."""
 
 import copy
 from pathlib import Path
@@ -10,7 +10,7 @@ from bitkern import _torch
 from bitkern.backends import use_backend
 from bitkern.convert import fold
 from bitkern.export.common import with_suffix
-from bitkern.transfer.finished import FinishedRun
+from bitkern.transfer.run import FinishedRun
 
 REQUIRES: tuple[str, ...] = ()
 
@@ -19,7 +19,7 @@ def write(run: FinishedRun, out: Path) -> None:
     with_suffix(out, ".pt2")
     model = fold(copy.deepcopy(run.model))
     images = torch.zeros(2, 3, run.crop, run.crop)
-    # Of PyTorch's own operators, so that the package runs where bitkern is not installed.
+    # The reference uses PyTorch's operators only, so the package runs without bitkern.
     with use_backend("reference"), torch.no_grad():
         batch = torch.export.Dim("batch")
         program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))

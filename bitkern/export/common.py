@@ -1,4 +1,4 @@
-"""What several targets have in common: weights, preprocessing, the model card."""
+"""Weights, preprocessing and model card shared by several targets."""
 
 import json
 from pathlib import Path
@@ -7,21 +7,22 @@ from torch import Tensor
 
 from bitkern import files
 from bitkern.models.pretrained import HUB, find_release
-from bitkern.transfer.finished import FinishedRun
+from bitkern.text import one_line
+from bitkern.transfer.run import FinishedRun
 
-# timm and transformers standardize with 1e-8 where BiT has 1e-10. With weights ten times as large
-# variances are a hundred times as large, and the standardized weights are the same.
+# timm and transformers standardize with an eps of 1e-8, BiT with 1e-10. Weights times ten have
+# variances times a hundred, so their standardized weights are the same.
 WEIGHT_FACTOR = 10.0
 
 
 def with_suffix(out: Path, suffix: str) -> None:
-    """Raise ValueError unless the name of ``out`` ends in the suffix that readers go by."""
+    """Raise ValueError unless the name of ``out`` ends in the suffix."""
     if out.suffix != suffix:
         raise ValueError(f"{out.name}: expected a name ending in {suffix}")
 
 
 def scaled_state(run: FinishedRun) -> dict[str, Tensor]:
-    """The state dict of the run's model, for libraries that standardize with an eps of 1e-8."""
+    """Return the model's state dict for libraries that standardize with an eps of 1e-8."""
     return {
         name: tensor * WEIGHT_FACTOR if ".conv" in name else tensor
         for name, tensor in run.model.state_dict().items()
@@ -29,7 +30,6 @@ def scaled_state(run: FinishedRun) -> dict[str, Tensor]:
 
 
 def preprocessing(run: FinishedRun) -> str:
-    """How an image becomes the model's input, in words."""
     return (
         f"turn it upright as its EXIF data says, convert to RGB, resize to {run.crop} x {run.crop} "
         "pixels (bilinear, antialiased, not keeping the aspect ratio), scale to [-1, 1] by "
@@ -38,9 +38,9 @@ def preprocessing(run: FinishedRun) -> str:
 
 
 def write_card(run: FinishedRun, path: Path, library: str, snippet: str) -> None:
-    """Write the model card, README.md with metadata as the Hugging Face hub reads it."""
+    """Write the model card, README.md with metadata for the Hugging Face hub."""
     summary = run.summary
-    kind = "Several labels an image are possible" if run.multi_label else "One label an image"
+    kind = "Several labels per image are possible" if run.multi_label else "One label per image"
     known = {
         "Model": f"{summary.get('model', run.architecture)}, pre-activation ResNet with weight "
         "standardization and GroupNorm",
@@ -87,15 +87,15 @@ standardizes weights with an eps of 1e-8 where the model was trained with 1e-10,
 same. To train on, mind that a step moves weights ten times as large a hundredth as far.
 
 ## Licence
-The released weights of Big Transfer are under Apache-2.0. Whether those of this model are depends
-on what it was trained from and on: whoever publishes it decides.
+The released weights of Big Transfer are under Apache-2.0. The licence of this model depends on
+its initial weights and training data, and is up to its publisher.
 """
-    with files.replacing(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _named(source: str | None) -> str | None:
-    """What data or weights are called, of files and folders without where they are."""
+    """Return the name of data or weights, without the folders of a path."""
     if source is None or source.startswith(HUB) or find_release(source):
         return source
     return Path(source).name
@@ -106,10 +106,9 @@ def _fraction(value: float | None) -> str | None:
 
 
 def _cell(value: object) -> str:
-    return files.in_a_line(value).replace("|", "\\|")
+    return one_line(value).replace("|", "\\|")
 
 
 def write_json(content: object, path: Path) -> None:
-    """Write a JSON file."""
-    with files.replacing(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""BiT's own format, for whatever reads its released checkpoints."""
+"""BiT's own format, that of its released checkpoints."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bitkern.export.common import with_suffix
 from bitkern.models import create_model, save_npz
-from bitkern.transfer.finished import FinishedRun
+from bitkern.transfer.run import FinishedRun
 
 REQUIRES: tuple[str, ...] = ()
 

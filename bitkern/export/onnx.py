@@ -1,4 +1,4 @@
-"""An ONNX file of standard operators, with classes and preprocessing among its metadata."""
+"""An ONNX file of standard operators, with classes and preprocessing as metadata."""
 
 import copy
 import json
@@ -10,11 +10,11 @@ from torch import Tensor
 from bitkern.backends import use_backend
 from bitkern.convert import fold
 from bitkern.export.common import preprocessing, with_suffix
-from bitkern.transfer.finished import FinishedRun
+from bitkern.transfer.run import FinishedRun
 
 REQUIRES: tuple[str, ...] = ("onnx", "onnxscript", "onnxruntime")
 INPUT, OUTPUT = "pixel_values", "logits"
-LARGEST = 2**31 - 2**20  # bytes of tensors that fit into one file, of at most 2 GiB
+LARGEST = 2**31 - 2**20  # bytes of tensors in one file, which is limited to 2 GiB
 
 
 def write(run: FinishedRun, out: Path) -> None:

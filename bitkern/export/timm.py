@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bitkern.export.common import scaled_state, write_card, write_json
 from bitkern.models.pretrained import timm_name
-from bitkern.transfer.finished import FinishedRun
+from bitkern.transfer.run import FinishedRun
 
 REQUIRES: tuple[str, ...] = ("timm",)
 
@@ -17,7 +17,7 @@ import timm
 model = timm.create_model("local-dir:PATH", pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**config, is_training=False)
-logits = model(transform(image)[None])  # of PIL's image
+logits = model(transform(image)[None])  # a PIL image
 names = model.pretrained_cfg["label_names"]"""
 
 

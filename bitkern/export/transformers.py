@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bitkern.export.common import scaled_state, write_card, write_json
 from bitkern.models import ARCHITECTURES
-from bitkern.transfer.finished import FinishedRun
+from bitkern.transfer.run import FinishedRun
 
 REQUIRES: tuple[str, ...] = ("transformers",)
 
@@ -29,12 +29,11 @@ RENAMES = (
 
 
 def config(architecture: str, **options: Any) -> Any:
-    """The BitConfig of an architecture."""
     from transformers import BitConfig
 
     depths, width = ARCHITECTURES[architecture]
     return BitConfig(
-        # The widths themselves: width_factor widens the blocks alone, not the stem before them.
+        # Widths instead of width_factor, which does not apply to the stem.
         embedding_size=round(64 * width),
         hidden_sizes=[round(size * width) for size in (256, 512, 1024, 2048)],
         depths=list(depths),
@@ -42,8 +41,7 @@ def config(architecture: str, **options: Any) -> Any:
     )
 
 
-def name_of(name: str) -> str:
-    """The name in transformers of a tensor of ours."""
+def transformers_name(name: str) -> str:
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
@@ -61,8 +59,8 @@ def write(run: FinishedRun, out: Path) -> None:
             problem_type=f"{'multi' if run.multi_label else 'single'}_label_classification",
         )
     )
-    state = {name_of(name): tensor for name, tensor in scaled_state(run).items()}
-    state["classifier.1.weight"] = state["classifier.1.weight"].flatten(1)  # of a Linear
+    state = {transformers_name(name): tensor for name, tensor in scaled_state(run).items()}
+    state["classifier.1.weight"] = state["classifier.1.weight"].flatten(1)  # nn.Linear
     model.load_state_dict(state)
     model.save_pretrained(out)
     processor = {

@@ -132,7 +132,7 @@ def read_checkpoint(path: str | PathLike[str]) -> StateDict:
     reader = READERS.get(path.suffix)
     if reader is None:
         raise ValueError(f"{path}: expected a file ending in {', '.join(READERS)}")
-    with files.reading(path, f"a {path.suffix} checkpoint"):
+    with files.explain_read_errors(path, f"a {path.suffix} checkpoint"):
         return reader(path)
 
 
@@ -212,7 +212,7 @@ def load_npz(model: nn.Module, path: str | PathLike[str], *, head: bool = True) 
     which is then untouched.
     """
     path = Path(path)
-    with files.reading(path, "a .npz checkpoint"):
+    with files.explain_read_errors(path, "a .npz checkpoint"):
         state = _read_npz(path)
     load_state_dict(model, state, head=head, source=path)
 
@@ -229,7 +229,7 @@ def save_npz(model: nn.Module, path: str | PathLike[str]) -> None:
         if array.ndim == 4:
             array = array.transpose(2, 3, 1, 0)
         arrays[_npz_key_of_name(name)] = np.ascontiguousarray(array)
-    with files.replacing(path) as part, open(part, "wb") as file:
+    with files.atomic_write(path) as part, open(part, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
@@ -249,12 +249,12 @@ def save_safetensors(model: nn.Module, path: str | PathLike[str], **metadata: An
         storages.add(storage)
     metadata = {"model": _architecture_of(state)} | metadata
     header = {"format": "pt", "bitkern": json.dumps(metadata)}
-    with files.replacing(path) as part:
+    with files.atomic_write(path) as part:
         part.touch()
         mode = part.stat().st_mode
         # In a folder, because safetensors writes to a name of its own, which outlives a kill, and
         # lets the owner alone read the file.
-        with files.part_folder(part) as folder:
+        with files.temporary_folder(part) as folder:
             safetensors.torch.save_file(state, folder / part.name, header)
             (folder / part.name).replace(part)
         part.chmod(mode)
@@ -277,7 +277,7 @@ def _sort_metadata(path: Path) -> None:
 def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:
     """The metadata of a file that ``save_safetensors`` wrote; {} for any other safetensors."""
     path = Path(path)
-    with files.reading(path, "a .safetensors checkpoint"):
+    with files.explain_read_errors(path, "a .safetensors checkpoint"):
         with safetensors.safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("bitkern", "{}"))
         if not isinstance(metadata, dict):

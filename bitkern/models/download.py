@@ -26,6 +26,7 @@ from urllib.parse import quote, unquote
 import filelock
 
 from bitkern import files
+from bitkern.text import one_line
 
 TIMEOUT = 30  # seconds without a byte
 RETRY_WAITS = (1, 2, 4)  # seconds before the second attempt, the third, …
@@ -75,7 +76,7 @@ def download(url: str, path: Path) -> None:
     size = sum(part.stat().st_size for part in _parts(path))
     kept = f"{_mb(size)} are kept, the next call goes on from there" if size else "nothing is kept"
     ways = ways_out(f"put the file at {path} by hand", "BITKERN_WEIGHTS_URL")
-    raise OSError(f"{url}: {files.in_a_line(reason)}; {kept}; {ways}")
+    raise OSError(f"{url}: {one_line(reason)}; {kept}; {ways}")
 
 
 def ways_out(by_hand: str, mirror: str) -> str:
@@ -108,7 +109,7 @@ def _download_with_retries(url: str, path: Path) -> None:
         try:
             return _download(url, path)
         except _ConnectionBrokenError as error:
-            said = f"attempt {number} of {len(RETRY_WAITS) + 1}: {files.in_a_line(error)}"
+            said = f"attempt {number} of {len(RETRY_WAITS) + 1}: {one_line(error)}"
             print(f"{path.name}: {said}; again in {wait} s", file=sys.stderr, flush=True)
             time.sleep(wait)
     _download(url, path)
@@ -145,7 +146,7 @@ def _download(url: str, path: Path) -> None:
             if total not in (None, size):
                 raise _ConnectionBrokenError(f"the server closed after {size} of {total} bytes")
             _verify(part, response.headers.get_all("x-goog-hash", []))
-            files.put_in_place(part, path)
+            files.replace_atomically(part, path)
         finally:
             if not resumable:
                 part.unlink(missing_ok=True)

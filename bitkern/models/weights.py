@@ -5,20 +5,14 @@ import os
 from os import PathLike
 from pathlib import Path
 
-from bitkern import files
+from bitkern.files import cache_folder
 from bitkern.models.download import download, ways_out
 from bitkern.models.pretrained import HUB, Release, get_release
+from bitkern.text import one_line
 
 BIT_URL = "https://storage.googleapis.com/bit_models"
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 CacheDir = str | PathLike[str] | None
-
-
-def cache_folder(cache_dir: CacheDir = None) -> Path:
-    """The folder of BiT's ``.npz`` files: ``cache_dir``, else as the environment says."""
-    folder = cache_dir or os.environ.get("BITKERN_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(folder or Path(base, "bitkern")).expanduser()
 
 
 def source(release: Release) -> str:
@@ -71,7 +65,7 @@ def _in_hub_cache(repository: str, cache_dir: CacheDir) -> Path | None:
         try:
             found = huggingface_hub.try_to_load_from_cache(repository, file, _hub_dir(cache_dir))
         except huggingface_hub.errors.HFValidationError as error:
-            raise ValueError(f"{HUB}{repository}: {files.in_a_line(error)}") from None
+            raise ValueError(f"{HUB}{repository}: {one_line(error)}") from None
         if isinstance(found, str):
             return Path(found)
     return None
@@ -97,7 +91,7 @@ def _from_hub(repository: str, cache_dir: CacheDir) -> Path:
             reason = "not in the cache, and the hub cannot be reached"
         # It also raises the errors of its HTTP client and some fifty classes of its own.
         except Exception as error:
-            reason = files.in_a_line(error)
+            reason = one_line(error)
         address = f"{huggingface_hub.constants.ENDPOINT}/{repository}"
         ways = ways_out(f"pass the path of its {file}, fetched by hand", "HF_ENDPOINT")
         raise OSError(f"{address}: {reason}; {ways}")

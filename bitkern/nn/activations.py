@@ -27,8 +27,8 @@ def act_of(module: nn.Module, acts: Mapping[type, Activation] = ACTS) -> Activat
     return acts.get(type(module))
 
 
-def idle(module: nn.Module) -> bool:
-    """Whether a module returns its input, as it stands."""
+def is_noop(module: nn.Module) -> bool:
+    """Return True if a module returns its input unchanged."""
     if isinstance(module, _DROPOUTS) and type(module) in _DROPOUTS:
         return module.p == 0.0 or not module.training
     return type(module) is nn.Identity

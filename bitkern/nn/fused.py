@@ -13,8 +13,8 @@ from bitkern.ops.convolution import convolution_parameters
 from bitkern.reference import Activation
 
 
-def watched(module: nn.Module) -> bool:
-    """Return whether somebody sees a module being called: a hook, or a forward put over its own."""
+def has_hooks(module: nn.Module) -> bool:
+    """Return True if a module has hooks, or a forward of its instance."""
     return _torch.hooked(module) or "forward" in vars(module)
 
 
@@ -25,7 +25,11 @@ _FORWARDS = GroupNormAct.forward, InstanceNorm.forward
 
 def fused_act(norm: Any, x: Tensor) -> Activation | None:
     """The activation that a kernel computes together with a norm of x; None if it cannot."""
-    if getattr(type(norm), "forward", None) not in _FORWARDS or watched(norm) or not norm.takes(x):
+    if (
+        getattr(type(norm), "forward", None) not in _FORWARDS
+        or has_hooks(norm)
+        or not norm.takes(x)
+    ):
         return None
     act: Activation
     act, modules = norm.fusion()
@@ -34,7 +38,7 @@ def fused_act(norm: Any, x: Tensor) -> Activation | None:
 
 def fusible_conv(module: nn.Module) -> tuple[nn.Module, Conv] | None:
     """The single convolution that a module computes; None if it cannot be fused."""
-    if watched(module):
+    if has_hooks(module):
         return None
     if type(module).forward is nn.Sequential.forward:
         parts = list(module.children())

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from bitkern.nn.fused import norm_act_conv, watched
+from bitkern.nn.fused import has_hooks, norm_act_conv
 
 Summands = tuple[Tensor, Tensor | None]  # of a residual addition that is still to be made
 
@@ -38,7 +38,7 @@ def run_deferred(module: Any, x: Tensor, residual: Tensor | None) -> Summands:
 
     A module with hooks, or without ``forward_deferred``, is called on the sum.
     """
-    if isinstance(module, DeferredResidual) and not watched(cast(nn.Module, module)):
+    if isinstance(module, DeferredResidual) and not has_hooks(cast(nn.Module, module)):
         return module.forward_deferred(x, residual)
     return module(add_residual(x, residual)), None
 
@@ -46,7 +46,7 @@ def run_deferred(module: Any, x: Tensor, residual: Tensor | None) -> Summands:
 def run_all_deferred(modules: Iterable[nn.Module], x: Tensor, residual: Tensor | None) -> Summands:
     """``run_deferred`` over modules: a list, or an ``nn.Sequential`` that would be called."""
     called = not isinstance(modules, list)
-    if called and (not isinstance(modules, nn.Sequential) or watched(modules)):
+    if called and (not isinstance(modules, nn.Sequential) or has_hooks(modules)):
         return run_deferred(modules, x, residual)
     for module in modules:
         x, residual = run_deferred(module, x, residual)

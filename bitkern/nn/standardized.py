@@ -29,7 +29,7 @@ _FORM = """write
     optimizer.step()"""
 
 
-class Sums:
+class GradAccumulator:
     """The gradients of layers' standardized weights, summed over micro-batches."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class _Carried(torch.autograd.Function):
 class _StepLayerGroup(LayerGroup):
     """A group whose gradients are collected until ``finish`` carries them to the weights."""
 
-    def __init__(self, convs: Sequence[WSConv2d], sums: Sums) -> None:
+    def __init__(self, convs: Sequence[WSConv2d], sums: GradAccumulator) -> None:
         super().__init__(convs)
         self.sums = sums
         self.arrived = self.closed = False
@@ -245,7 +245,7 @@ class _StepWeights(StandardizedWeights):
 
     groups: Sequence[_StepLayerGroup]
 
-    def __init__(self, module: nn.Module, sums: Sums) -> None:
+    def __init__(self, module: nn.Module, sums: GradAccumulator) -> None:
         super().__init__(module, partial(_StepLayerGroup, sums=sums))
         self.parameters = [p for p in module.parameters() if type(p) is nn.Parameter]
         self.state = _torch.version_key(self.parameters)
@@ -274,7 +274,7 @@ class _StepWeights(StandardizedWeights):
         It is for the weight of a single layer that has no other gradient and no hooks.
         """
         fused: set[Tensor] = set()
-        if optimizer is not None and not self.ddp and not optimizer.watched:
+        if optimizer is not None and not self.ddp and not optimizer.has_hooks:
             weights = [w for group in self.groups for w in group.weights]
             layers = Counter(w.data_ptr() for w in weights)
             alone = (w for w in weights if layers[w.data_ptr()] == 1 and w.grad is None)
@@ -318,7 +318,7 @@ def _take_step(optimizer: SGD | None) -> None:
 
 @contextlib.contextmanager
 def standardized(
-    module: nn.Module, *, optimizer: SGD | None = None, sums: Sums | None = None
+    module: nn.Module, *, optimizer: SGD | None = None, sums: GradAccumulator | None = None
 ) -> Iterator[None]:
     """Standardize all weights of ``module`` once for the forward and backward passes inside.
 
@@ -362,7 +362,7 @@ def standardized(
         yield
         _take_step(optimizer)
         return
-    sums = sums or Sums()
+    sums = sums or GradAccumulator()
     weights = _StepWeights(module, sums)
     refusal = register_optimizer_step_pre_hook(weights.refuse_step)
     try:

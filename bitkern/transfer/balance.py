@@ -1,4 +1,4 @@
-"""Unbalanced classes: rare ones drawn as often as frequent ones, or weighing as much in the loss.
+"""Unbalanced classes: sample rare ones as often as frequent ones, or weight the loss by class.
 
 BiT's recipe does neither.
 """
@@ -18,10 +18,10 @@ BALANCE = ("none", "sample", "loss")
 
 
 def sample_weights(labels: "Labels") -> Weights:
-    """How often to draw each of N examples, in proportion: one over the number of its class.
+    """Compute sampling weights for N examples: one over the number of examples of the class.
 
-    ``labels`` int64 (N,), or bool (N, classes), also as a ``csr_array``: the class of an image is
-    then the rarest of its labels, and images without any are a class of their own.
+    ``labels`` int64 (N,), or bool (N, classes), also as a ``csr_array``: an image then counts as
+    one of its rarest label, and images without labels are a class of their own.
     """
     if labels.ndim == 1:
         counts: npt.NDArray[np.intp] = np.bincount(labels)
@@ -36,10 +36,10 @@ def sample_weights(labels: "Labels") -> Weights:
 
 
 def class_weights(labels: "Labels", num_classes: int) -> Weights:
-    """What a class weighs in the loss (num_classes,); 1 where it has no example.
+    """Compute the weights of classes in the loss (num_classes,); 1 for a class without examples.
 
-    Of one label an image, N / (classes that occur * examples of the class), whose mean over the
-    images is 1. Of several, what a class's positives weigh: negatives / positives.
+    For single labels N / (classes that occur * examples of the class), whose mean over the images
+    is 1. For multi-label sets the weight of a class's positives, negatives / positives.
     """
     if labels.ndim == 1:
         counts = np.bincount(labels, minlength=num_classes)

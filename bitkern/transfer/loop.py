@@ -1,173 +1,191 @@
-"""The training loop, of any recipe: its learning rate, loss, transforms and MixUp are its own.
+"""The training loop: steps, evaluations and checkpoints."""
 
-All randomness is a function of (seed, step, example): data order, crops, flips and MixUp do not
-depend on the number of loader workers or processes, and a resumed run continues bit for bit.
-
-In several processes (torchrun) each computes its part of every micro-batch and the gradients are
-summed once a step, while the backward pass of the last micro-batch goes on.
-"""
-
+import contextlib
 import dataclasses
-import json
-import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Literal
+import math
+import threading
+import time
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitkern.transfer import ranks
-from bitkern.transfer.compute import Compute, require
 from bitkern.transfer.data.images import ImageSet
-from bitkern.transfer.data.opening import Reading
-from bitkern.transfer.fit import Due
+from bitkern.transfer.data.resized import ResizedImages
+from bitkern.transfer.inference import RankPredictions, predict_on_rank
+from bitkern.transfer.micro_batch import Trial
+from bitkern.transfer.progress import Display, StopRequested, format_duration
 from bitkern.transfer.recipes import Recipe
-from bitkern.transfer.report import check_report
-from bitkern.transfer.run import REPORT, Record, check_out
-from bitkern.transfer.selection import Selection
-from bitkern.transfer.setup import Setup
-from bitkern.transfer.training import Training, TrainResult
+from bitkern.transfer.recipes.hyperrule import HyperRule
+from bitkern.transfer.run import Journal, Progress, Run
+from bitkern.transfer.selection import BestModel
+from bitkern.transfer.step import AsyncScalar, TrainStep
+from bitkern.transfer.train_setup import TrainingError, TrainSetup
+
+FORWARD = 3  # duration of forward and backward relative to forward alone
+LONG = 3600  # seconds on a CPU after which the quick preset is suggested
 
 
-def train(
-    model: nn.Module,
-    train_set: ImageSet,
-    rule: Recipe,
-    *,
-    eval_set: ImageSet | None = None,
-    out: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    seed: int = 0,
-    batch_split: int | Literal["auto"] = 1,
-    balance: str = "none",
-    flip: bool = True,
-    eval_every: int | None = None,
-    checkpoint_every: int | None = None,
-    workers: int = 0,
-    device: str | torch.device = "cpu",
-    precision: str = "fp32",
-    cuda_graph: str = "auto",
-    cache: str = "auto",
-    decoder: str = "pillow",
-    skip_corrupt: bool = False,
-    check: bool | None = None,
-    progress: bool = True,
-    on_record: Callable[[Record], object] | None = None,
-    selection: Selection | None = None,
-    about: Mapping[str, Any] | None = None,
-) -> TrainResult:
-    """Train ``model`` in place by a recipe: SGD with momentum 0.9 on its trainable part.
+@dataclasses.dataclass
+class TrainLoop:
+    """The loop of a training, from the run's current step on."""
 
-    ``model`` maps (N, 3, crop, crop) in [-1, 1] to logits (N, classes); it is moved to ``device``,
-    in channels_last, and computes in ``precision``: "fp32", "bf16" or "fp16" by autocast, the last
-    with its loss scaled, or "auto", which is ``default_precision``, or what the run began with
-    on resuming. Each batch is taken in ``batch_split`` micro-batches, whose gradients add up to
-    those of the mean over the batch; "auto" is the smallest number for which the memory of the
-    device suffices, found by trying, or the one that the run began with. ``balance`` is "sample" to
-    draw all classes equally often, "loss" to weigh each by its rarity: see
-    ``bitkern.transfer.balance``. Images of several labels (``ImageSet``) are learnt by
-    sigmoids. ``flip`` mirrors half the images: turn it off for digits and letters. ``cuda_graph``
-    is "on" to replay steps and evaluations as CUDA graphs, on one GPU, for a model that does the
-    same in every step; "auto" is "off" until it has been measured on a GPU.
+    setup: TrainSetup
+    run: Run
+    display: Display
+    interrupted: threading.Event
+    train_images: ResizedImages
+    evaluation: tuple[ResizedImages, ImageSet] | None
+    best_model: BestModel
 
-    ``workers`` threads load images, 0 for none but the caller's; all cores read them before.
-    ``cache`` is "ram" to decode each image once and keep it, resized, in memory that the processes
-    of a machine share, "disk" in a file that later runs find too, "off" to decode at every use,
-    "auto" for what there is room for, which it says. ``decoder`` is "pillow" or "torchvision",
-    whose pixels differ. ``check`` has all images read before the training, None those of sets of up
-    to 100 000; other sets are kept only on "ram" or "disk", and where crops are cut out of whole
-    images (``Pretraining``) those to evaluate alone. With ``skip_corrupt`` the next image of
-    the set takes the place of one that cannot be read, and evaluations leave it out. None of these
-    but the decoder changes a bit of the result.
+    def __post_init__(self) -> None:
+        rule, self.step = self.setup.rule, self.run.done.step
+        self.losses = _LossLog(rule, self.run.journal, self.display)
+        self.began = time.perf_counter() - self.run.done.seconds
+        self.predictions: RankPredictions | None = None
+        # Within a step only if no other process waits and gradients are the only state.
+        has_buffers = any(True for _ in self.setup.model.buffers())
+        self.stops_within_step = ranks.world_size() == 1 and not has_buffers
 
-    ``eval_every`` and ``checkpoint_every`` are steps, by default a tenth of the run; the last step
-    is always included. ``out`` is the folder of metrics.jsonl and last.pt, and in the end of
-    model.safetensors, curves.png, with ``eval_set`` the files of ``write_report``, and
-    summary.json, which begins with ``about``; without it nothing is written. ``resume`` continues
-    from last.pt with the bits of an uninterrupted run. Ctrl-C finishes the micro-batch (in
-    several processes, and where the model has buffers, the step), writes last.pt and raises
-    ``KeyboardInterrupt``; a second one raises it at once. A run that fails before its first
-    checkpoint leaves no file behind. ``on_record`` is called by the first process with each line
-    of metrics.jsonl as it is written; a run that was killed may repeat its last ones. With
-    ``selection`` another set is evaluated while it trains, by which the best model may be kept and
-    the training end early; ``metrics`` are then those of ``eval_set`` at the end.
+    @property
+    def seconds(self) -> float:
+        """Wall time, including that before the run was resumed."""
+        return time.perf_counter() - self.began
 
-    With a process group of torch.distributed (one that serves CPU tensors too) all its processes
-    make the call. They start from the first one's model, share each batch and the evaluations, and
-    get the same results, equal to those of a single process but for the rounding of sums; the first
-    writes the files.
+    def on_micro_batch(self, done: int = 0) -> None:
+        """Show that ``done`` micro-batches of the step are done. Raises ``StopRequested``."""
+        if done:
+            self.display.update(self.step + done / self.setup.batch_split)
+        if self.stops_within_step and self.interrupted.is_set():
+            raise StopRequested
 
-    Raises ``ValueError`` for bad arguments, ``DataError`` for an image that
-    cannot be read, ``TrainingError`` when the loss is not finite
-    (``model`` is spoilt then, last.pt is not), ``RankError`` when
-    another process fails.
-    """
-    for name, every in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
-        if every is not None and every < 1:
-            raise ValueError(f"{name}: expected a positive number of steps, got {every}")
-    compute = Compute.of(device, precision, workers, cuda_graph)
-    if rule.sigmoid:
-        train_set = train_set.as_multi_label()
-    if eval_set is not None:
-        eval_set = _like(train_set, eval_set, "eval_set")
-    if selection:
-        val_set = _like(train_set, selection.val_set, "val_set")
-        selection = dataclasses.replace(selection, val_set=val_set)
-        eval_set = val_set if eval_set is None else eval_set
-    first_split = 1 if batch_split == "auto" else batch_split
-    setup = Setup(model, train_set, rule, compute, seed, first_split, balance, flip, decoder)
-    folder = None if out is None else Path(out)
-    _check_out(folder, resume, eval_set, model, about or {})
-    training = Training(
-        setup,
-        Reading.of(cache, decoder, skip_corrupt, check),
-        eval_set,
-        selection,
-        folder,
-        Due(rule.steps, eval_every, checkpoint_every),
-        progress and ranks.rank() == 0,
-        dict(about or {}),
-    )
-    resumed = training.restore(resume, precision == "auto", batch_split == "auto")
-    training.open_images()
-    trial, auto = None, batch_split == "auto" and not resumed
-    if auto or progress:
-        trial = training.fit_memory(auto)
-    return training.run(resume, trial, on_record)
+    def fit(self, take_step: TrainStep) -> RankPredictions | None:
+        """Take the remaining steps; returns the predictions of the last evaluation.
 
+        Raises KeyboardInterrupt after Ctrl-C, once the finished steps are saved.
+        """
+        rule, first = self.setup.rule, self.step
+        while True:
+            with contextlib.suppress(StopRequested):
+                self._evaluate_if_due()
+            (stop,) = ranks.all_reduce_sum(self.interrupted.is_set())
+            over = self.step == rule.steps or self._is_over()
+            if stop or self.step > first and (over or self.setup.intervals.checkpoint(self.step)):
+                self._save()
+            if stop:
+                raise KeyboardInterrupt
+            if over:
+                break
+            try:
+                self.losses.add(self.step, take_step(self.step, rule.lr(self.step)))
+                self.step += 1
+                self.display.update(self.step)
+            except StopRequested:
+                take_step.optimizer.zero_grad()  # those of a part of the step
+        return self.predictions
 
-def _check_out(
-    folder: Path | None,
-    resume: bool,
-    eval_set: ImageSet | None,
-    model: nn.Module,
-    about: Mapping[str, Any],
-) -> None:
-    """Raise before the training what else would be raised when its results are written."""
-    if folder is None:
-        if resume:
-            raise ValueError("resume: expected out, the folder of the run to continue")
-        return
-    require("matplotlib", "tqdm")
-    ranks.from_first(check_out, folder, resume)
-    if eval_set is not None:
-        ranks.from_first(check_report, folder / REPORT)
-    for name, value in about.items():
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"about: expected what JSON can hold, got {name}: {error}") from None
-    for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"model: expected tensors in its state, got {name}: {type(value)}")
+    def _is_over(self) -> bool:
+        selection = self.setup.selection
+        return bool(selection and selection.is_over(self.run.journal.records))
+
+    def estimate(self, trial: Trial) -> str:
+        """Describe the memory and time of the training, extrapolated from a micro-batch."""
+        rule, setup = self.setup.rule, self.setup
+        per_image = trial.seconds / setup.micro_batch
+        left = range(self.step + 1, rule.steps + 1)
+        evaluations = sum(map(self.setup.intervals.evaluation, left))
+        eval_images = evaluations * (len(self.evaluation[1].images) if self.evaluation else 0)
+        eval_cost = eval_images / FORWARD / ranks.world_size()  # in training images
+        step = setup.batch_split * trial.seconds
+        total = len(left) * step + eval_cost * per_image
+        device, memory = setup.config.device, trial.memory
+        if device.type == "cpu":  # the images in RAM are not resident yet
+            sets = self.train_images, *([self.evaluation[0]] if self.evaluation else [])
+            memory += sum(images.cached.nbytes for images in sets if images.cached is not None)
+        text = (
+            f"estimate: {memory / 1e9:.1f} GB of {'GPU ' * (device.type == 'cuda')}memory, "
+            f"{format_duration(step)} a step, {format_duration(total)} in all ({len(left)} steps "
+            f"of {rule.batch_size} images of {rule.crop}x{rule.crop}, {setup.micro_batch} at a "
+            "time)"
+        )
+        if device.type != "cpu" or total < LONG or not isinstance(rule, HyperRule):
+            return text
+        quick = rule.quick()
+        quick_images = quick.steps * quick.batch_size + 10 * eval_cost / max(1, evaluations)
+        quick_time = quick_images * per_image * (quick.crop / rule.crop) ** 2
+        command = self.run.about.get("command")
+        how = f"{command} --preset quick --out {self.run.out}-quick" if command else "rule.quick()"
+        return (
+            f"{text}\n{format_duration(quick_time)} instead, usually less accurate, with images of "
+            f"{quick.crop}x{quick.crop} and {quick.steps} steps of {quick.batch_size}: {how}"
+        )
+
+    def _evaluate_if_due(self) -> None:
+        journal, last = self.run.journal, self.run.journal.records[-1:]
+        done = last and last[0]["step"] == self.step and "top1" in last[0]
+        if not self.evaluation or not self.setup.intervals.evaluation(self.step) or done:
+            return
+        self.losses.read()
+        self.predictions = self.predict(*self.evaluation)
+        metrics = self.predictions.metrics()
+        _check_finite(metrics["eval_loss"], "evaluation loss", self.step, self.setup.rule)
+        journal.add(step=self.step, **metrics)
+        self.display.show(journal.records[-1])
+        selection = self.setup.selection
+        if selection and selection.keep == "best":
+            if selection.best(journal.records) is journal.records[-1]:
+                self.best_model.save()
+
+    def predict(self, resized: ResizedImages, data: ImageSet) -> RankPredictions:
+        """Predict this process's share of a set. Raises ``StopRequested`` after Ctrl-C."""
+        parts = self.setup.config, self.setup.model, resized, data, self.setup.micro_batch
+        return predict_on_rank(*parts, self.setup.read_options.skip_corrupt, self.on_micro_batch)
+
+    def _save(self) -> None:
+        self.losses.read()  # raises if it is not finite, so that no such step is saved
+        corrupt = gather_corrupt(self.train_images)
+        with ranks.propagate_errors():
+            self.run.save(Progress(self.step, self.seconds, corrupt=corrupt))
 
 
-def _like(train_set: ImageSet, data: ImageSet, name: str) -> ImageSet:
-    """A set to evaluate, with labels as those to train on."""
-    require("sklearn")
-    if train_set.multi_label:
-        return data.as_multi_label()
-    if data.multi_label:
-        raise ValueError(f"{name}: expected one label an image as train_set has, got several")
-    return data
+@dataclasses.dataclass
+class _LossLog:
+    """The losses of the steps, each read while the device computes the next step."""
+
+    rule: Recipe
+    journal: Journal
+    display: Display
+    unread: tuple[int, AsyncScalar] | None = None
+
+    def add(self, step: int, loss: Tensor) -> None:
+        """Start to copy a loss, and read that of the step before."""
+        scalar = AsyncScalar(loss)
+        self.read()
+        self.unread = step, scalar
+
+    def read(self) -> None:
+        """Record the unread loss, if any. Raises TrainingError if it is not finite."""
+        if self.unread is None:
+            return
+        step, scalar = self.unread
+        self.unread = None
+        with ranks.propagate_errors():
+            own_loss = scalar.value()
+        (loss,) = ranks.all_reduce_sum(own_loss)
+        _check_finite(loss, "loss", step + 1, self.rule)
+        self.journal.add(step=step + 1, loss=loss, lr=self.rule.lr(step))
+        self.display.show(self.journal.records[-1])
+
+
+def gather_corrupt(images: ResizedImages) -> tuple[int, ...]:
+    """Return the images that any process could not read."""
+    return tuple(sorted({i for rank in ranks.all_gather_object([*images.corrupt]) for i in rank}))
+
+
+def _check_finite(loss: float, name: str, step: int, rule: Recipe) -> None:
+    if not math.isfinite(loss):
+        lr_name, lr = "base_lr", getattr(rule, "base_lr", None)
+        if lr is None:
+            lr_name, lr = "learning rate", rule.lr(step - 1)
+        raise TrainingError(
+            f"the {name} is {loss} at step {step}: try a lower {lr_name} (now {lr:g})"
+        )

@@ -1,7 +1,7 @@
-"""The processes that train together, as torchrun starts them; a single one is a group of one.
+"""Processes that train together, as torchrun starts them; a single one is a group of one.
 
-Each computes its part of a step by itself, then they meet: a process that fails never leaves the
-others waiting.
+Each computes its part of a step by itself, then they communicate: a process that fails never leaves
+the others waiting.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BUCKET_BYTES = 32 << 20  # that an all-reduce takes at a time: few calls, little memory
+BUCKET_BYTES = 32 << 20  # of an all-reduce: few calls, little memory
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -35,23 +35,23 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def is_first_of_host() -> bool:
-    """Whether this is the process that does what each host needs once."""
+def is_local_rank0() -> bool:
+    """Return True in the first process of each machine."""
     return world_size() == 1 or int(os.environ.get("LOCAL_RANK", rank())) == 0
 
 
 @contextlib.contextmanager
-def launched() -> Iterator[None]:
-    """Join the other processes for the block, if torchrun started them and it is not done yet."""
+def process_group() -> Iterator[None]:
+    """Initialize the process group for the block, under torchrun and unless it is there already."""
     if not dist.is_available() or dist.is_initialized() or not dist.is_torchelastic_launched():
         yield
         return
-    # Loaded later, as the compiler does, its default arguments hold the group for good; then the
-    # threads of gloo outlive it, and one that frees a tensor while Python ends aborts the process.
+    # The compiler imports it later, and then its default arguments keep the group alive: gloo's
+    # threads outlive it, and one that frees a tensor while Python exits aborts the process.
     importlib.import_module("torch.distributed.nn.functional")
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    # The first one may check a large folder of images for hours.
+    # Rank 0 may check a large folder of images for hours.
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     try:
         yield
@@ -60,59 +60,59 @@ def launched() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _meeting() -> Iterator[None]:
+def _as_rank_error() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # of any backend, when a process is gone
+    except RuntimeError as error:  # raised by every backend when a process is gone
         reason = str(error).partition("\n")[0]
-        raise RankError(f"the processes cannot meet: {reason}") from None
+        raise RankError(f"the processes cannot communicate: {reason}") from None
 
 
-def sums_of(*values: float) -> list[float]:
-    """The sums of ``values`` over all processes."""
+def all_reduce_sum(*values: float) -> list[float]:
+    """Return the sums of ``values`` over all processes."""
     if world_size() == 1:
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64)
-    with _meeting():
+    with _as_rank_error():
         dist.all_reduce(sums)
     return [float(value) for value in sums]
 
 
-def adding_up(tensor: Tensor) -> Callable[[], None]:
-    """Begin to replace a tensor by its sum over all processes; what is returned waits for it.
+def all_reduce_async(tensor: Tensor) -> Callable[[], None]:
+    """Start to replace a tensor by its sum over all processes; returns a function that waits.
 
-    With NCCL the stream does, and not the host, by PyTorch's documentation.
+    With NCCL the stream waits, not the host.
     """
-    with _meeting():
+    with _as_rank_error():
         work = dist.all_reduce(tensor, async_op=True)
 
     def wait() -> None:
-        with _meeting():
+        with _as_rank_error():
             work.wait()
 
     return wait
 
 
-def add_up(tensors: Iterable[Tensor]) -> None:
+def all_reduce_tensors(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over all processes, in few large all-reduces."""
     if world_size() == 1:
         return
     for bucket in buckets(tensors):
         sizes = [tensor.numel() for tensor in bucket]
-        with together():  # which memory may not suffice for
+        with propagate_errors():  # there may be too little memory
             flat = bucket[0].new_empty(sum(sizes))
-        # One copy each way, whatever the memory format; reshape and cat would make two.
+        # One copy each way, in any memory format; reshape and cat would make two.
         parts = [p.view(t.shape) for p, t in zip(torch.split(flat, sizes), bucket, strict=True)]
         for tensor, part in zip(bucket, parts, strict=True):
             part.copy_(tensor)
-        with _meeting():
+        with _as_rank_error():
             dist.all_reduce(flat)
         for tensor, part in zip(bucket, parts, strict=True):
             tensor.copy_(part)
 
 
 def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in lists of one dtype and device, of about BUCKET_BYTES each."""
+    """Group tensors into lists of one dtype and device, of about BUCKET_BYTES each."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         bucket = kinds[tensor.dtype, tensor.device]
@@ -122,85 +122,84 @@ def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     yield from kinds.values()
 
 
-def copy_from_first(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by that of the first process."""
+def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by that of rank 0."""
     if world_size() > 1:
-        with _meeting():
+        with _as_rank_error():
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Run the block, in which processes do not meet; one that fails in it stops them all.
+def propagate_errors() -> Iterator[None]:
+    """Run a block without communication; if it fails in one process, stop them all.
 
-    They may meet in what all take part in, whoever fails (``bitkern.transfer.reduction``). One
-    that fails raises its own error, the others ``RankError`` with the message of the first.
+    Collectives in which all take part, also those that failed, are allowed in the block
+    (``bitkern.transfer.gradient_reducer``). A process that fails raises its own error, the others
+    ``RankError`` with the message of the first.
     """
     try:
         yield
     except BaseException as error:
-        with contextlib.suppress(RankError):  # the error at hand matters more
-            _tell_failures(f"process {rank()}: {str(error) or type(error).__name__}")
+        with contextlib.suppress(RankError):  # the original error matters more
+            _share_failure(f"process {rank()}: {str(error) or type(error).__name__}")
         raise
-    _tell_failures(None)
+    _share_failure(None)
 
 
-def _tell_failures(mine: str | None) -> None:
+def _share_failure(own: str | None) -> None:
     if world_size() == 1:
         return
-    first = torch.tensor(world_size() if mine is None else rank())
-    with _meeting():
+    first = torch.tensor(world_size() if own is None else rank())
+    with _as_rank_error():
         dist.all_reduce(first, dist.ReduceOp.MIN)
         if first == world_size():
             return
-        message: list[str | None] = [mine]
+        message: list[str | None] = [own]
         dist.broadcast_object_list(message, int(first))
-    if mine is None:
+    if own is None:
         raise RankError(message[0])
 
 
-def from_first(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """What ``function`` returns on the first process, the only one to call it."""
-    with together():
+def run_on_rank0(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """Call ``function`` on rank 0 alone; all processes get its result."""
+    with propagate_errors():
         result: list[T | None]
         result = [function(*arguments, **options) if rank() == 0 else None]
     if world_size() > 1:
-        with _meeting():
+        with _as_rank_error():
             dist.broadcast_object_list(result)
     return result[0]  # type: ignore[return-value]
 
 
-def everyones(value: T) -> list[T]:
-    """The value of each process, in their order."""
+def all_gather_object(value: T) -> list[T]:
+    """Return the values of all processes, by rank."""
     if world_size() == 1:
         return [value]
     values: list[T] = [value] * world_size()
-    with _meeting():
+    with _as_rank_error():
         dist.all_gather_object(values, value)
     return values
 
 
-def _host() -> str:
-    """What the processes have in common that see each other's files in /proc."""
+def _host_id() -> str:
+    """Identify processes that see each other's files in /proc."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
-def from_first_of_host(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """What ``function`` returns on the first process of this host, which alone calls it there."""
+def run_on_local_rank0(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """Call ``function`` in one process of each machine; the others there get its result."""
     if world_size() == 1:
         return function(*arguments, **options)
-    hosts = everyones(_host())
+    hosts = all_gather_object(_host_id())
     first = hosts.index(hosts[rank()])
-    result = None
-    with together():
+    result, pickled = None, b""
+    with propagate_errors():
         if rank() == first:
             result = function(*arguments, **options)
-            packed = pickle.dumps(result)  # which other hosts may not be able to unpack
-        else:
-            packed = b""
-    packed = everyones(packed)[first]
-    with together():
-        unpacked: T = result if rank() == first else pickle.loads(packed)  # type: ignore[assignment]
-    return unpacked
+            pickled = pickle.dumps(result)  # bytes, because other machines may fail to unpickle it
+    pickled = all_gather_object(pickled)[first]
+    with propagate_errors():
+        unpickled: T = result if rank() == first else pickle.loads(pickled)  # type: ignore[assignment]
+    return unpickled

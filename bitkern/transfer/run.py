@@ -1,22 +1,23 @@
-"""The files of a run: metrics.jsonl and last.pt while it trains, the results when it is done.
+"""The files of a run: metrics.jsonl and last.pt during the training, the results at the end.
 
-All but the appended metrics.jsonl are written under a temporary name, synced, and renamed.
+All but the appended metrics.jsonl are written atomically.
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from bitkern import files
-from bitkern.models.checkpoints import save_safetensors
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from bitkern.models import ARCHITECTURES, ResNetV2, create_model
+from bitkern.models.checkpoints import read_metadata, save_safetensors
+from bitkern.text import one_line
+from bitkern.transfer.curves import Record, draw_curves
 
 NAMES = METRICS, CHECKPOINT, SUMMARY, CURVES, WEIGHTS, REPORT = (
     "metrics.jsonl",
@@ -26,8 +27,7 @@ NAMES = METRICS, CHECKPOINT, SUMMARY, CURVES, WEIGHTS, REPORT = (
     "model.safetensors",
     "report.html",
 )
-OPTIONS = ("seed", "batch_split", "balance", "flip", "decoder")  # of a training, by their names
-Record = dict[str, Any]
+OPTIONS = ("seed", "batch_split", "balance", "flip", "decoder")  # arguments of train
 OnRecord = Callable[[Record], object]
 
 
@@ -36,9 +36,9 @@ class RunError(ValueError):
 
 
 class Progress(NamedTuple):
-    """How far a run is: finished steps, seconds of wall time, bytes of metrics.jsonl.
+    """The state of a run: finished steps, seconds of wall time, bytes of metrics.jsonl.
 
-    And the training images that could not be read.
+    ``corrupt`` are the training images that could not be read.
     """
 
     step: int = 0
@@ -66,10 +66,10 @@ def check_out(out: Path, resume: bool) -> None:
 
 
 class Journal:
-    """The records of a run, each also a line of metrics.jsonl when there is an output folder."""
+    """The records of a run, which are lines of metrics.jsonl if there is an output folder."""
 
     def __init__(self, out: Path | None, size: int = 0, on_record: OnRecord | None = None) -> None:
-        """``size``: the bytes of metrics.jsonl to keep; what a stopped run wrote later is cut."""
+        """``size``: the bytes of metrics.jsonl to keep; later lines of a stopped run are cut."""
         self.records: list[Record] = []
         self.on_record = on_record
         self.file = None
@@ -83,33 +83,31 @@ class Journal:
             self.records = [json.loads(line) for line in kept.splitlines()]
 
     def add(self, **record: Any) -> None:
-        """Append a record."""
         self.records.append(record)
         if self.file:
-            with files.writing(Path(self.file.name)):
+            with files.explain_write_errors(Path(self.file.name)):
                 self.file.write(json.dumps(record).encode() + b"\n")
                 self.file.flush()
         if self.on_record:
             self.on_record(dict(record))
 
     def synced_size(self) -> int:
-        """The bytes of metrics.jsonl, all of which outlive a power cut."""
+        """Flush metrics.jsonl to the disk and return its bytes."""
         if self.file is None:
             return 0
         os.fsync(self.file.fileno())
         return self.file.tell()
 
     def close(self) -> None:
-        """Close the file; the records stay."""
         if self.file:
             self.file.close()
 
 
 class Run:
-    """A training and its folder; without one, and in all processes but the first, nothing is kept.
+    """A training and its folder; without one, and in all processes but rank 0, nothing is written.
 
-    ``state`` holds the ``model``, the ``optimizer`` and the ``scaler``, ``settings`` what may not
-    change on resuming, ``about`` what a user says of the run when it begins.
+    ``state`` holds the objects of a checkpoint, ``settings`` must be the same on resuming,
+    ``about`` are a user's entries of summary.json.
     """
 
     def __init__(
@@ -126,7 +124,7 @@ class Run:
 
     @contextlib.contextmanager
     def recording(self, resume: bool, on_record: OnRecord | None) -> Iterator[Journal]:
-        """Keep the journal during the block, the training; ``on_record`` is told what is added.
+        """Open the journal for the block, the training; ``on_record`` gets each record.
 
         A run can be resumed from its start on, however it is killed. One that fails before a step
         is saved, and was not resumed, leaves nothing behind.
@@ -137,7 +135,7 @@ class Run:
             return
         created = not self.out.exists()
         self.out.mkdir(parents=True, exist_ok=True)
-        files.remove_parts(self.out)
+        files.remove_temporary_files(self.out)
         try:
             if not resume:
                 self.save(self.done)
@@ -153,12 +151,12 @@ class Run:
                         self.out.rmdir()
 
     def save(self, done: Progress) -> None:
-        """Write last.pt: what ``load_checkpoint`` needs to go on from there."""
+        """Write last.pt, from which ``load_checkpoint`` continues."""
         if self.out is None:
             return
         done = done._replace(journal=self.journal.synced_size())
         state = {name: part.state_dict() for name, part in self.state.items()}
-        with files.replacing(self.out / CHECKPOINT) as part:
+        with files.atomic_write(self.out / CHECKPOINT) as part:
             kept = {"settings": self.settings, "about": self.about, "progress": done._asdict()}
             torch.save({**state, **kept}, part)
         self.done = done
@@ -177,10 +175,10 @@ class Run:
 
 
 def read_checkpoint(out: Path) -> dict[str, Any]:
-    """The content of last.pt. Raises ``RunError`` if it is broken."""
+    """Read last.pt. Raises ``RunError`` if it is damaged."""
     path = out / CHECKPOINT
     try:
-        with files.reading(path, "a checkpoint of a run"):
+        with files.explain_read_errors(path, "a checkpoint of a run"):
             state: dict[str, Any] = torch.load(path, "cpu", weights_only=True, mmap=True)
             Progress(**state["progress"])
             dict(state["settings"]["rule"], **state["model"], **state["optimizer"])
@@ -192,10 +190,7 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    out: Path,
-    checkpoint: Mapping[str, Any],
-    state: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    out: Path, checkpoint: Mapping[str, Any], state: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> Progress:
     """Restore the parts of ``state`` from last.pt; returns its progress.
 
@@ -214,44 +209,78 @@ def load_checkpoint(
             )
     try:
         for name, part in state.items():
-            # Of another precision a scaler has no state; earlier versions kept no model.
+            # A scaler is empty in other precisions; early versions had no "kept".
             if name not in ("scaler", "kept") or checkpoint.get(name):
                 part.load_state_dict(checkpoint[name])
     except (RuntimeError, ValueError, KeyError) as error:
-        raise RunError(f"{path}: is of another model: {files.in_a_line(error)}") from None
+        raise RunError(f"{path}: does not fit the model: {one_line(error)}") from None
     return Progress(**checkpoint["progress"])
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in which those of the rule have names of their own."""
+    """Flatten the settings of the rule to "rule.NAME"."""
     rule = {f"rule.{name}": value for name, value in settings["rule"].items()}
     return {**{name: value for name, value in settings.items() if name != "rule"}, **rule}
 
 
 def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
-    """Write summary.json."""
-    with files.replacing(out / SUMMARY) as part:
+    with files.atomic_write(out / SUMMARY) as part:
         part.write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def draw_curves(path: Path, records: Sequence[Record]) -> None:
-    """Draw the training loss and, where there are evaluations, top-1 against the step."""
-    from matplotlib.figure import Figure
+class FinishedRun(NamedTuple):
+    """The result of ``load_run``.
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    plot_curves(figure, records)
-    with files.replacing(path) as part:
-        figure.savefig(part, format="png")
+    ``model`` maps images (N, 3, crop, crop) in [-1, 1] to logits (N, classes), of a softmax, or
+    with ``multi_label`` of a sigmoid for each class. ``architecture`` is its bare name, such as
+    ``"R50x1"``. ``summary`` is the content of summary.json, ``history`` that of
+    metrics.jsonl; empty where there is none. ``decoder`` is that of the training images.
+    """
+
+    model: ResNetV2
+    architecture: str
+    classes: tuple[str, ...]
+    crop: int
+    multi_label: bool
+    summary: dict[str, Any]
+    history: list[Record]
+    decoder: str = "pillow"
 
 
-def plot_curves(figure: "Figure", records: Sequence[Record]) -> None:
-    """The two plots of ``draw_curves`` in a figure of matplotlib."""
-    losses = [r for r in records if "loss" in r]
-    evaluations = [r for r in records if "top1" in r]
-    loss_axes, top1_axes = figure.subplots(1, 2)
-    loss_axes.plot([r["step"] for r in losses], [r["loss"] for r in losses], linewidth=1)
-    loss_axes.plot([r["step"] for r in evaluations], [r["eval_loss"] for r in evaluations], "o-")
-    loss_axes.set(xlabel="step", ylabel="loss")
-    loss_axes.legend(["train", "evaluation"])
-    top1_axes.plot([r["step"] for r in evaluations], [r["top1"] for r in evaluations], "o-")
-    top1_axes.set(xlabel="step", ylabel="top-1 accuracy", ylim=(0, 1))
+def load_run(path: str | PathLike[str]) -> FinishedRun:
+    """Load the folder of a run, or its model.safetensors.
+
+    Raises ValueError naming the file and what is wrong with it, FileNotFoundError if it is missing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / WEIGHTS).exists() and (path / CHECKPOINT).exists():
+            raise ValueError(f"{path}: the run is not finished; continue it with resume=True")
+        path = path / WEIGHTS
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: expected the folder of a run, or its {WEIGHTS}")
+    metadata = read_metadata(path)
+    if not {"model", "classes", "crop"} <= metadata.keys():
+        raise ValueError(f"{path}: holds no class names; expected a file of a run of bitkern")
+    architecture, classes = metadata["model"], tuple(metadata["classes"])
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"{path}: holds a custom model ({architecture})")
+    model = create_model(architecture, weights=path)
+    if model.num_classes != len(classes):
+        raise ValueError(f"{path}: names {len(classes)} classes, its head has {model.num_classes}")
+    multi_label = metadata.get("multi_label", False)
+    (summary,) = _read_objects(path.with_name(SUMMARY), lambda text: [text]) or [{}]
+    history = _read_objects(path.with_name(METRICS), str.splitlines)
+    crop, decoder = metadata["crop"], metadata.get("decoder", "pillow")
+    return FinishedRun(model, architecture, classes, crop, multi_label, summary, history, decoder)
+
+
+def _read_objects(path: Path, parts: Callable[[str], list[str]]) -> list[dict[str, Any]]:
+    """Read the JSON objects in the parts of a file; [] if there is no file."""
+    if not path.exists():
+        return []
+    with files.explain_read_errors(path, "a file of a run"):
+        objects = [json.loads(part) for part in parts(path.read_text())]
+        if not all(isinstance(each, dict) for each in objects):
+            raise ValueError("expected an object")
+        return objects

@@ -1,233 +1,174 @@
-"""A training from its checkpoint to its results."""
+"""``train``: check the arguments, then run the stages of a training.
 
-import contextlib
+The recipe decides on the learning rate, loss, transforms and MixUp. All randomness is a function of
+(seed, step, example): data order, crops, flips and MixUp do not depend on the number of loader
+workers or processes, and a resumed run continues bit for bit.
+
+With several processes (torchrun) each computes its part of every micro-batch, and gradients are
+all-reduced once a step, during the backward pass of the last micro-batch.
+"""
+
 import dataclasses
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
+from bitkern.packages import require
 from bitkern.transfer import ranks
-from bitkern.transfer.data.images import ImageSet, notes
-from bitkern.transfer.data.loader import TrainBatches, kept_on, open_for
-from bitkern.transfer.data.opening import Reading, open_resized
-from bitkern.transfer.data.resized import Resized, check_classes
-from bitkern.transfer.fit import Due, Fit, corrupt_everywhere
-from bitkern.transfer.fitting import Trial
-from bitkern.transfer.inference import Share, gathered, metrics_of
-from bitkern.transfer.reduction import Reduction
-from bitkern.transfer.report import write_report
-from bitkern.transfer.run import REPORT, Progress, Record, Run, load_checkpoint, read_checkpoint
-from bitkern.transfer.selection import Kept, Selection
-from bitkern.transfer.setup import Setup
-from bitkern.transfer.watching import Display, Stopped, deferred_interrupt
+from bitkern.transfer.curves import Record
+from bitkern.transfer.data.images import ImageSet
+from bitkern.transfer.data.open_images import ImageReadOptions
+from bitkern.transfer.device_config import DeviceConfig
+from bitkern.transfer.recipes import Recipe
+from bitkern.transfer.report import check_report
+from bitkern.transfer.run import REPORT, check_out
+from bitkern.transfer.selection import Selection
+from bitkern.transfer.train_setup import Intervals, TrainSetup
+from bitkern.transfer.trainer import Trainer, TrainResult
 
 
-class TrainResult(NamedTuple):
-    """What ``train`` returns.
+def train(
+    model: nn.Module,
+    train_set: ImageSet,
+    rule: Recipe,
+    *,
+    eval_set: ImageSet | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    batch_split: int | Literal["auto"] = 1,
+    balance: str = "none",
+    flip: bool = True,
+    eval_every: int | None = None,
+    checkpoint_every: int | None = None,
+    workers: int = 0,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    cuda_graph: str = "auto",
+    cache: str = "auto",
+    decoder: str = "pillow",
+    skip_corrupt: bool = False,
+    check: bool | None = None,
+    progress: bool = True,
+    on_record: Callable[[Record], object] | None = None,
+    selection: Selection | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> TrainResult:
+    """Train ``model`` in place by a recipe: SGD with momentum 0.9 on its trainable parameters.
 
-    ``metrics`` is the last evaluation (see ``evaluate``; None without ``eval_set``);
-    ``history`` the lines of metrics.jsonl: ``{"step", "loss", "lr"}`` for each optimizer step and
-    ``{"step", "top1", "top5", "eval_loss", …}`` for each evaluation, where step counts finished
-    steps; ``seconds`` the wall time, evaluations and earlier parts of a resumed run included;
-    ``skipped`` the number of images that could not be read, where not all were, of those that were
-    met.
+    ``model`` maps (N, 3, crop, crop) in [-1, 1] to logits (N, classes); it is moved to ``device``,
+    in channels_last, and computes in ``precision``: "fp32", "bf16" or "fp16" by autocast, the last
+    with loss scaling, or "auto", which is ``default_precision``, or that of the run that is
+    resumed. Each batch is split into ``batch_split`` micro-batches, whose gradients add up to those
+    of the mean over the batch; "auto" finds the smallest number that fits into memory, or takes
+    that of the run that is resumed. ``balance`` is "sample" to draw all classes equally often,
+    "loss" to weight each by its rarity: see ``bitkern.transfer.balance``. Multi-label sets
+    (``ImageSet``) are trained with sigmoids. ``flip`` mirrors half the images: turn it off for
+    digits and letters. ``cuda_graph`` is "on" to replay steps and evaluations as CUDA graphs, on
+    one GPU, for a model that does the same in every step; "auto" is "off" until it has been
+    measured on a GPU.
+
+    ``workers`` threads load images, 0 for the caller's alone; all cores read them before the
+    training. ``cache`` is "ram" to decode each image once and keep it, resized, in memory that the
+    processes of a machine share, "disk" in a file that later runs use too, "off" to decode at every
+    use, "auto" for whichever there is room for, which is printed. ``decoder`` is "pillow" or
+    "torchvision", whose pixels differ. ``check`` reads all images before the training; None does so
+    for sets of up to 100 000. Larger sets are cached only on "ram" or "disk"; where crops are cut
+    out of whole images (``Pretraining``), only the evaluation images are. With ``skip_corrupt`` the
+    next image of the set takes the place of one that cannot be read, and evaluations leave it out.
+    Of these only the decoder changes the result.
+
+    ``eval_every`` and ``checkpoint_every`` are steps, by default a tenth of the run; the last step
+    is always included. ``out`` is the folder of metrics.jsonl and last.pt, and in the end of
+    model.safetensors, curves.png, with ``eval_set`` the files of ``write_report``, and
+    summary.json, which begins with ``about``; without it nothing is written. ``resume`` continues
+    from last.pt, bit for bit as if the run had not been interrupted. Ctrl-C finishes the
+    micro-batch (with several processes, and where the model has buffers, the step), writes last.pt
+    and raises ``KeyboardInterrupt``; a second one raises it at once. A run that fails before its
+    first checkpoint leaves no file behind. ``on_record`` is called by the first process with each
+    line of metrics.jsonl as it is written; a run that was killed may repeat its last ones. With
+    ``selection`` another set is evaluated during the training, to keep the best model and to stop
+    early; ``metrics`` are then those of ``eval_set`` at the end.
+
+    With a process group of torch.distributed (one that serves CPU tensors too) all its processes
+    make the call. They start from rank 0's model, share each batch and the evaluations, and get the
+    same results, equal to those of a single process except for the rounding of sums; rank 0 writes
+    the files.
+
+    Raises ``ValueError`` for bad arguments, ``DataError`` for an image that cannot be read,
+    ``TrainingError`` when the loss is not finite (``model`` is then spoilt, last.pt is not),
+    ``RankError`` when another process fails.
     """
+    for name, every in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
+        if every is not None and every < 1:
+            raise ValueError(f"{name}: expected a positive number of steps, got {every}")
+    config = DeviceConfig.create(device, precision, workers, cuda_graph)
+    if rule.sigmoid:
+        train_set = train_set.as_multi_label()
+    if eval_set is not None:
+        eval_set = _match_labels(train_set, eval_set, "eval_set")
+    if selection:
+        val_set = _match_labels(train_set, selection.val_set, "val_set")
+        selection = dataclasses.replace(selection, val_set=val_set)
+        eval_set = val_set if eval_set is None else eval_set
+    first_split = 1 if batch_split == "auto" else batch_split
+    setup = TrainSetup(
+        model,
+        train_set,
+        rule,
+        config,
+        seed,
+        first_split,
+        balance,
+        flip,
+        ImageReadOptions.create(cache, decoder, skip_corrupt, check),
+        eval_set,
+        selection,
+        None if out is None else Path(out),
+        Intervals(rule.steps, eval_every, checkpoint_every),
+        progress and ranks.rank() == 0,
+        dict(about or {}),
+    )
+    _check_out(setup, resume)
+    trainer = Trainer(setup)
+    resumed = trainer.restore(resume, precision == "auto", batch_split == "auto")
+    trainer.open_images()
+    trial, auto = None, batch_split == "auto" and not resumed
+    if auto or progress:
+        trial = trainer.fit_memory(auto)
+    return trainer.run(resume, trial, on_record)
 
-    metrics: dict[str, float] | None
-    history: list[Record]
-    seconds: float
-    skipped: int
+
+def _check_out(setup: TrainSetup, resume: bool) -> None:
+    """Raise now the errors that would stop the results from being written."""
+    if setup.folder is None:
+        if resume:
+            raise ValueError("resume: expected out, the folder of the run to continue")
+        return
+    require("matplotlib", "tqdm")
+    ranks.run_on_rank0(check_out, setup.folder, resume)
+    if setup.eval_set is not None:
+        ranks.run_on_rank0(check_report, setup.folder / REPORT)
+    for name, value in setup.about.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"about: expected JSON values, got {name}: {error}") from None
+    for name, value in setup.model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"model: expected tensors in its state, got {name}: {type(value)}")
 
 
-@dataclasses.dataclass
-class Training:
-    """A training in its stages, which share what they make."""
-
-    setup: Setup
-    reading: Reading
-    eval_set: ImageSet | None
-    selection: Selection | None
-    folder: Path | None
-    due: Due
-    shown: bool
-    about: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        self.model = self.setup.model
-        self.optimizer = self.setup.optimizer()
-        self.kept = Kept(self.model)
-        self.done = Progress()
-
-    def restore(self, resume: bool, auto_precision: bool, auto_split: bool) -> bool:
-        """Place the model on its device, with what a checkpoint holds; whether there is one."""
-        folder, setup = self.folder, self.setup
-        with ranks.together():
-            checkpoint = read_checkpoint(folder) if folder and resume else None
-            if checkpoint and auto_precision:
-                precision = checkpoint["settings"]["precision"]
-                compute = setup.compute._replace(precision=precision)
-                setup = dataclasses.replace(setup, compute=compute)
-            setup.compute.place(self.model)
-            self.reduction = Reduction(self.model)
-        self.scaler = setup.compute.scaler()
-        if folder and checkpoint:
-            if auto_split:
-                setup = dataclasses.replace(
-                    setup, batch_split=checkpoint["settings"]["batch_split"]
-                )
-            with ranks.together():
-                settings = setup.settings | self._chosen
-                self.done = load_checkpoint(folder, checkpoint, self._state, settings)
-                self.about = checkpoint["about"]
-        self.setup = setup
-        return checkpoint is not None
-
-    @property
-    def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        parts = {"model": self.model, "optimizer": self.optimizer}
-        return {**parts, "scaler": self.scaler, "kept": self.kept}
-
-    @property
-    def _chosen(self) -> dict[str, Any]:
-        return self.selection.settings if self.selection else {"keep": "last"}
-
-    def open_images(self) -> None:
-        """Open the sets; ``evaluation`` is used while training, ``test`` at the end."""
-        rule, reading, skip_corrupt = self.setup.rule, self.reading, self.reading.skip_corrupt
-        if self.done.corrupt and not skip_corrupt:
-            raise ValueError(
-                "the run goes on without images that it could not read: skip_corrupt=True"
-            )
-        train_set = self.setup.train_set
-        images = open_for(rule, train_set.images, reading)
-        self.train_images = self._told(images, train_set, "training")
-        for i in self.done.corrupt:  # so that others go on in their place, if they can be read now
-            reason = f"{train_set.images[i]}: could not be read before"
-            self.train_images.corrupt.setdefault(i, reason)
-
-        def opened(data: ImageSet, name: str) -> tuple[Resized, ImageSet]:
-            return self._told(open_resized(data.images, rule.crop, reading), data, name), data
-
-        self.test = None if self.eval_set is None else opened(self.eval_set, "evaluation")
-        self.evaluation = self.test
-        if self.selection and self.selection.val_set is not self.eval_set:
-            self.evaluation = opened(self.selection.val_set, "validation")
-        with ranks.together():
-            self.on_device = kept_on(self.setup.compute.device, self.train_images)
-        # Before the memory is tried: with its first message NCCL takes its buffers.
-        ranks.copy_from_first(self.model.state_dict().values())
-
-    def _told(self, images: Resized, data: ImageSet, name: str) -> Resized:
-        """The images that were opened, of which a user is told how."""
-        with ranks.together():
-            check_classes(data, images)
-        if self.shown:
-            print(f"image cache, {name}: {images.cache}")
-        return images
-
-    def fit_memory(self, auto: bool) -> Trial:
-        """Try a micro-batch, of the size that fits if ``auto``; what it takes."""
-        parts = self.optimizer, self.scaler, self.reduction
-        self.setup, trial = self.setup.fitted(*parts, auto)
-        return trial
-
-    def run(
-        self, resume: bool, trial: Trial | None, on_record: Callable[[Record], object] | None
-    ) -> TrainResult:
-        """Take the steps that are left, and write the results."""
-        setup, rule = self.setup, self.setup.rule
-        split = "validation" if self.selection else self.about.get("evaluated_on", "test")
-        out = self.folder if ranks.rank() == 0 else None
-        run = Run(out, self._state, setup.settings | self._chosen, self.about, self.done)
-        with contextlib.ExitStack() as stack:
-            with ranks.together():
-                journal = stack.enter_context(run.recording(resume, on_record))
-            journal.records = ranks.from_first(lambda: journal.records)
-            shown = split, self.shown, self.done.seconds
-            display = stack.enter_context(
-                contextlib.closing(Display(self.done.step, rule.steps, *shown))
-            )
-            fit = Fit(
-                setup,
-                run,
-                display,
-                stack.enter_context(deferred_interrupt(self.shown)),
-                self.train_images,
-                self.evaluation,
-                self.due,
-                self.reading.skip_corrupt,
-                self.selection,
-                self.kept,
-            )
-            if self.shown and trial:
-                display.say(fit.estimate(trial))
-            batches = TrainBatches(
-                setup.train_set,
-                self.train_images,
-                setup.schedule,
-                setup.compute,
-                flip=setup.flip,
-                skip_corrupt=self.reading.skip_corrupt,
-                start=self.done.step,
-                on_device=self.on_device,
-            )
-            loading = stack.enter_context(contextlib.closing(iter(batches)))
-            parts = self.optimizer, self.scaler, self.reduction
-            share = fit.steps(setup.stepper(*parts, loading, fit.between))
-            return self._finish(run, fit, share)
-
-    def _finish(self, run: Run, fit: Fit, share: Share | None) -> TrainResult:
-        """Evaluate the model that is kept, and write the results."""
-        skipped, journal = len(corrupt_everywhere(self.train_images)), run.journal
-        outcome = metrics = None
-        if self.selection and self.selection.keep == "best":
-            self.kept.put_back()
-        if self.test:
-            if share is None or self.selection:  # or stopped between its last step and its end
-                try:
-                    share = fit.predict(*self.test)
-                except Stopped:
-                    raise KeyboardInterrupt from None
-            skipped += len(self.test[1].images) - share.readable
-            metrics = metrics_of(share, self.test[1])
-            outcome = gathered(share, self.test[1]) if self.folder else None
-        result = TrainResult(metrics, journal.records, fit.seconds, skipped)
-        with ranks.together():
-            summary = self._summary(result, fit.step, share)
-            setup, train_set = self.setup, self.setup.train_set
-            metadata = {"classes": list(train_set.classes), "crop": setup.rule.crop}
-            metadata |= {"multi_label": train_set.multi_label, "decoder": setup.decoder}
-            run.save_results(**metadata)
-            if run.out and outcome:
-                known = {"seconds", *(result.metrics or {})}  # and the report's are its own
-                settings = {name: value for name, value in summary.items() if name not in known}
-                page, history = run.out / REPORT, journal.records
-                write_report(page, *outcome, history=history, about=settings)
-            run.finish(summary)
-        return result
-
-    def _summary(self, result: TrainResult, step: int, share: Share | None) -> dict[str, Any]:
-        setup, train_set = self.setup, self.setup.train_set
-        selection = self.selection.about(result.history) if self.selection else {}
-        return {
-            **self.about,
-            **(result.metrics or {}),
-            "steps": step,
-            **selection,
-            "seconds": round(result.seconds, 1),
-            "classes": len(train_set.classes),
-            "training_images": len(train_set.images),
-            "multi_label": train_set.multi_label,
-            "evaluation_images": share.readable if share else 0,
-            "skipped_images": result.skipped,
-            **({"images": [*notes]} if notes else {}),
-            "rule": dataclasses.asdict(setup.rule),
-            **setup.options,
-            "cuda_graph": setup.compute.cuda_graph,
-            "device": str(setup.compute.device),
-            "processes": ranks.world_size(),
-            "torch": torch.__version__,
-        }
+def _match_labels(train_set: ImageSet, data: ImageSet, name: str) -> ImageSet:
+    """Return an evaluation set with labels of the same kind as the training set's."""
+    require("sklearn")
+    if train_set.multi_label:
+        return data.as_multi_label()
+    if data.multi_label:
+        raise ValueError(f"{name}: expected one label per image as train_set has, got several")
+    return data

@@ -20,7 +20,7 @@ from PIL import Image
 
 import bitkern
 from bitkern.models import read_checkpoint
-from bitkern.transfer import fit, inference, step
+from bitkern.transfer import inference, loop, step
 from bitkern.transfer import run as run_files
 from tests.cli.commands import RESULTS, SMALL, call, error_of
 from tests.transfer.images import CLASSES, write_folder
@@ -152,8 +152,8 @@ def test_holdout_leaves_test_unread(run, tmp_path):
 @pytest.mark.parametrize(
     ("place", "number", "step"),
     [
-        ((step.Stepper, "_accumulate"), 5, 1),  # the second of 3 micro-batches of step 2
-        ((step.Stepper, "_accumulate"), 6, 2),  # the last of them, which ends the step
+        ((step.TrainStep, "_accumulate"), 5, 1),  # the second of 3 micro-batches of step 2
+        ((step.TrainStep, "_accumulate"), 6, 2),  # the last of them, which ends the step
         ((inference.eval_batches, None), 2, 2),  # in the second evaluation
         ((run_files.Journal, "add"), 4, 2),
     ],
@@ -189,7 +189,7 @@ def test_interrupted_run_resumes_by_itself(run, tmp_path, monkeypatch, capfd, pl
         "the run is not finished; continue it with --resume"
     )
     message = error_of(capfd, "pretrain", "--resume", "--out", out)
-    assert message.endswith("was begun by bitkern finetune; resume it with that")
+    assert message.endswith("was started by bitkern finetune; resume it with that")
     assert call("finetune", "--resume", "--out", out) == 0
     assert sorted(path.name for path in out.iterdir()) == RESULTS
     assert (out / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
@@ -236,7 +236,7 @@ def test_the_preset_for_small_machines(run, tmp_path):
 
 
 def test_a_long_training_names_a_short_one(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fit, "LONG", 0)
+    monkeypatch.setattr(loop, "LONG", 0)
     arguments = ["--data", run / "data", "--out", tmp_path / "a", *SMALL, "--crop", 30]
     capsys.readouterr()
     assert call("finetune", *arguments) == 0
@@ -257,7 +257,7 @@ def test_interrupted_before_there_is_anything_to_resume(run, tmp_path, monkeypat
     def interrupted(*batch):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(step.Stepper, "_accumulate", interrupted)
+    monkeypatch.setattr(step.TrainStep, "_accumulate", interrupted)
     capsys.readouterr()
     assert call("finetune", "--data", run / "data", *SMALL, "--out", tmp_path / "out") == 130
     says = "bitkern: interrupted before a step was saved: nothing is left to resume\n"
@@ -324,5 +324,5 @@ def test_imports_nothing_heavy_before_it_is_needed():
     script = "import sys, bitkern, bitkern.cli; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     loaded = set(done.stdout.split())
-    assert "bitkern.transfer.loop" in loaded
+    assert "bitkern.transfer.training" in loaded
     assert not loaded & {"torchvision", "PIL", "matplotlib", "sklearn", "triton", "bitkern._C"}

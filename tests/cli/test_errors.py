@@ -24,10 +24,7 @@ from tests.cli.commands import (
 )
 from tests.transfer.images import write_folder
 
-FIRST = (
-    "the memory of cpu does not suffice for one image at a time: "
-    "lower the crop or take a smaller model"
-)
+FIRST = "not enough memory on cpu for one image at a time: lower the crop or take a smaller model"
 LATER = "out of memory: raise --batch-split or lower --batch-size"
 
 
@@ -201,7 +198,7 @@ def test_missing_arguments_and_packages(run, tmp_path, capsys, monkeypatch):
 def test_out_of_memory_says_what_to_do(
     run, tmp_path, capsys, monkeypatch, error, rehearsed, message
 ):
-    accumulate, calls = step.Stepper._accumulate, []
+    accumulate, calls = step.TrainStep._accumulate, []
 
     def exhausted(*arguments):
         calls.append(0)
@@ -209,7 +206,7 @@ def test_out_of_memory_says_what_to_do(
             raise error
         return accumulate(*arguments)
 
-    monkeypatch.setattr(step.Stepper, "_accumulate", exhausted)
+    monkeypatch.setattr(step.TrainStep, "_accumulate", exhausted)
     assert finetune_error(capsys, run / "data", tmp_path / "out") == message
 
 

@@ -243,7 +243,7 @@ def test_images_without_a_label_and_several_for_a_softmax(tmp_path, capsys):
     data = labelled(tmp_path, [["ant"], [], ["bee", "ant"], ["bee"]])
     labelled(tmp_path, [["ant"], ["bee"]], "test")
     message = pretrain_error(capsys, data, tmp_path / "out")
-    assert message == "loss: expected sigmoid for several labels an image, got softmax"
+    assert message == "loss: expected sigmoid for several labels per image, got softmax"
     message = pretrain_error(capsys, data, tmp_path / "out", "--loss", "sigmoid")
     assert message == f"{data}: {data}: train1.jpg: expected a label, got none"
 

@@ -75,7 +75,7 @@ def test_the_same_shards_to_train_on_and_to_test_with(tmp_path, capsys):
     shards(folder)
     both = (folder / "train-000000.tar").rename(folder / "all.tar")
     message = finetune_error(capsys, both, out)
-    assert "is both to train on and to test with: name the split" in message
+    assert "is in the training set and in the test set: name the split" in message
     assert call("finetune", "--data", both, "--out", out, *SMALL, "--holdout", "0.4") == 0
 
 

@@ -91,7 +91,7 @@ def test_timm(r50, tmp_path, images, capsys):
     assert x.shape == expected.shape and (x - expected).abs().max() < 2.1 / 127.5
     card = (out / "README.md").read_text()
     assert "license:" not in card and "license" not in (out / "config.json").read_text()
-    assert "whoever publishes it decides" in card and "| Top-1 | 0.8750 |" in card
+    assert "is up to its publisher" in card and "| Top-1 | 0.8750 |" in card
     assert "/home" not in card and "| Started from | hf-hub:ORG/NAME |" in card
     assert "| Data | my \\| photos |" in card and "`dück`" in card
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "photo.png"]
@@ -117,7 +117,7 @@ def test_transformers_widths(architecture):
     with torch.device("meta"):
         ours = ResNetV2(*ARCHITECTURES[architecture], 5)
         theirs = BitForImageClassification(transformers.config(architecture))
-    names = {transformers.name_of(name): t.shape for name, t in ours.state_dict().items()}
+    names = {transformers.transformers_name(name): t.shape for name, t in ours.state_dict().items()}
     names["classifier.1.weight"] = names["classifier.1.weight"][:2]
     theirs = {name: t.shape for name, t in theirs.state_dict().items()}
     theirs["classifier.1.weight"] = (5, *theirs["classifier.1.weight"][1:])

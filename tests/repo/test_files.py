@@ -11,11 +11,11 @@ from tests.transfer.net import Crash
 def test_atomic_leaves_old_or_new_but_nothing_between(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(Crash), files.replacing(path) as part:
+    with pytest.raises(Crash), files.atomic_write(path) as part:
         part.write_text("half")
         raise Crash
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with files.replacing(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
@@ -36,7 +36,7 @@ def test_content_and_name_outlive_a_power_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", spy_sync)
     monkeypatch.setattr(os, "replace", spy_replace)
     path = tmp_path / "file"
-    with files.replacing(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text("new")
     assert calls == [
         ("sync", str(part)),
@@ -49,5 +49,5 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     left = tmp_path / ".part-1-last.pt"
     left.touch()
     (tmp_path / "last.pt").touch()
-    files.remove_parts(tmp_path)
+    files.remove_temporary_files(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bitkern.transfer import HyperRule, compute, loop
+from bitkern.transfer import HyperRule, device_config, training
 from tests.transfer.images import image_set
 
 RULE = HyperRule(
@@ -22,7 +22,7 @@ RULE = HyperRule(
 )
 PLAIN = dataclasses.replace(RULE, mixup_alpha=0.0, steps=6)
 
-CPU = compute.Compute.of("cpu", "fp32", 0)
+CPU = device_config.DeviceConfig.create("cpu", "fp32", 0)
 
 
 class Net(nn.Module):
@@ -52,7 +52,7 @@ FILES = ["curves.png", "metrics.jsonl", "model.safetensors", *REPORT, "summary.j
 
 
 def train(model, rule=RULE, train_set=None, **arguments):
-    return loop.train(model, train_set or image_set(), rule, **{"progress": False, **arguments})
+    return training.train(model, train_set or image_set(), rule, **{"progress": False, **arguments})
 
 
 def state_of(model):

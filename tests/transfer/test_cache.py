@@ -12,15 +12,15 @@ import pytest
 
 from bitkern.transfer import DataError, HyperRule, train_batches
 from bitkern.transfer import data as sources
-from bitkern.transfer.data import cache, decoders, opening
-from bitkern.transfer.data.entries import entries
-from bitkern.transfer.data.opening import Reading, open_resized
-from bitkern.transfer.data.resized import Resized
+from bitkern.transfer.data import decoders, disk_cache, open_images
+from bitkern.transfer.data.disk_cache import cache_entries
+from bitkern.transfer.data.open_images import ImageReadOptions, open_resized
+from bitkern.transfer.data.resized import ResizedImages
 from tests.transfer.images import image_set, picture, write_folder
 
 RULE = HyperRule(12, 8, steps=6, decay_steps=(), warmup_steps=0, mixup_alpha=0.0, batch_size=10)
 MODES = [("ram", None), ("disk", None), ("off", True), ("off", False)]
-DISK = Reading("disk")
+DISK = ImageReadOptions("disk")
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def expected(images, size=12):
 
 
 def the_entry():
-    (entry,) = entries()
+    (entry,) = cache_entries()
     return entry
 
 
@@ -60,20 +60,20 @@ def test_later_runs_decode_nothing(folder, decoded):
     images = images_in(folder)
     first = open_resized(images, 12, DISK)
     chosen = first.cache
-    assert np.array_equal(first.kept, expected(images)) and sorted(decoded) == images
+    assert np.array_equal(first.cached, expected(images)) and sorted(decoded) == images
     assert chosen.startswith("disk, 0.000 GB for 12 images of 12x12, ")
-    for reading in (DISK, Reading("auto")):
-        again = open_resized(images, 12, reading, again=False)
-        assert np.array_equal(again.kept, first.kept) and len(decoded) == 12
+    for reading in (DISK, ImageReadOptions("auto")):
+        again = open_resized(images, 12, reading, reused=False)
+        assert np.array_equal(again.cached, first.cached) and len(decoded) == 12
         assert again.cache == f"disk, made before, {the_entry().folder}"
 
 
 def test_nobody_writes_to_the_cache(folder):
     images = images_in(folder)
     for mode in ("disk", "ram"):
-        resized = open_resized(images, 12, Reading(mode))
-        resized.kept[:] = 0
-    assert np.array_equal(open_resized(images, 12, DISK).kept, expected(images))
+        resized = open_resized(images, 12, ImageReadOptions(mode))
+        resized.cached[:] = 0
+    assert np.array_equal(open_resized(images, 12, DISK).cached, expected(images))
 
 
 def touch(path):
@@ -92,7 +92,7 @@ def test_changed_images_are_read_again(folder, change, decoded):
     open_resized(images, 12, DISK)
     change(folder / "train" / "bee" / "0.jpg")
     again = open_resized(images, 12, DISK)
-    assert len(decoded) == 24 and np.array_equal(again.kept, expected(images))
+    assert len(decoded) == 24 and np.array_equal(again.cached, expected(images))
 
 
 def test_what_else_decides_the_pixels(folder, decoded, monkeypatch):
@@ -102,10 +102,10 @@ def test_what_else_decides_the_pixels(folder, decoded, monkeypatch):
     open_resized(images[::-1], 12, DISK)
     open_resized([picture(0, i) for i in range(3)], 12, DISK)
     open_resized([picture(1, i) for i in range(3)], 12, DISK)
-    open_resized(images, 12, Reading("disk", "torchvision"))
+    open_resized(images, 12, ImageReadOptions("disk", "torchvision"))
     monkeypatch.setattr(decoders.importlib.metadata, "version", lambda name: "0.1")
     open_resized(images, 12, DISK)
-    assert len(entries()) == 7 and len(decoded) == 12 + 12 + 12 + 3 + 3 + 12
+    assert len(cache_entries()) == 7 and len(decoded) == 12 + 12 + 12 + 3 + 3 + 12
 
 
 def truncate(entry):
@@ -154,7 +154,7 @@ def test_a_damaged_cache_is_made_again(folder, damage, decoded):
     open_resized(images, 12, DISK)
     damage(the_entry())
     again = open_resized(images, 12, DISK)
-    assert np.array_equal(again.kept, expected(images)) and len(decoded) == 24
+    assert np.array_equal(again.cached, expected(images)) and len(decoded) == 24
 
 
 def fill_and_die(images, killed_at):
@@ -166,7 +166,7 @@ def fill_and_die(images, killed_at):
             os.kill(os.getpid(), signal.SIGKILL)
         return decoders.pillow(source, size)
 
-    cache.BYTES_PER_SYNC = 3 * 12 * 12 * 3
+    disk_cache.BYTES_PER_SYNC = 3 * 12 * 12 * 3
     decoders.DECODERS["pillow"] = decode
     open_resized(images, 12, DISK)
 
@@ -184,7 +184,7 @@ def test_a_killed_process_is_continued(folder, killed_at, decoded):
     done = index.done if index else 0
     assert done < 12 and done % 3 == 0
     resized = open_resized(images, 12, DISK)
-    assert np.array_equal(resized.kept, expected(images))
+    assert np.array_equal(resized.cached, expected(images))
     assert len(decoded) == 12 - done
 
 
@@ -199,7 +199,7 @@ def test_two_runs_at_once_fill_it_once(folder, tmp_path):
 
         decoders.DECODERS["pillow"] = decode
         resized = open_resized(images, 12, DISK)
-        assert np.array_equal(resized.kept, expected(images))
+        assert np.array_equal(resized.cached, expected(images))
 
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=run, args=(number,)) for number in range(3)]
@@ -218,7 +218,7 @@ def test_full_disk(folder, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", no_space)
     with pytest.raises(DataError, match=r"cache: .* \(No space left on device\): make room"):
         open_resized(images_in(folder), 12, DISK)
-    assert entries() == []
+    assert cache_entries() == []
 
 
 def test_a_cache_that_cannot_be_made(folder, tmp_path, monkeypatch):
@@ -237,14 +237,14 @@ def test_limit(folder, monkeypatch, capsys):
     os.utime(oldest.folder / "index.json", (1, 1))
     used = open_resized(images[::-1], 12, DISK)
     open_resized(images[:6], 12, DISK)
-    assert len(entries()) == 3 and not capsys.readouterr().err
+    assert len(cache_entries()) == 3 and not capsys.readouterr().err
     open_resized(images[:7], 12, DISK)
-    assert len(entries()) == 3 and not oldest.folder.exists()
+    assert len(cache_entries()) == 3 and not oldest.folder.exists()
     assert capsys.readouterr().err == f"removed {oldest.folder}, to make room in the cache\n"
     monkeypatch.setenv("BITKERN_CACHE_LIMIT", str(1.6 * size / 1e9))
     with pytest.raises(DataError, match="cache: needs 0.0 GB, 0.0 are in use, the limit is 0.0:"):
         open_resized(images, 12, DISK)
-    assert [entry.bytes() for entry in entries()] == [size], "the one in use stays"
+    assert [entry.bytes() for entry in cache_entries()] == [size], "the one in use stays"
     del used
     open_resized(images, 12, DISK)
     monkeypatch.setenv("BITKERN_CACHE_LIMIT", "much")
@@ -255,26 +255,26 @@ def test_limit(folder, monkeypatch, capsys):
 def test_whoever_uses_an_entry_keeps_it(folder):
     images = images_in(folder)
     used = open_resized(images, 12, DISK)
-    assert the_entry().remove() and not entries()
-    assert np.array_equal(used.kept, expected(images))
+    assert the_entry().remove() and not cache_entries()
+    assert np.array_equal(used.cached, expected(images))
 
 
 def test_auto_continues_what_was_begun_though_it_fills_the_cache(folder, monkeypatch):
     images = images_in(folder)
     size = 12 * 12 * 12 * 3
     monkeypatch.setenv("BITKERN_CACHE_LIMIT", str(1.5 * size / 1e9))
-    monkeypatch.setattr(opening, "free_memory", lambda: 0)
-    begun = Resized(images, 12, decoders.pillow)
-    entry, index = cache.entry_of(begun, "pillow")
+    monkeypatch.setattr(open_images, "free_memory", lambda: 0)
+    begun = ResizedImages(images, 12, decoders.pillow)
+    entry, index = disk_cache.entry_for(begun, "pillow")
     entry.folder.parent.mkdir(parents=True)
-    cache._allocate(entry, size)
+    disk_cache._allocate(entry, size)
     entry.write(index)
-    assert open_resized(images[::-1], 12, Reading("auto")).cache.startswith("disk")
-    assert len(entries()) == 1, "the other one made room"
-    cache._allocate(entry, size)
+    assert open_resized(images[::-1], 12, ImageReadOptions("auto")).cache.startswith("disk")
+    assert len(cache_entries()) == 1, "the other one made room"
+    disk_cache._allocate(entry, size)
     entry.write(index)
-    found = open_resized(images, 12, Reading("auto"))
-    assert found.cache.startswith("disk") and np.array_equal(found.kept, expected(images))
+    found = open_resized(images, 12, ImageReadOptions("auto"))
+    assert found.cache.startswith("disk") and np.array_equal(found.cached, expected(images))
 
 
 @pytest.mark.parametrize(
@@ -283,42 +283,42 @@ def test_auto_continues_what_was_begun_though_it_fills_the_cache(folder, monkeyp
 def test_auto_takes_what_there_is_room_for(free, room, mode, monkeypatch):
     images = image_set().images
     size = len(images) * 12 * 12 * 3
-    monkeypatch.setattr(opening, "free_memory", lambda: free * size)
-    monkeypatch.setattr(opening, "room", lambda: room * size)
-    resized = open_resized(images, 12, Reading("auto"))
+    monkeypatch.setattr(open_images, "free_memory", lambda: free * size)
+    monkeypatch.setattr(open_images, "available_bytes", lambda: room * size)
+    resized = open_resized(images, 12, ImageReadOptions("auto"))
     chosen = resized.cache
     assert chosen.startswith(f"{mode}, 0.000 GB for 15 images of 12x12, 0.0 GB of memory free")
-    assert (resized.kept is None) == (mode == "off")
-    chosen = open_resized(images, 13, Reading("auto"), again=False).cache
+    assert (resized.cached is None) == (mode == "off")
+    chosen = open_resized(images, 13, ImageReadOptions("auto"), reused=False).cache
     assert chosen == "not needed, images are read once"
 
 
 def test_ram_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(opening, "free_memory", lambda: 100)
+    monkeypatch.setattr(open_images, "free_memory", lambda: 100)
     with pytest.raises(DataError, match="cache: expected disk, off or auto, got ram: needs 0.0"):
-        open_resized(image_set().images, 12, Reading("ram"))
+        open_resized(image_set().images, 12, ImageReadOptions("ram"))
 
 
 def test_a_file_larger_than_memory(tmp_path):
-    resized = Resized(range(1 << 20), 1 << 10, decoders.pillow)
+    resized = ResizedImages(range(1 << 20), 1 << 10, decoders.pillow)
     with open(tmp_path / "pixels", "w+b") as file:
         file.truncate(3 << 40)
-        assert not cache.mapped(file, resized)[-1].any()
+        assert not disk_cache.map_pixels(file, resized)[-1].any()
 
 
 def test_an_entry_that_is_made_again_while_it_is_opened(folder, monkeypatch):
     """By another process, between its choice and its use: its pixels are not there yet."""
     images = images_in(folder)
     open_resized(images, 12, DISK)
-    ready = cache.ready
+    open_complete = disk_cache.open_complete
 
     def then_begun_again(entry, resized):
-        found = ready(entry, resized)
-        cache._allocate(entry, cache.bytes_of(resized))
+        found = open_complete(entry, resized)
+        disk_cache._allocate(entry, disk_cache.num_bytes(resized))
         return found
 
-    monkeypatch.setattr(cache, "ready", then_begun_again)
-    assert np.array_equal(open_resized(images, 12, DISK).kept, expected(images))
+    monkeypatch.setattr(disk_cache, "open_complete", then_begun_again)
+    assert np.array_equal(open_resized(images, 12, DISK).cached, expected(images))
 
 
 def test_what_a_disk_did_not_give_is_asked_for_again(folder, monkeypatch):
@@ -329,7 +329,7 @@ def test_what_a_disk_did_not_give_is_asked_for_again(folder, monkeypatch):
             raise DataError(f"{source}: not a readable image (Input/output error)")
         return decoders.pillow(source, size)
 
-    skipping = Reading("disk", skip_corrupt=True)
+    skipping = ImageReadOptions("disk", skip_corrupt=True)
     monkeypatch.setitem(decoders.DECODERS, "pillow", fails)
     for _ in range(2):
         assert list(open_resized(images, 12, skipping).corrupt) == [5]
@@ -337,7 +337,7 @@ def test_what_a_disk_did_not_give_is_asked_for_again(folder, monkeypatch):
         open_resized(images, 12, DISK)
     monkeypatch.setitem(decoders.DECODERS, "pillow", decoders.pillow)
     found = open_resized(images, 12, DISK)
-    assert np.array_equal(found.kept, expected(images)) and not found.corrupt
+    assert np.array_equal(found.cached, expected(images)) and not found.corrupt
 
 
 def test_a_cache_that_one_may_only_read(folder, monkeypatch):
@@ -348,10 +348,12 @@ def test_a_cache_that_one_may_only_read(folder, monkeypatch):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(os, "utime", denied)
-    assert np.array_equal(open_resized(images, 12, Reading("auto")).kept, expected(images))
+    assert np.array_equal(
+        open_resized(images, 12, ImageReadOptions("auto")).cached, expected(images)
+    )
     monkeypatch.setattr(os, "access", lambda *_: False)
-    monkeypatch.setattr(opening, "free_memory", lambda: 0)
-    assert open_resized(images, 13, Reading("auto")).cache.startswith("off, ")
+    monkeypatch.setattr(open_images, "free_memory", lambda: 0)
+    assert open_resized(images, 13, ImageReadOptions("auto")).cache.startswith("off, ")
 
 
 def test_decoders(folder, monkeypatch):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from bitkern.transfer import DataError, HyperRule, ImageSet, loop, train_batches
+from bitkern.transfer import DataError, HyperRule, ImageSet, train_batches, training
 from bitkern.transfer import data as sources
-from bitkern.transfer.data import decoders, opening
+from bitkern.transfer.data import decoders, open_images
 from tests.transfer.images import CLASSES, picture, write_folder
 from tests.transfer.net import Crash, Net, crash_always
 
@@ -61,14 +61,14 @@ def test_every_image_is_corrupt(folder, mode, check):
     data = sources.image_folder(folder, "train")
     for image in data.images:
         open(image, "w").close()
-    with pytest.raises(DataError, match="nor can any other image be read"):
+    with pytest.raises(DataError, match="cannot be read, nor can any other image"):
         list(batches(data, mode, check, skip_corrupt=True))
 
 
 def test_large_sets_are_not_checked(folder, monkeypatch):
     decoded, pillow = [], decoders.pillow
     monkeypatch.setitem(decoders.DECODERS, "pillow", lambda *a: decoded.append(a) or pillow(*a))
-    monkeypatch.setattr(opening, "CHECKED", 11)
+    monkeypatch.setattr(open_images, "CHECKED", 11)
     for mode in ("off", "auto"):
         batches(sources.image_folder(folder, "train"), mode, None)
         assert not decoded
@@ -82,7 +82,7 @@ def test_a_class_of_corrupt_images_alone(folder):
     data = sources.image_folder(folder, "train")
     for mode in ("ram", "off"):
         with pytest.raises(DataError, match="cat: every image is corrupt; replace them"):
-            loop.train(Net(), data, RULE, cache=mode, skip_corrupt=True)
+            training.train(Net(), data, RULE, cache=mode, skip_corrupt=True)
 
 
 @pytest.mark.parametrize(("mode", "check"), MODES)
@@ -95,16 +95,18 @@ def test_resumed_after_the_corrupt_image_was_repaired(folder, tmp_path, mode, ch
     options = {"cache": mode, "check": check, "skip_corrupt": True, "progress": False}
     options |= {"eval_set": sources.image_folder(folder, "test"), "checkpoint_every": 2}
     straight, stopped, resumed = Net(), Net(), Net()
-    expected = loop.train(straight, data, RULE, **options)
+    expected = training.train(straight, data, RULE, **options)
     assert expected.skipped == 1
     out = tmp_path / "run"
     stopped.on_call = lambda call: call == 5 and crash_always()
     with pytest.raises(Crash):
-        loop.train(stopped, data, RULE, out=out, **options)
+        training.train(stopped, data, RULE, out=out, **options)
     broken.write_bytes(sound)
-    with pytest.raises(ValueError, match="could not read: skip_corrupt=True"):
-        loop.train(resumed, data, RULE, out=out, resume=True, **options | {"skip_corrupt": False})
-    result = loop.train(resumed, data, RULE, out=out, resume=True, **options)
+    with pytest.raises(ValueError, match="could not read: resume it with skip_corrupt=True"):
+        training.train(
+            resumed, data, RULE, out=out, resume=True, **options | {"skip_corrupt": False}
+        )
+    result = training.train(resumed, data, RULE, out=out, resume=True, **options)
     assert result.history == expected.history and result.skipped == 1
     assert json.loads((out / "summary.json").read_text())["skipped_images"] == 1
     for name, tensor in straight.state_dict().items():

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from bitkern.transfer import data
-from bitkern.transfer.data.images import read_image
-from bitkern.transfer.data.members import Labels, Members
-from bitkern.transfer.data.members import image_set as labelled
+from bitkern.transfer.data.decoders import read_image
+from bitkern.transfer.data.lazy_images import Labels, LazyImages
+from bitkern.transfer.data.lazy_images import labelled_set as labelled
 from tests.transfer.images import CLASSES, image_set, picture, write_folder
 
 
@@ -205,7 +205,7 @@ def test_digits():
 
 def test_labels_take_no_room_for_classes_that_images_have_not():
     values = np.stack([np.arange(2000), np.full(2000, 999_999), np.arange(2000)], 1)
-    images = Members(lambda row: None, np.arange(2000))
+    images = LazyImages(lambda row: None, np.arange(2000))
     found = labelled(images, Labels(values.ravel(), np.full(2000, 3), None), None, "here")
     assert found.labels.shape == (2000, 1_000_000) and found.multi_label  # 2 GB, were it dense
     assert found.labels.data.nbytes + found.labels.indices.nbytes < 25_000

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from bitkern.cli import main
-from bitkern.transfer import HyperRule, loop, ranks
+from bitkern.transfer import HyperRule, ranks, train
 from bitkern.transfer.schedule import Schedule
 from tests.transfer.distributed import gradients, torchrun, training
 from tests.transfer.images import image_set, write_folder
@@ -47,7 +47,7 @@ def test_in_four_processes(folder, check):
 def test_training_equals_one_process(folder, name, rule):
     out = folder / "training_equals_one_process" / name
     model = Net(torch.float64)
-    expected = loop.train(model, image_set(), rule, **training.OPTIONS)
+    expected = train(model, image_set(), rule, **training.OPTIONS)
     results = [torch.load(out / f"result-{rank}.pt") for rank in range(PROCESSES)]
     for state, history, metrics in results:
         assert history == results[0][1] and metrics == results[0][2]
@@ -76,7 +76,7 @@ def test_parts_make_up_the_batch_of_one_process(batch_size, batch_split, world_s
         assert all(one.lam == lam for one in steps)
         for i, expected in enumerate(whole):
             mixed = dict(zip(expected.rows, expected.rows[expected.permutation], strict=True))
-            parts = [one.parts[i] for one in steps]
+            parts = [one.slices[i] for one in steps]
             own = np.concatenate([part.rows[: part.own] for part in parts])
             assert sorted(own) == sorted(mixed), "each example is computed once"
             for part in parts:
@@ -99,10 +99,10 @@ def test_processes_load_only_their_part():
 
 def lose_a_peer(rank, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    assert ranks.sums_of(1, rank) == [2, 1]
+    assert ranks.all_reduce_sum(1, rank) == [2, 1]
     if rank == 0:
-        with pytest.raises(ranks.RankError, match="^the processes cannot meet: "):
-            ranks.sums_of(1)
+        with pytest.raises(ranks.RankError, match="^the processes cannot communicate: "):
+            ranks.all_reduce_sum(1)
     os._exit(0)  # as if killed
 
 
@@ -122,8 +122,8 @@ import torch
 from bitkern.transfer import ranks
 
 before = os.listdir("/proc/self/task")
-with ranks.launched():
-    ranks.copy_from_first([torch.ones(3)])
+with ranks.process_group():
+    ranks.broadcast_from_rank0([torch.ones(3)])
     assert len(os.listdir("/proc/self/task")) > len(before)
     import torch._dynamo  # as the optimizers do
 assert os.listdir("/proc/self/task") == before

@@ -10,16 +10,15 @@ from PIL import Image
 
 from bitkern import files
 from bitkern.transfer import DataError, data
-from bitkern.transfer.data import images
-from bitkern.transfer.data.decoders import DECODERS
-from bitkern.transfer.data.images import read_image, read_region
-from bitkern.transfer.data.resized import Resized
+from bitkern.transfer.data import decoders
+from bitkern.transfer.data.decoders import DECODERS, read_image, read_region
+from bitkern.transfer.data.resized import ResizedImages
 from tests.transfer.images import CLASSES, picture, write_folder
 
 
 @pytest.fixture(autouse=True)
 def nothing_noted(monkeypatch):
-    monkeypatch.setattr(images, "notes", {})
+    monkeypatch.setattr(decoders, "notes", {})
 
 
 def test_what_pillow_reads_is_read_and_the_rest_is_counted(tmp_path, capsys):
@@ -64,7 +63,7 @@ def test_sixteen_bits_are_scaled_and_floats_refused(tmp_path, capsys, suffix, de
             pixels = DECODERS[decoder](path, 64)
         assert np.array_equal(pixels, np.rint(grey / 257).astype(np.uint8)[:, :, None].repeat(3, 2))
         said = "16-bit images are scaled to 8 bits by their full range"
-        assert capsys.readouterr().err == f"{said}\n" and [*images.notes] == [said]
+        assert capsys.readouterr().err == f"{said}\n" and [*decoders.notes] == [said]
     Image.fromarray(grey.astype(np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(DataError, match="a.tif"):
         DECODERS[decoder](tmp_path / "a.tif", 64)
@@ -161,9 +160,9 @@ def test_corrupt_images_are_named_at_once(tmp_path):
         Image.fromarray(picture(0, i)).save(paths[-1])
         if i % 6:
             (tmp_path / f"{i:02}.png").write_bytes(b"nothing")
-    resized = Resized(paths, 8, DECODERS["pillow"])
+    resized = ResizedImages(paths, 8, DECODERS["pillow"])
     with pytest.raises(DataError) as error:
-        resized.read_all(lambda *_: None, skip_corrupt=False)
+        resized.decode_all(lambda *_: None, skip_corrupt=False)
     message = str(error.value)
     assert message.startswith(f"25 images cannot be read: {paths[1]}: not a readable image (")
     assert message.count("not a readable") == 20 and "; and 5 more: repair or delete" in message
@@ -181,7 +180,7 @@ def test_a_full_disk_is_named(tmp_path, error):
     with pytest.raises(
         OSError, match=rf"^{path}: cannot be written: .*; \d+\.\d+ GB are free there"
     ):
-        with files.replacing(path) as part:
+        with files.atomic_write(path) as part:
             part.write_text("half")
             raise error
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from bitkern.transfer import TrainingError, fitting, ranks, setup
-from bitkern.transfer.compute import default_precision
-from bitkern.transfer.fitting import smallest_split
-from bitkern.transfer.setup import Setup
+from bitkern.transfer import TrainingError, micro_batch, ranks, train_setup
+from bitkern.transfer.device_config import default_precision
+from bitkern.transfer.micro_batch import smallest_split
+from bitkern.transfer.train_setup import TrainSetup
 from tests.transfer.net import PLAIN, RULE, Net, assert_same_bits, state_of, stopped, train
 
 
@@ -75,29 +75,29 @@ def test_says_what_it_takes(capsys):
 )
 def test_images_that_fit_are_on_a_line(monkeypatch, free, images):
     """One takes 90 bytes beside the process's 1000, each more of them 120."""
-    monkeypatch.setattr(fitting, "free_memory", lambda: free / 0.9)
-    monkeypatch.setattr(fitting, "resident_memory", lambda: 1000)
-    trials = {1: fitting.Trial(1090, 1.0), 2: fitting.Trial(1210, 2.0)}
-    assert fitting.images_that_fit(trials.get) == images
+    monkeypatch.setattr(micro_batch, "free_memory", lambda: free / 0.9)
+    monkeypatch.setattr(micro_batch, "resident_memory", lambda: 1000)
+    trials = {1: micro_batch.Trial(1090, 1.0), 2: micro_batch.Trial(1210, 2.0)}
+    assert micro_batch.images_that_fit(trials.get) == images
 
 
 def test_a_cpu_takes_no_more_than_fit(monkeypatch):
-    monkeypatch.setattr(setup, "images_that_fit", lambda *_: 4)
+    monkeypatch.setattr(train_setup, "images_that_fit", lambda *_: 4)
     auto = Hungry(10)
     train(auto, PLAIN, batch_split="auto")
     assert auto.largest == 4
-    message = "does not suffice for 5 images at a time: raise batch_split"
+    message = "not enough memory on cpu for 5 images at a time: raise batch_split"
     with pytest.raises(TrainingError, match=message):
         train(Hungry(10), PLAIN, batch_split=2, progress=True)
-    monkeypatch.setattr(setup, "images_that_fit", lambda *_: 10**9)
+    monkeypatch.setattr(train_setup, "images_that_fit", lambda *_: 10**9)
     many = Hungry(100)
     train(many, dataclasses.replace(PLAIN, batch_size=100, steps=1), batch_split="auto")
     assert many.largest == 15, "of up to 16, seven parts of a hundred"
 
 
 def test_what_a_micro_batch_takes_is_measured():
-    with fitting._peak(torch.device("cpu")) as peak:
-        before = fitting.resident_memory()
+    with micro_batch._peak_memory(torch.device("cpu")) as peak:
+        before = micro_batch.resident_memory()
         held = torch.ones(50_000_000)
         held += held.square()
     assert 200e6 < peak() - before + 1e6 < 600e6
@@ -106,7 +106,7 @@ def test_what_a_micro_batch_takes_is_measured():
 def test_nothing_fits(tmp_path):
     model = Hungry(0)
     before = state_of(model)
-    with pytest.raises(TrainingError, match="does not suffice for one image at a time"):
+    with pytest.raises(TrainingError, match="not enough memory on cpu for one image at a time"):
         train(model, out=tmp_path / "run", batch_split="auto")
     assert not (tmp_path / "run").exists()
     assert_same_bits(model, before)
@@ -177,9 +177,9 @@ def test_libraries_that_have_no_memory(message, monkeypatch):
 def test_processes_talk_before_the_memory_is_tried(monkeypatch):
     """NCCL takes its buffers with the first message."""
     order = []
-    copy, fitted = ranks.copy_from_first, Setup.fitted
-    monkeypatch.setattr(ranks, "copy_from_first", lambda t: (order.append("copy"), copy(t))[1])
-    monkeypatch.setattr(Setup, "fitted", lambda *a: (order.append("fit"), fitted(*a))[1])
+    copy, fitted = ranks.broadcast_from_rank0, TrainSetup.fitted
+    monkeypatch.setattr(ranks, "broadcast_from_rank0", lambda t: (order.append("copy"), copy(t))[1])
+    monkeypatch.setattr(TrainSetup, "fitted", lambda *a: (order.append("fit"), fitted(*a))[1])
     train(Hungry(4), PLAIN, batch_split="auto")
     assert order == ["copy", "fit"]
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import bitkern
-from bitkern.transfer import compute, graphs, inference
+from bitkern.transfer import cuda_graphs, device_config, inference
 from tests.transfer.images import image_set
 from tests.transfer.net import PLAIN, RULE, Crash, Net, assert_same_bits, crash_always, train
 
 
-class Recorder:
+class GraphRecorder:
     """As a graph does, a recording reads the tensors it was made of and writes one of its own."""
 
     made = []
@@ -43,10 +43,10 @@ class Recorder:
 @pytest.fixture
 def recorders(monkeypatch):
     """The fakes that have been made, of a CPU on which graphs can be had."""
-    monkeypatch.setattr(compute, "use_graph", lambda cuda_graph, device: cuda_graph == "on")
-    monkeypatch.setattr(graphs, "Recorder", Recorder)
-    monkeypatch.setattr(Recorder, "made", [])
-    return Recorder.made
+    monkeypatch.setattr(device_config, "use_graph", lambda cuda_graph, device: cuda_graph == "on")
+    monkeypatch.setattr(cuda_graphs, "GraphRecorder", GraphRecorder)
+    monkeypatch.setattr(GraphRecorder, "made", [])
+    return GraphRecorder.made
 
 
 @pytest.mark.parametrize("rule", [RULE, PLAIN])
@@ -108,13 +108,13 @@ def test_rejects_what_cannot_be(tmp_path, cuda_graph, message):
 
 
 def test_several_processes_cannot(monkeypatch):
-    monkeypatch.setattr(compute.ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(device_config.ranks, "world_size", lambda: 2)
     cuda = torch.device("cuda")
-    assert not compute.use_graph("auto", cuda) and not compute.use_graph("off", cuda)
+    assert not device_config.use_graph("auto", cuda) and not device_config.use_graph("off", cuda)
     with pytest.raises(ValueError, match="^cuda_graph: expected auto or off in several processes"):
-        compute.use_graph("on", cuda)
+        device_config.use_graph("on", cuda)
     monkeypatch.undo()
-    assert compute.use_graph("on", cuda)
+    assert device_config.use_graph("on", cuda)
 
 
 @pytest.mark.gpu

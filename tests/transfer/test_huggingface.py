@@ -14,14 +14,13 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, LargeList, List, Value
 
 from bitkern.transfer import DataError, hold_out
-from bitkern.transfer.compute import Compute
 from bitkern.transfer.data import check_apart
-from bitkern.transfer.data.decoders import pillow
+from bitkern.transfer.data.decoders import pillow, read_image
 from bitkern.transfer.data.huggingface import image_dataset, is_dataset
-from bitkern.transfer.data.images import read_image
 from bitkern.transfer.data.loader import eval_batches
-from bitkern.transfer.data.resized import Resized
+from bitkern.transfer.data.resized import ResizedImages
 from bitkern.transfer.data.shards import image_shards
+from bitkern.transfer.device_config import DeviceConfig
 from tests.transfer.shards import jpeg
 
 NAMES = ["bee", "ant", "cät"]
@@ -107,7 +106,7 @@ def test_one_dataset_is_every_split(tmp_path):
     source = saved(tmp_path / "d", table())
     train_set, test_set = (image_dataset(source, split) for split in ("train", "test"))
     assert (train_set.labels == test_set.labels).all()
-    with pytest.raises(DataError, match="row 0 is both to train on and to test with"):
+    with pytest.raises(DataError, match="row 0 is in the training set and in the test set"):
         check_apart(train_set, test_set, source)
     assert str(train_set.images[0]) == f"{source}: row 0"
 
@@ -301,8 +300,8 @@ def test_threads_processes_and_copies(tmp_path):
     expected = [jpeg(i % 3, i) for i in range(40)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda m: m.read(), list(found.images) * 5)) == expected * 5
-    resized, rows = Resized(found.images, 8, pillow), range(len(found.images))
-    computes = (Compute.of("cpu", "fp32", n) for n in (0, 2))
+    resized, rows = ResizedImages(found.images, 8, pillow), range(len(found.images))
+    computes = (DeviceConfig.create("cpu", "fp32", n) for n in (0, 2))
     batches = [list(eval_batches(resized, rows, compute)) for compute in computes]
     for here, threaded in zip(*batches, strict=True):
         assert not threaded.unreadable and (here.images == threaded.images).all()

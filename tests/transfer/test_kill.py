@@ -101,7 +101,7 @@ def kill_and_resume(folder):
             killed_early += not (out / "last.pt").exists()
             if (out / "summary.json").exists() and not (out / "last.pt").exists():
                 break  # killed after all was done
-        files.remove_parts(out)
+        files.remove_temporary_files(out)
         assert sorted(path.name for path in out.iterdir()) == FILES
         assert content(out) == content(folder / "straight")
     assert kills > 30 and killed_early > 0

@@ -12,17 +12,17 @@ from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 from bitkern.transfer import HyperRule, ImageSet, train_batches
-from bitkern.transfer.compute import Compute
 from bitkern.transfer.data.decoders import pillow
-from bitkern.transfer.data.loader import AHEAD, cut_out, eval_batches
-from bitkern.transfer.data.resized import Resized
+from bitkern.transfer.data.loader import AHEAD, eval_batches, gather_crops
+from bitkern.transfer.data.resized import ResizedImages
 from bitkern.transfer.data.threads import thread_pool
+from bitkern.transfer.device_config import DeviceConfig
 from bitkern.transfer.schedule import Schedule
 from tests.transfer.images import image_set, picture
 
 RULE = HyperRule(12, 8, steps=5, decay_steps=(), warmup_steps=0, mixup_alpha=0.0, batch_size=10)
 
-CPU = Compute.of("cpu", "fp32", 0)
+CPU = DeviceConfig.create("cpu", "fp32", 0)
 
 
 def images_of(**arguments):
@@ -45,7 +45,7 @@ def test_cache_and_threads_change_nothing(cache, workers, tmp_path, monkeypatch)
 
 def test_images_that_stay_on_the_device_are_cut_out_there():
     batches = train_batches(image_set(), RULE, seed=3, batch_split=3, cache="ram")
-    batches.on_device = torch.from_numpy(batches.resized.kept)
+    batches.on_device = torch.from_numpy(batches.resized.cached)
     assert_same(list(batches), images_of())
 
 
@@ -55,7 +55,7 @@ def test_images_are_a_view_in_channels_last():
         assert x.is_contiguous(memory_format=torch.channels_last)
     images = torch.arange(2 * 3 * 4 * 3, dtype=torch.uint8).reshape(2, 3, 4, 3)
     crops = torch.tensor([[1, 1, 2, 1], [0, 0, 1, 0]])
-    mirrored, plain = cut_out(images, crops, 2)
+    mirrored, plain = gather_crops(images, crops, 2)
     assert torch.equal(mirrored, images[1, 1:3, 2:4].flip(1).permute(2, 0, 1))
     assert torch.equal(plain, images[0, 0:2, 1:3].permute(2, 0, 1))
 
@@ -162,7 +162,7 @@ def test_train_transform_crops_and_flips_the_resized_image():
 
 def test_eval_transform_resizes_straight_to_the_crop():
     data = image_set(per_class=3)
-    resized = Resized(data.images, 8, pillow)
+    resized = ResizedImages(data.images, 8, pillow)
     batches = list(eval_batches(resized, range(9), CPU, batch_size=4))
     assert [len(x) for x, _ in batches] == [4, 4, 1]
     x = torch.cat([x for x, _ in batches])
@@ -192,4 +192,4 @@ class _NoBlockingCopies(TorchFunctionMode):
 def test_crops_are_copied_without_waiting():
     images = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
     with _NoBlockingCopies():
-        assert cut_out(images, torch.zeros(2, 4, dtype=torch.int64), 4).shape == (2, 3, 4, 4)
+        assert gather_crops(images, torch.zeros(2, 4, dtype=torch.int64), 4).shape == (2, 3, 4, 4)

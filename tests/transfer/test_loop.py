@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bitkern.transfer import TrainingError, inference, loop, train_batches
+from bitkern.transfer import TrainingError, inference, train_batches, training
 from bitkern.transfer.data.decoders import pillow
 from bitkern.transfer.data.loader import eval_batches
-from bitkern.transfer.data.resized import Resized
+from bitkern.transfer.data.resized import ResizedImages
 from bitkern.transfer.recipes.mixup import mix
 from tests.transfer.images import image_set
 from tests.transfer.net import (
@@ -141,7 +141,7 @@ def test_evaluate_against_a_plain_loop():
     for batch_size in (1, 4, 100):
         metrics = inference.evaluate(model, data, 8, batch_size=batch_size)
         with torch.no_grad():
-            batches = eval_batches(Resized(data.images, 8, pillow), range(21), CPU)
+            batches = eval_batches(ResizedImages(data.images, 8, pillow), range(21), CPU)
             logits = torch.cat([model(CPU.to_input(x)) for x, _ in batches])
         labels = torch.from_numpy(data.labels)
         assert metrics["top1"] == (logits.argmax(1) == labels).double().mean().item()
@@ -196,7 +196,7 @@ def test_rejects_bad_arguments(tmp_path, arguments, message):
     if "resume" not in arguments:
         arguments["out"] = tmp_path / "run"
     with pytest.raises(ValueError, match=f"^{message}"):
-        loop.train(**arguments)
+        training.train(**arguments)
     assert not (tmp_path / "run").exists()
 
 

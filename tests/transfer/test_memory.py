@@ -32,7 +32,7 @@ def test_free_memory(tmp_path, monkeypatch, files, free):
         for file, text in zip(V1 if "v1" in name else V2, texts, strict=True):
             (tmp_path / name / file).write_text(f"{text}\n")
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "OWN", tmp_path / "own")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "own")
     monkeypatch.setattr(memory, "CGROUPS", {"": tmp_path / "v2", "memory": tmp_path / "v1"})
     assert memory.free_memory() == free
 

@@ -18,7 +18,7 @@ from bitkern.transfer import (
     pretraining,
     train_batches,
 )
-from bitkern.transfer.data import images
+from bitkern.transfer.data import decoders
 from bitkern.transfer.data.decoders import DECODERS, pillow
 from tests.transfer.images import image_set, picture
 from tests.transfer.net import PLAIN, Net, assert_same_bits, state_of, stopped, train
@@ -121,7 +121,7 @@ def test_loss_is_summed_over_classes_and_a_mean_over_images():
         chances = logits.sigmoid()
         expected = -torch.where(truth, chances, 1 - chances).log().sum(1).mean()
         torch.testing.assert_close(sigmoid.loss(logits, given), expected)
-    with pytest.raises(ValueError, match="^labels: expected one an image for a softmax"):
+    with pytest.raises(ValueError, match="^labels: expected one per image for a softmax"):
         softmax.loss(logits, several)
 
 
@@ -198,7 +198,7 @@ def test_region_of_a_jpeg(name, scale, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     source = Encoded(encoded(pixels, quality=95, exif=exif))
-    upright = np.asarray(images.read_image(source))
+    upright = np.asarray(decoders.read_image(source))
     told = []
 
     def region(height, width):
@@ -217,7 +217,7 @@ def test_region_of_a_jpeg(name, scale, orientation):
 @pytest.mark.parametrize("wide, scale", [(15, 1), (31, 1), (32, 2), (64, 4), (127, 4), (128, 8)])
 def test_fewer_pixels_of_a_large_jpeg_are_decoded(wide, scale):
     source = Encoded(encoded(smooth(200, 200)))
-    image, box = images.read_region(source, 16, lambda height, width: (3, 5, wide, wide))
+    image, box = decoders.read_region(source, 16, lambda height, width: (3, 5, wide, wide))
     assert image.size == (-(-200 // scale), -(-200 // scale))
     assert box == (5 / scale, 3 / scale, (5 + wide) / scale, (3 + wide) / scale)
 
@@ -225,7 +225,7 @@ def test_fewer_pixels_of_a_large_jpeg_are_decoded(wide, scale):
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF"])
 def test_region_of_what_is_no_jpeg(format):
     source = Encoded(encoded(picture(1, 2, 64, 50), format, **{"lossless": True}))
-    whole = np.asarray(images.read_image(source))
+    whole = np.asarray(decoders.read_image(source))
     got = pillow(source, 8, lambda height, width: (10, 20, 30, 25))
     box = (20, 10, 45, 40)
     expected = Image.fromarray(whole).resize((8, 8), Image.Resampling.BILINEAR, box)
@@ -327,5 +327,5 @@ def test_labels_to_evaluate_on_are_as_those_to_train_on():
         for some in (data, data.as_multi_label())
     )
     assert one == several and "mean_average_precision" in one
-    with pytest.raises(ValueError, match="^eval_set: expected one label an image as train_set"):
+    with pytest.raises(ValueError, match="^eval_set: expected one label per image as train_set"):
         train(Net(), rule, data, eval_set=data.as_multi_label())

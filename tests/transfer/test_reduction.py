@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from bitkern.transfer import loop
-from bitkern.transfer.reduction import Reduction
+from bitkern.transfer import training
+from bitkern.transfer.gradient_reducer import GradientReducer
 from tests.transfer.distributed import reduction, torchrun
 from tests.transfer.distributed.reduction import PLAIN, RULE
 from tests.transfer.distributed.training import OPTIONS
@@ -38,7 +38,7 @@ def test_in_three_processes(folder, check):
 def test_training_equals_one_process(folder, name, rule):
     path = folder / "training_equals_one_process" / f"{name} {rule.mixup_alpha}"
     model = reduction.MODELS[name]()
-    expected = loop.train(model, image_set(), rule, **OPTIONS)
+    expected = training.train(model, image_set(), rule, **OPTIONS)
     (state, history, metrics), *others = [
         torch.load(f"{path}-{rank}.pt") for rank in range(PROCESSES)
     ]
@@ -55,7 +55,7 @@ def test_training_equals_one_process(folder, name, rule):
 
 def test_one_process_has_no_buckets_and_no_hooks():
     model = reduction.Every()
-    sums = Reduction(model)
-    with sums.meeting():
-        sums.begin()
-        assert not (sums.buckets or sums.places or sums.hooks)
+    sums = GradientReducer(model)
+    with sums.reduce():
+        sums.begin_last_micro_batch()
+        assert not (sums.buckets or sums.slots or sums.hooks)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from bitkern.transfer import ImageSet, check_report, report, scores, write_report
-from bitkern.transfer.report.pictures import CELLS
+from bitkern.transfer.report.plots import CELLS
 from tests.transfer.images import image_set, picture
 from tests.transfer.outputs import arrays, logits
 
@@ -138,7 +138,7 @@ def test_page_is_whole_escaped_and_self_contained(hostile):
     words = " ".join(page.texts)
     assert HOSTILE[0] in words and "<i>R50x1</i>" in words and "жук $x^{$ 虫 ?" in words
     assert HOSTILE[3] not in words and "&amp;long long" in words, "cut, and escaped once"
-    assert "cannot be read any more" in words and "gone.png" in words
+    assert "cannot be read" in words and "gone.png" in words
     assert all(page.alts) and page.tags.count("img") == len(page.alts)
     assert page.tags.count("svg") == text.count('role="img"') == 3
     assert '<html lang="en">' in text and "<title>Evaluation of 4 images, 4 classes<" in text
@@ -229,17 +229,17 @@ def test_replaces_its_own_and_nothing_else(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("report.json", '{"page": "report.html"}', "report.json: is no report of bitkern"),
-        ("report.json", "[]", "report.json: is no report of bitkern"),
+        ("report.json", '{"page": "report.html"}', "report.json: is not a report of bitkern"),
+        ("report.json", "[]", "report.json: is not a report of bitkern"),
         ("report.json", "{", "report.json: truncated or not a report of bitkern"),
         ("report.json", "5", "report.json: truncated or not a report of bitkern"),
-        ("predictions.csv", "image,label\n", "predictions.csv: is of no report of bitkern"),
-        ("report.html", "<html>", "report.html: is no report of bitkern"),
+        ("predictions.csv", "image,label\n", "predictions.csv: is not part of a report of bitkern"),
+        ("report.html", "<html>", "report.html: is not a report of bitkern"),
     ],
 )
 def test_refuses_what_is_not_its_own(tmp_path, monkeypatch, name, content, message):
     (tmp_path / name).write_text(content)
-    monkeypatch.setattr(report, "judge", pytest.fail)
+    monkeypatch.setattr(report, "evaluate_logits", pytest.fail)
     with pytest.raises(ValueError, match=message) as error:
         write_report(tmp_path / "report.html", torch.zeros(15, 3), image_set())
     assert "\n" not in str(error.value)
@@ -247,7 +247,7 @@ def test_refuses_what_is_not_its_own(tmp_path, monkeypatch, name, content, messa
 
 
 def test_refuses_bad_names_and_settings_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "judge", pytest.fail)
+    monkeypatch.setattr(report, "evaluate_logits", pytest.fail)
     for name in ("report.json", "report", "report.htm"):
         with pytest.raises(ValueError, match=f"{name}: expected the name of an .html file"):
             write_report(tmp_path / name, torch.zeros(15, 3), image_set())
@@ -255,7 +255,7 @@ def test_refuses_bad_names_and_settings_before_any_work(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="file: expected a folder, found a file"):
         check_report(tmp_path / "file" / "deeper" / "report.html")
     for value in (object(), math.nan):
-        with pytest.raises(ValueError, match="about: expected what JSON can hold"):
+        with pytest.raises(ValueError, match="about: expected JSON values"):
             write_report(
                 tmp_path / "report.html", torch.zeros(15, 3), image_set(), about={"x": [value]}
             )
@@ -263,7 +263,7 @@ def test_refuses_bad_names_and_settings_before_any_work(tmp_path, monkeypatch):
 
 
 def test_refuses_a_folder_that_cannot_be_written_to_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "judge", pytest.fail)
+    monkeypatch.setattr(report, "evaluate_logits", pytest.fail)
     folder = tmp_path / "folder"
     folder.mkdir()
     # Permissions do not bind root.

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bitkern.models import read_metadata
-from bitkern.transfer import RunError, TrainingError, compute, loop
+from bitkern.transfer import RunError, TrainingError, device_config, training
 from tests.transfer.images import CLASSES, image_set
 from tests.transfer.net import (
     FILES,
@@ -115,7 +115,7 @@ def test_no_checkpoint_holds_a_step_that_diverged(tmp_path, every, also_interrup
     ("broken", "left"),
     [
         ("run.draw_curves", []),
-        ("training.write_report", ["curves.png", "model.safetensors"]),
+        ("trainer.write_report", ["curves.png", "model.safetensors"]),
         ("run.write_summary", ["curves.png", "model.safetensors", *REPORT]),
     ],
 )
@@ -163,12 +163,16 @@ def test_finished_run_from_python(tmp_path):
 
 def test_precision_of_the_run_is_kept(tmp_path, monkeypatch):
     """Whatever the machine it is resumed on would choose."""
-    monkeypatch.setattr(compute, "default_precision", lambda device: ("bf16", "it is said to"))
+    monkeypatch.setattr(
+        device_config, "default_precision", lambda device: ("bf16", "it is said to")
+    )
     model = Net()
     model.on_call = crash
     with pytest.raises(Crash):
         train(model, out=tmp_path, batch_split=3, checkpoint_every=5, precision="auto")
-    monkeypatch.setattr(compute, "default_precision", lambda device: ("fp32", "it is said to"))
+    monkeypatch.setattr(
+        device_config, "default_precision", lambda device: ("fp32", "it is said to")
+    )
     shutil.copytree(tmp_path, tmp_path / "other")
     train(Net(), out=tmp_path, batch_split=3, resume=True, precision="auto")
     assert json.loads((tmp_path / "summary.json").read_text())["precision"] == "bf16"
@@ -187,7 +191,7 @@ class Counted(nn.Linear):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"about": {"data": Path("here")}}, "about: expected what JSON can hold, got data: .*Path"),
+        ({"about": {"data": Path("here")}}, "about: expected JSON values, got data: .*Path"),
         ({"model": nn.Sequential(nn.Flatten(), Counted(192, 3))}, "model: expected tensors in its"),
     ],
 )
@@ -224,7 +228,7 @@ def test_resume_needs_the_settings_of_the_run(tmp_path, change, message):
     changed = {**arguments, "model": Net(), **change}
     before = state_of(changed["model"])
     with pytest.raises(RunError, match=message):
-        loop.train(**changed, out=tmp_path, resume=True)
+        training.train(**changed, out=tmp_path, resume=True)
     assert_same_bits(changed["model"], before)
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 

@@ -8,7 +8,7 @@ import torch
 from sklearn import metrics
 
 from bitkern.transfer import ImageSet, scores
-from bitkern.transfer.report.intervals import wilson
+from bitkern.transfer.report.metrics import wilson
 from tests.transfer.images import CLASSES, picture
 from tests.transfer.outputs import arrays, logits
 
@@ -26,7 +26,7 @@ def single():
 
 @pytest.fixture(scope="module")
 def several():
-    """As above, but several labels an image, or none."""
+    """As above, but several labels per image, or none."""
     random = np.random.default_rng(1)
     labels = random.random((200, 6)) < (0, 0.05, 0.2, 0.3, 0.4, 0.5)
     outputs = torch.from_numpy(random.normal(size=(200, 6)) + 2 * labels - 1).float()

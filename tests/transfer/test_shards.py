@@ -14,13 +14,13 @@ import pytest
 import webdataset
 
 from bitkern.transfer import DataError, hold_out
-from bitkern.transfer.compute import Compute
 from bitkern.transfer.data import shards, tar
-from bitkern.transfer.data.decoders import pillow
-from bitkern.transfer.data.images import Member, read_image
+from bitkern.transfer.data.decoders import pillow, read_image
+from bitkern.transfer.data.images import EncodedImage
 from bitkern.transfer.data.loader import eval_batches
-from bitkern.transfer.data.resized import Resized
+from bitkern.transfer.data.resized import ResizedImages
 from bitkern.transfer.data.shards import image_shards, is_shards
+from bitkern.transfer.device_config import DeviceConfig
 from tests.transfer.shards import jpeg, sample, write_shards, write_tar
 
 TWO = [*sample("a", 0), *sample("b", 1)]
@@ -121,7 +121,7 @@ def test_a_folder_whose_name_is_a_pattern(tmp_path):
 
 def test_splits(tmp_path):
     source = write_shards(tmp_path)
-    with pytest.raises(DataError, match=r"no shards to test with: .*test-\*.tar, or holdout"):
+    with pytest.raises(DataError, match=r"no test shards: .*test-\*.tar, or holdout"):
         image_shards(source, "test")
     write_shards(tmp_path, "test", shards=5)
     found = image_shards(source, "test")
@@ -342,8 +342,8 @@ def test_threads_processes_and_copies(tmp_path):
     expected = [jpeg(i % 3) for i in range(120)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda m: m.read(), list(found.images) * 5)) == expected * 5
-    resized = Resized(found.images, 8, pillow)
-    computes = (Compute.of("cpu", "fp32", n) for n in (0, 2))
+    resized = ResizedImages(found.images, 8, pillow)
+    computes = (DeviceConfig.create("cpu", "fp32", n) for n in (0, 2))
     batches = [list(eval_batches(resized, range(120), compute)) for compute in computes]
     for here, threaded in zip(*batches, strict=True):
         assert not threaded.unreadable and (here.images == threaded.images).all()
@@ -379,7 +379,7 @@ def test_files_are_closed(tmp_path):
 
 def test_parts_of_a_set(tmp_path):
     found = image_shards(write_shards(tmp_path), "train")
-    image: Member = found.images[-1]
+    image: EncodedImage = found.images[-1]
     assert image.name == "train11.jpg" and [m.name for m in found.images[:2]][1] == "train1.jpg"
     with pytest.raises(IndexError):
         found.images[12]

@@ -8,17 +8,17 @@ import torch
 
 import bitkern
 from bitkern.transfer import mixup, mixup_loss, train_batches
-from bitkern.transfer.compute import Compute
+from bitkern.transfer.device_config import DeviceConfig
 from bitkern.transfer.recipes.mixup import mix, mixed_loss
 from bitkern.transfer.schedule import Schedule
-from bitkern.transfer.step import Later, Stepper
+from bitkern.transfer.step import AsyncScalar, TrainStep
 from tests.transfer.images import image_set
 from tests.transfer.net import RULE, Net, state_of
 from tests.transfer.no_reads import Read, no_reads
 
 
 def stepper(model, rule, device="cpu:0", precision="fp32", batch_split=2, weight_decay=0.0):
-    compute = Compute.of(device, precision, 0)
+    compute = DeviceConfig.create(device, precision, 0)
     compute.place(model)
     optimizer = bitkern.optim.SGD(
         model.parameters(), lr=0.0, momentum=0.9, weight_decay=weight_decay, fused=True
@@ -26,7 +26,7 @@ def stepper(model, rule, device="cpu:0", precision="fp32", batch_split=2, weight
     schedule = Schedule(15, rule, 0, batch_split)
     how = {"batch_split": batch_split, "device": device}
     batches = train_batches(image_set(), rule, seed=0, **how)
-    return Stepper(model, optimizer, schedule, compute, iter(batches))
+    return TrainStep(model, optimizer, schedule, compute, iter(batches))
 
 
 def bit():
@@ -162,7 +162,7 @@ def test_never_waits_for_a_gpu(model, rule):
     take_step(0, 0.1)  # caches and workspaces come to be
     torch.cuda.set_sync_debug_mode("error")
     try:
-        losses = [Later(take_step(step, 0.1)) for step in (1, 2)]
+        losses = [AsyncScalar(take_step(step, 0.1)) for step in (1, 2)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(0 < loss.value() < 100 for loss in losses)

@@ -51,7 +51,7 @@ def test_several_labels_an_image(tmp_path):
     assert train_set.labels.astype(int).tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0]]
     kept, held = hold_out(train_set, 0.25, seed=0)
     assert (len(kept.images), len(held.images)) == (3, 1) and held.labels.shape == (1, 3)
-    with pytest.raises(DataError, match="shots: expected one label an image"):
+    with pytest.raises(DataError, match="shots: expected one label per image"):
         data.few_shot(train_set, 1, 0)
 
 
@@ -59,7 +59,7 @@ def test_without_splits_every_row_is_in_both(tmp_path):
     path = table(tmp_path, "image,label\n0.png,a\n1.png,b\n")
     train_set, test_set = (data.image_table(path, split) for split in ("train", "test"))
     assert train_set.images == test_set.images
-    with pytest.raises(DataError, match="0.png is both to train on and to test with"):
+    with pytest.raises(DataError, match="0.png is in the training set and in the test set"):
         data.check_apart(train_set, test_set, str(path))
 
 
@@ -107,7 +107,7 @@ def test_finetune_evaluate_predict(tmp_path, capsys):
     path, out = multi_label_table(tmp_path / "data"), tmp_path / "out"
     options = [*SMALL, "--balance", "loss", "--mixup-alpha", "0.2", "--batch-split", "2"]
     assert call("finetune", "--data", path, "--out", out, *options) == 0
-    assert "3 classes, several an image" in capsys.readouterr().out
+    assert "3 classes, several labels per image" in capsys.readouterr().out
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["balance"], summary["multi_label"]) == ("loss", True)
     assert call("evaluate", out, "--data", path, "--json", "--workers", 0) == 0
@@ -117,9 +117,9 @@ def test_finetune_evaluate_predict(tmp_path, capsys):
     (best,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     # A sigmoid for each class: near 1/2 from zero weights, where a softmax says a third.
     assert all(abs(p["probability"] - 0.5) < 0.1 for p in best["predictions"])
-    # A set of one label an image is one of several of which each has one.
+    # A set of one label per image is one of several of which each has one.
     one = table(tmp_path / "one", "image,label\n0.png,ant\n1.png,bee\n2.png,cat\n")
     assert call("evaluate", out, "--data", one, "--json", "--workers", 0) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 3
     error = finetune_error(capsys, one, tmp_path / "other")
-    assert "0.png is both to train on and to test with" in error
+    assert "0.png is in the training set and in the test set" in error

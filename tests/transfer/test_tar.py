@@ -30,7 +30,7 @@ def test_truncated(tmp_path, cut):
     if cut >= end:
         assert len(image_shards(path, "train").images) == 2
         return
-    with pytest.raises(DataError, match="train.tar: ends early, at byte"):
+    with pytest.raises(DataError, match="train.tar: truncated at byte"):
         image_shards(path, "train")
 
 
@@ -50,11 +50,11 @@ def test_damaged_headers(tmp_path, place, member):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data + data, "goes on behind the end of the archive"),
+        (lambda data: data + data, "has data after the end of the archive"),
         (gzip.compress, "compressed; expected a plain .tar"),
         (lambda data: jpeg(0) * 3, "not a tar file"),
         (lambda data: b"not a tar", "not a tar file"),
-        (lambda data: b"", "ends early, at byte 0"),
+        (lambda data: b"", "truncated at byte 0"),
         (lambda data: bytes(10240), "no images"),
     ],
 )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bitkern.nn import GroupNormAct, WSConv2d, preact
 from bitkern.nn.activations import ACTS, act_of
-from bitkern.nn.fused import watched
+from bitkern.nn.fused import has_hooks
 from bitkern.nn.layers import conv_fusion
 from bitkern.nn.preact import Summands
 from bitkern.ops import Conv
@@ -58,8 +58,8 @@ def fusion(
 ) -> tuple[Activation, tuple[nn.Module, ...]]:
     """``GroupNormAct.fusion`` of a norm that calls ``modules``, the last one of ``acts``."""
     act = "none" if type(modules[-1]) is nn.Identity else act_of(modules[-1], acts)
-    idle = all(type(module) is nn.Identity for module in modules[:-1])
-    if act is None or not idle or any(watched(module) for module in modules):
+    identities = all(type(module) is nn.Identity for module in modules[:-1])
+    if act is None or not identities or any(has_hooks(module) for module in modules):
         return "none", modules
     return act, ()
 
@@ -90,9 +90,9 @@ class Bottleneck(DeferredResidual, preact.Bottleneck):
         module = self.downsample
         if module is None:
             return None
-        idle = [m for m in module.children() if m is not getattr(module, "conv", None)]
-        known = type(module) in self.shortcuts and all(type(m) is nn.Identity for m in idle)
-        alone = known and not any(watched(m) for m in (module, *idle))
+        others = [m for m in module.children() if m is not getattr(module, "conv", None)]
+        known = type(module) in self.shortcuts and all(type(m) is nn.Identity for m in others)
+        alone = known and not any(has_hooks(m) for m in (module, *others))
         return module.conv if alone else module  # type: ignore[no-any-return]
 
     def finish(self, branch: Tensor) -> Tensor:

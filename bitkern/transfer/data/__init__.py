@@ -1,8 +1,9 @@
-"""Where images come from: the ``"train"`` and ``"test"`` splits of named sources and folders."""
+"""Sources of images: the ``"train"`` and ``"test"`` splits of named sources and folders."""
 
 import os
 from collections.abc import Callable, Sequence
 
+from bitkern.transfer.data.decoders import image_size
 from bitkern.transfer.data.digits import digits
 from bitkern.transfer.data.folder import image_folder
 from bitkern.transfer.data.huggingface import image_dataset, is_dataset
@@ -12,25 +13,16 @@ from bitkern.transfer.data.images import (
     NoSplitError,
     check_apart,
     check_same_classes,
-    image_size,
 )
 from bitkern.transfer.data.shards import image_shards, is_shards
 from bitkern.transfer.data.subsets import few_shot, hold_out
 from bitkern.transfer.data.table import image_table, is_table
 
-__all__ = [
-    "DataError",
-    "ImageSet",
-    "NoSplitError",
-    "check_same_classes",
-    "digits",
-    "few_shot",
-    "hold_out",
-]
-__all__ += ["check_apart", "image_dataset", "image_folder", "image_shards", "image_size"]
+__all__ = ["DataError", "ImageSet", "NoSplitError", "check_apart", "check_same_classes", "digits"]
+__all__ += ["few_shot", "hold_out", "image_dataset", "image_folder", "image_shards", "image_size"]
 __all__ += ["image_table", "load_split"]
 
-# Sources by name. Then those that are told by what they are called; anything else is a folder.
+# Sources with a fixed name; then those recognized by their form. Anything else is a folder.
 SOURCES: dict[str, Callable[[str], ImageSet]] = {"digits": digits}
 Load = Callable[[str, str, Sequence[str] | None], ImageSet]
 KINDS: tuple[tuple[Callable[[str], bool], Load], ...] = (
@@ -47,10 +39,10 @@ def load_split(
     *,
     flat: bool = False,
 ) -> ImageSet:
-    """The images of a named source, Hugging Face dataset, tar shards, CSV file or folder.
+    """Load a split of a named source, Hugging Face dataset, tar shards, CSV file or folder.
 
-    All but named sources need not have images of all ``classes``, those of the set that was trained
-    on. ``flat`` is as in ``image_folder``. Raises ``DataError``: see ``image_folder``,
+    ``classes`` are those of the training set; not all need have images, except in named sources.
+    ``flat`` is as in ``image_folder``. Raises ``DataError``: see ``image_folder``,
     ``image_table``, ``image_shards`` and ``image_dataset``.
     """
     name = os.fspath(source)

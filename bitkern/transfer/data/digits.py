@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bitkern.transfer.compute import require
+from bitkern.packages import require
 from bitkern.transfer.data.images import ImageSet, NoSplitError
 from bitkern.transfer.data.subsets import hold_out
 
@@ -15,10 +15,10 @@ def digits(split: str) -> ImageSet:
     require("sklearn")
     from sklearn.datasets import load_digits
 
-    data = load_digits()
-    images = np.rint(data.images * (255 / 16)).astype(np.uint8)
-    whole = ImageSet(list(images), data.target.astype(np.int64), tuple("0123456789"))
-    train_set, test_set = hold_out(whole, 0.5, seed=0)
     if split == "validation":
         raise NoSplitError("digits: has no validation images: expected holdout")
+    data = load_digits()
+    images = np.rint(data.images * (255 / 16)).astype(np.uint8)
+    full_set = ImageSet(list(images), data.target.astype(np.int64), tuple("0123456789"))
+    train_set, test_set = hold_out(full_set, 0.5, seed=0)
     return {"train": train_set, "test": test_set}[split]

@@ -1,7 +1,6 @@
 """Images in folders, one for each class."""
 
 import os
-import stat
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -9,33 +8,27 @@ from pathlib import Path
 
 import numpy as np
 
-from bitkern.transfer.data.images import (
-    VALIDATION,
-    DataError,
-    ImageSet,
-    NoSplitError,
-    image_formats,
-    listing,
-)
+from bitkern.transfer.data.decoders import image_formats
+from bitkern.transfer.data.images import VALIDATION, DataError, ImageSet, NoSplitError, listing
 
-# Folders that hold a split, the first there is.
+# Names of the folder of a split, by preference.
 SPLITS = {"train": ("train",), "test": ("test", *VALIDATION), "validation": VALIDATION}
 
 
-class _Found:
-    """The image files below folders, and what was left out."""
+class _ImageFinder:
+    """Finds image files below folders and counts the files that it leaves out."""
 
     def __init__(self) -> None:
-        self.left_out: Counter[str] = Counter()
-        self.linked = 0  # folders that were met before
+        self.skipped: Counter[str] = Counter()
+        self.repeated = 0  # folders linked more than once
 
-    def images(self, folder: Path) -> list[str]:
-        """The image files below a folder, sorted; each folder is read once, hidden ones never."""
+    def find(self, folder: Path) -> list[str]:
+        """List image files, sorted; visits each folder once, and hidden ones never."""
         found, seen = [], set[tuple[int, int]]()
         for parent, folders, names in os.walk(folder, followlinks=True):
             status = os.stat(parent)
             if (status.st_dev, status.st_ino) in seen:
-                self.linked += 1
+                self.repeated += 1
                 folders.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
@@ -46,35 +39,29 @@ class _Found:
                 if name.startswith("."):
                     continue
                 if suffix not in image_formats():
-                    self.left_out[suffix or "without a suffix"] += 1
-                elif not _is_regular(path):
-                    self.left_out["that are no files"] += 1
+                    self.skipped[suffix or "without a suffix"] += 1
+                elif not os.path.isfile(path):
+                    self.skipped["that are no files"] += 1
                 else:
                     found.append(path)
         return sorted(found)
 
-    def tell(self, folder: Path) -> None:
-        """Say what was left out, each in a line."""
-        if self.left_out:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in self.left_out.most_common())
+    def report(self, folder: Path) -> None:
+        if self.skipped:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in self.skipped.most_common())
             print(f"{folder}: not images, left out: {kinds}", file=sys.stderr)
-        if self.linked:
-            times = "1 folder that is" if self.linked == 1 else f"{self.linked} folders that are"
-            print(f"{folder}: {times} linked more than once, read once", file=sys.stderr)
-
-
-def _is_regular(path: str) -> bool:
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except OSError:  # a link that leads nowhere
-        return False
+        if self.repeated:
+            count = (
+                "1 folder that is" if self.repeated == 1 else f"{self.repeated} folders that are"
+            )
+            print(f"{folder}: {count} linked more than once, read once", file=sys.stderr)
 
 
 def find_images(folder: Path) -> list[str]:
-    """The image files below ``folder``, sorted; hidden ones are left out, others told of."""
-    found = _Found()
-    images = found.images(folder)
-    found.tell(folder)
+    """List the image files below ``folder``, sorted; prints the kinds of files left out."""
+    finder = _ImageFinder()
+    images = finder.find(folder)
+    finder.report(folder)
     return images
 
 
@@ -85,7 +72,7 @@ def image_folder(
     *,
     flat: bool = False,
 ) -> ImageSet:
-    """The images ``root/split/CLASS/*.jpg`` (png, webp, …: all that Pillow reads).
+    """Images ``root/split/CLASS/*.jpg`` (png, webp, …: all formats that Pillow reads).
 
     ``root/val``, ``validation`` or ``valid`` serves as split "test" where there is none of that
     name. With ``flat`` also ``root/CLASS/*.jpg`` where there are no splits. Classes are the names
@@ -101,9 +88,9 @@ def image_folder(
         raise DataError(
             f"{folder}: has {count}, at least 2 are needed; expected images in {folder}/CLASS/"
         )
-    found = _Found()
-    paths = {name: found.images(class_folder) for name, class_folder in folders.items()}
-    found.tell(folder)
+    finder = _ImageFinder()
+    paths = {name: finder.find(class_folder) for name, class_folder in folders.items()}
+    finder.report(folder)
     names = tuple(folders)
     if classes is None:
         for name in names:
@@ -111,28 +98,27 @@ def image_folder(
                 raise DataError(f"{folders[name]}: no images; add some or remove the folder")
     elif not any(paths.values()):
         raise DataError(f"{folder}: no images; expected some in {folder}/CLASS/")
-    elif {*names} <= {*classes}:  # else the classes are others, which whoever compares them says
+    elif {*names} <= {*classes}:  # else check_same_classes names the others
         names = tuple(classes)
         missing = [name for name in names if not paths.get(name)]
         if missing:
-            of = f"{len(missing)} of {len(names)} classes: {listing(missing)}"
-            print(f"{folder}: no images of {of}", file=sys.stderr)
+            count = f"{len(missing)} of {len(names)} classes"
+            print(f"{folder}: no images of {count}: {listing(missing)}", file=sys.stderr)
     counts = [len(paths.get(name, ())) for name in names]
     labels = np.repeat(np.arange(len(names)), counts).astype(np.int64)
     return ImageSet([path for name in names for path in paths.get(name, ())], labels, names)
 
 
 def class_folders(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted; hidden ones are left out."""
     return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 
 def split_folder(root: Path, split: str, flat: bool) -> Path:
-    """The folder of a split; raises ``DataError``, saying what else the folder may be."""
+    """Find the folder of a split; raises ``DataError`` with a hint at how to name it."""
     for name in SPLITS.get(split, (split,)):
         if (root / name).is_dir():
             if split == "test" and name != split:
-                print(f"{root / name}: taken for test images", file=sys.stderr)
+                print(f"{root / name}: used as test images", file=sys.stderr)
             return root / name
     wanted = f"{root / split}: no such folder"
     expected = f"expected images in {root}/{split}/CLASS/"

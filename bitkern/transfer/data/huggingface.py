@@ -1,6 +1,7 @@
 """Images in the tables of Hugging Face's ``datasets``, on this machine."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -9,23 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from bitkern import files
-from bitkern.transfer.compute import require
+from bitkern.packages import require
+from bitkern.text import one_line
 from bitkern.transfer.data.images import DataError, ImageSet, NoSplitError
-from bitkern.transfer.data.members import Labels, Members, image_set
+from bitkern.transfer.data.lazy_images import Labels, LazyImages, labelled_set
 
 PREFIX = "hfds:"
 LABEL_COLUMNS = ("label", "labels")
-# Splits that serve one, the best first.
+# Names of a split, by preference.
 SPLITS = {"train": ("train",), "test": ("test", "validation"), "validation": ("validation",)}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """A table with one column, of images; ``name`` is what errors call it."""
+    """A table with one column, of images; ``name`` is used in errors."""
 
     name: str
-    files: str  # what tells the files it is from, as they are, from all others
+    files: str  # digest of its files' names, sizes and times
     column: str
     rows: Any = dataclasses.field(compare=False, repr=False)
     holds_paths: bool = False
@@ -34,20 +35,17 @@ class _Table:
         value = self.rows[row][self.column] or {}
         return value.get("bytes"), value.get("path")
 
-    def member(self, row: int) -> "TableMember":
-        return TableMember(self, row)
-
 
 @dataclasses.dataclass(frozen=True)
-class TableMember:
-    """An image in a row of a table, or in a file which that names."""
+class DatasetImage:
+    """An image in a row of a table, or in a file that the row names."""
 
     table: _Table
     row: int
 
     @property
     def version(self) -> str:
-        """The files of the table, as they were when it was opened, and the row."""
+        """The state of the table's files when it was opened, and the row."""
         version = f"{self.table.files}:{self.table.column}:{self.row}"
         if self.table.holds_paths:
             data, path = self.table.encoded(self.row)
@@ -59,7 +57,7 @@ class TableMember:
         return f"{self.table.name}: row {self.row}"
 
     def read(self) -> bytes:
-        """Its bytes. Raises OSError, or ValueError if the row has no image."""
+        """Read its bytes. Raises OSError, or ValueError if the row has no image."""
         data, path = self.table.encoded(self.row)
         if data is None and path:
             return Path(path).read_bytes()
@@ -69,22 +67,22 @@ class TableMember:
 
 
 def is_dataset(source: str | os.PathLike[str]) -> bool:
-    """Whether a source is written ``hfds:FOLDER``."""
+    """Return True for a source of the form ``hfds:FOLDER``."""
     return os.fspath(source).startswith(PREFIX)
 
 
 def image_dataset(
     source: str | os.PathLike[str], split: str, classes: Sequence[str] | None = None
 ) -> ImageSet:
-    """The images of ``hfds:FOLDER``: a saved dataset, or Parquet or Arrow files.
+    """Images of ``hfds:FOLDER``: a dataset saved by ``save_to_disk``, or Parquet or Arrow files.
 
-    What ``save_to_disk`` wrote may have splits, or be one dataset, which is then every split; the
-    split of a file is in its name or its folder's, as ``datasets`` has it. "validation" is "test"
-    if nothing else is. Of the columns one holds ``Image``; one holds ``ClassLabel``, or lists of
-    them, which make a multi-label set, or else integers or strings and is called ``label`` or
-    ``labels``. Classes are ``classes``, else the names of the labels.
+    A saved dataset without splits serves as every split; the split of a file is in its name or its
+    folder's, by the rules of ``datasets``. "validation" serves as "test" where there is none. One
+    column holds ``Image``; another ``ClassLabel``, or lists of them, which make a multi-label set,
+    or else integers or strings, and is called ``label`` or ``labels``. Classes are ``classes``,
+    else the names of the labels.
 
-    Nothing is fetched. Raises ``DataError``, and ValueError where ``datasets`` is missing.
+    Nothing is downloaded. Raises ``DataError``, and ValueError where ``datasets`` is missing.
     """
     require("datasets")
     source = os.fspath(source)
@@ -95,48 +93,48 @@ def image_dataset(
         return _image_set(folder, source, split, classes)
     except DataError:
         raise
-    except Exception as error:  # of damaged files anything
-        reason = files.in_a_line(error.__cause__ or error)
+    except Exception as error:  # damaged files can raise anything
+        reason = one_line(error.__cause__ or error)
         raise DataError(f"{source}: cannot be read: {reason}") from None
 
 
 def _image_set(folder: Path, source: str, split: str, classes: Sequence[str] | None) -> ImageSet:
-    part, dataset = _opened(folder, source, split)
+    part, dataset = _open(folder, source, split)
     name = f"{source}: {part}" if part else source
     if not len(dataset):
         raise DataError(f"{name}: holds no images")
-    dataset = dataset.with_format(None)  # the one it was saved with would change what rows are
+    dataset = dataset.with_format(None)  # the saved format would change the type of rows
     image, label = _columns(dataset.features, name)
     table = _table(dataset, image, folder, name, part)
-    images = Members(table.member, np.arange(len(dataset)))
-    return image_set(images, _labels(dataset, label, name), classes, name)
+    images = LazyImages(functools.partial(DatasetImage, table), np.arange(len(dataset)))
+    return labelled_set(images, _labels(dataset, label, name), classes, name)
 
 
-def _opened(folder: Path, source: str, split: str) -> tuple[str, Any]:
-    """(its name, its rows) for a split; "" for a dataset without splits."""
+def _open(folder: Path, source: str, split: str) -> tuple[str, Any]:
+    """Return (name, rows) of a split; the name is "" for a dataset without splits."""
     import datasets
 
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.Dataset):
             return "", saved
-        chosen = _chosen(saved, source, split)
+        chosen = _choose_split(saved, source, split)
         return chosen, saved[chosen]
     splits = _split_files(folder)
-    chosen = _chosen(splits, source, split)
+    chosen = _choose_split(splits, source, split)
     paths = splits[chosen]
     kinds = {Path(path).suffix for path in paths}
     if len(kinds) > 1:
         raise DataError(f"{source}: {chosen}: expected Parquet files or Arrow files, found both")
     if kinds == {".parquet"}:
-        # Unlike load_dataset this does not count its calls at a server.
+        # Unlike load_dataset this sends no telemetry.
         return chosen, datasets.Dataset.from_parquet(paths)
     tables = [datasets.Dataset.from_file(path) for path in paths]
     return chosen, datasets.concatenate_datasets(tables)
 
 
 def _split_files(folder: Path) -> dict[str, list[str]]:
-    """The Parquet and Arrow files of each split, told apart as ``datasets`` does."""
+    """Find the Parquet and Arrow files of each split, by the rules of ``datasets``."""
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
     base = str(folder.resolve())
@@ -150,7 +148,7 @@ def _split_files(folder: Path) -> dict[str, list[str]]:
     return {name: paths for name, paths in splits.items() if paths}
 
 
-def _chosen(splits: Any, source: str, split: str) -> str:
+def _choose_split(splits: Any, source: str, split: str) -> str:
     for name in SPLITS[split]:
         if name in splits:
             return name
@@ -162,7 +160,7 @@ def _chosen(splits: Any, source: str, split: str) -> str:
 
 
 def _columns(features: Any, name: str) -> tuple[str, str]:
-    """The column of images, and that of labels."""
+    """Find the column of images, and that of labels."""
     from datasets import ClassLabel, Image, Value
 
     images = [column for column, feature in features.items() if isinstance(feature, Image)]
@@ -173,17 +171,15 @@ def _columns(features: Any, name: str) -> tuple[str, str]:
         if isinstance(item := _item(features.get(column)), Value)
         and ("int" in item.dtype or "string" in item.dtype)
     ]
-    for what, found in (("images", images), ("labels", labels)):
+    for content, found in (("images", images), ("labels", labels)):
         if len(found) != 1:
-            among = ", ".join(found) or f"none among {', '.join(features)}"
-            raise DataError(
-                f"{name}: expected one column of {what}, found {files.in_a_line(among)}"
-            )
+            names = ", ".join(found) or f"none among {', '.join(features)}"
+            raise DataError(f"{name}: expected one column of {content}, found {one_line(names)}")
     return images[0], labels[0]
 
 
 def _item(feature: Any) -> Any:
-    """What a column holds, in lists or not."""
+    """Return the feature of a column, or of the items of its lists."""
     from datasets import LargeList, List
 
     return feature.feature if isinstance(feature, List | LargeList) else feature
@@ -206,7 +202,7 @@ def _state(path: str | Path) -> str:
 
 
 def _labels(dataset: Any, column: str, name: str) -> Labels:
-    """The labels of all rows; as arrays, of which ``datasets`` has no more than this column."""
+    """Read the labels of all rows, from this column alone."""
     import pyarrow
     from pyarrow import compute
 
@@ -225,5 +221,5 @@ def _labels(dataset: Any, column: str, name: str) -> Labels:
     if pyarrow.types.is_integer(values.type):
         return Labels(values.to_numpy().astype(np.int64), counts, names)
     names = sorted(compute.unique(values).to_pylist())
-    places = compute.index_in(values, pyarrow.array(names, values.type))
-    return Labels(places.to_numpy().astype(np.int64), counts, names)
+    indices = compute.index_in(values, pyarrow.array(names, values.type))
+    return Labels(indices.to_numpy().astype(np.int64), counts, names)

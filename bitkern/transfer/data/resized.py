@@ -1,4 +1,4 @@
-"""The images of a set at one size: decoded at every use, or kept."""
+"""Images of a set resized to one size: decoded at every use, or cached."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -7,47 +7,40 @@ from typing import BinaryIO
 import numpy as np
 
 from bitkern.transfer.data.decoders import Decoder
-from bitkern.transfer.data.images import (
-    DataError,
-    ImageSet,
-    Pixels,
-    Region,
-    Source,
-    several,
-)
-from bitkern.transfer.data.threads import begun_ahead, thread_pool
+from bitkern.transfer.data.images import DataError, ImageSet, Pixels, Region, Source
+from bitkern.transfer.data.threads import prefetch, thread_pool
 
 ADVICE = "repair or delete it, or pass skip_corrupt=True"
 SPAN = 4  # images that a thread takes at a time
+_NAMED = 20  # corrupt images that an error names
 
 
-class Resized:
-    """Images resized to (size, size), by their place in the set.
+class ResizedImages:
+    """Images resized to (size, size), by their index in the set.
 
-    ``kept`` uint8 (N, size, size, 3) holds them all, where there is a cache, which ``cache`` tells
-    of in words. ``corrupt`` says what is wrong with those that cannot be read, as far as that is
-    known.
+    ``cached`` uint8 (N, size, size, 3) holds their pixels, or is None; ``cache`` describes the
+    choice. ``corrupt`` maps the images that are known to be unreadable to their errors.
     """
 
     def __init__(self, images: Sequence[Source], size: int, decode: Decoder) -> None:
         self.images, self.size, self.decode = images, size, decode
-        self.kept: Pixels | None = None
+        self.cached: Pixels | None = None
         self.cache = "off"
-        self.file: BinaryIO | None = None  # of the pixels, where this process has made them
+        self.file: BinaryIO | None = None  # the cached pixels, in the process that wrote them
         self.corrupt: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.images)
 
     def pixels(self, index: int, region: Region | None = None) -> Pixels:
-        """uint8 (size, size, 3), of a region where there is no cache.
+        """Return uint8 (size, size, 3); ``region`` applies where there is no cache.
 
         Raises ``DataError`` if the image cannot be read.
         """
         if index in self.corrupt:
             raise DataError(self.corrupt[index])
-        if self.kept is not None:
-            pixels: Pixels = self.kept[index]
+        if self.cached is not None:
+            pixels: Pixels = self.cached[index]
             return pixels
         try:
             return self.decode(self.images[index], self.size, region)
@@ -55,42 +48,44 @@ class Resized:
             self.corrupt[index] = str(error)
             raise
 
-    def replaced(
+    def pixels_or_next(
         self, index: int, skip_corrupt: bool, region: Region | None = None
     ) -> tuple[int, Pixels]:
-        """The image with its index; in place of a corrupt one the next of the set that is not.
+        """Return an image with its index, or the next one of the set if it is corrupt.
 
         Raises ``DataError`` unless ``skip_corrupt``, and if all are corrupt.
         """
-        for place in range(index, index + len(self)):
-            place %= len(self)
+        for i in range(index, index + len(self)):
+            i %= len(self)
             try:
-                return place, self.pixels(place, region)
+                return i, self.pixels(i, region)
             except DataError as error:
                 if not skip_corrupt:
                     raise DataError(f"{error}: {ADVICE}") from None
-        raise DataError(f"{self.images[index]}: nor can any other image be read; replace them")
+        raise DataError(
+            f"{self.images[index]}: cannot be read, nor can any other image; replace them"
+        )
 
-    def read_all(
+    def decode_all(
         self,
-        take: Callable[[int, Pixels], object],
+        consume: Callable[[int, Pixels], object],
         skip_corrupt: bool,
         start: int = 0,
         progress: Callable[[int], object] = lambda done: None,
     ) -> None:
-        """Decode the images from ``start`` on, on all cores, and have ``take`` take their pixels.
+        """Decode the images from ``start`` on, on all cores, and pass their pixels to ``consume``.
 
-        ``progress`` is told how many have been taken, counted from the set's first. What cannot be
-        read is added to ``corrupt``; unless ``skip_corrupt``, ``DataError`` is raised for all of
-        it at the end.
+        ``progress`` gets the number of images done, counted from the first of the set. Unreadable
+        images are added to ``corrupt``; unless ``skip_corrupt``, ``DataError`` is raised for all of
+        them at the end.
         """
         from tqdm import tqdm
 
-        def read(indices: range) -> range:
+        def decode_span(indices: range) -> range:
             for index in indices:
                 try:
-                    take(index, self.pixels(index))
-                except DataError:  # which is among the corrupt
+                    consume(index, self.pixels(index))
+                except DataError:  # recorded in self.corrupt
                     pass
             return indices
 
@@ -99,23 +94,29 @@ class Resized:
         cores = len(os.sched_getaffinity(0))
         with bar, thread_pool(cores) as pool:
             try:
-                for span in begun_ahead(lambda s: pool.submit(read, s).result, spans, 4 * cores):
+                for span in prefetch(
+                    lambda s: pool.submit(decode_span, s).result, spans, 4 * cores
+                ):
                     for index in span:
                         progress(index + 1)
                     bar.update(len(span))
             finally:
                 pool.shutdown(cancel_futures=True)
         if not skip_corrupt:
-            self.refuse_corrupt()
+            self.raise_if_corrupt()
 
-    def refuse_corrupt(self) -> None:
-        """Raise ``DataError`` for the images that are known to be corrupt, all at once."""
-        if self.corrupt:
-            errors = [self.corrupt[index] for index in sorted(self.corrupt)]
-            raise DataError(f"{several(errors)}: {ADVICE}")
+    def raise_if_corrupt(self) -> None:
+        """Raise one ``DataError`` for all images that are known to be corrupt."""
+        errors = [self.corrupt[index] for index in sorted(self.corrupt)]
+        if len(errors) == 1:
+            raise DataError(f"{errors[0]}: {ADVICE}")
+        if errors:
+            more = f"; and {len(errors) - _NAMED} more" * (len(errors) > _NAMED)
+            named = "; ".join(errors[:_NAMED])
+            raise DataError(f"{len(errors)} images cannot be read: {named}{more}: {ADVICE}")
 
 
-def check_classes(data: ImageSet, resized: Resized) -> None:
+def check_classes(data: ImageSet, resized: ResizedImages) -> None:
     """Raise ``DataError`` for a class all of whose images are known to be corrupt."""
     if data.multi_label or not resized.corrupt:
         return

@@ -1,4 +1,4 @@
-"""Images in tar files, as the webdataset library lays them out."""
+"""Images in tar files, in the layout of the webdataset library."""
 
 import dataclasses
 import functools
@@ -18,19 +18,20 @@ import numpy as np
 import numpy.typing as npt
 
 from bitkern import files
-from bitkern.models.weights import cache_folder
-from bitkern.transfer.compute import require
+from bitkern.packages import require
+from bitkern.text import one_line
 from bitkern.transfer.data import tar
-from bitkern.transfer.data.images import DataError, ImageSet, NoSplitError, image_formats
-from bitkern.transfer.data.members import Labels, Members, check_number, image_set
+from bitkern.transfer.data.decoders import image_formats
+from bitkern.transfer.data.images import DataError, ImageSet, NoSplitError
+from bitkern.transfer.data.lazy_images import Labels, LazyImages, check_number, labelled_set
 
 FORMAT = 1  # of the index in the cache
-OPEN_SHARDS = 64  # in each process; systems allow 256 files and more
+OPEN_SHARDS = 64  # in each process, well below the limits of systems
 LONGEST_LABEL = 1 << 20  # bytes
 
 
 class Shard(NamedTuple):
-    """A tar file, as it was when it was indexed; ``name`` is what the user calls it."""
+    """A tar file with its state when it was indexed; ``name`` is the path that the user gave."""
 
     name: str
     path: str
@@ -38,7 +39,7 @@ class Shard(NamedTuple):
     mtime_ns: int
 
 
-class ShardMember(NamedTuple):
+class ShardImage(NamedTuple):
     """An image in a tar file."""
 
     shard: Shard
@@ -48,15 +49,15 @@ class ShardMember(NamedTuple):
 
     @property
     def version(self) -> str:
-        """The file it is in, as it was when it was indexed, and where in there it is."""
+        """The state of its file when it was indexed, and its position there."""
         return ":".join(str(part) for part in (*self.shard[1:], self.offset, self.length))
 
     def __str__(self) -> str:
         return f"{self.shard.name}: {self.name}"
 
     def read(self) -> bytes:
-        """Its bytes. Raises OSError if the tar file is not what it was."""
-        file = _opened(self.shard)  # kept until the end: another thread may drop it from the cache
+        """Read its bytes. Raises OSError if the tar file has changed."""
+        file = _opened(self.shard)  # a reference, because the cache may drop it meanwhile
         data = os.pread(file.number, self.length, self.offset)
         found = os.fstat(file.number)
         if (found.st_size, found.st_mtime_ns) != self.shard[2:] or len(data) < self.length:
@@ -65,7 +66,7 @@ class ShardMember(NamedTuple):
 
 
 class _Descriptor:
-    """An open file, closed when the last thread that reads from it lets go of it."""
+    """An open file, closed with the last reference to it."""
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -81,10 +82,10 @@ def _opened(shard: Shard) -> _Descriptor:
 
 
 class _Index(NamedTuple):
-    """The images of shards, in order, in arrays; also the names of the fields in the cache.
+    """The images of shards, in order, as arrays; the fields are those of the file in the cache.
 
-    ``names`` are those of the members, one after the other, UTF-8, of ``name_lengths``;
-    ``label_names`` is empty if labels are numbers.
+    ``names`` are the members' names, concatenated, UTF-8, of ``name_lengths``; ``label_names`` is
+    empty if labels are numbers.
     """
 
     shard: npt.NDArray[np.int32]
@@ -98,7 +99,7 @@ class _Index(NamedTuple):
     label_names: npt.NDArray[np.str_]
 
 
-class _Indexed:
+class _IndexedShards:
     """The images of shards by number."""
 
     def __init__(self, shards: Sequence[Shard], index: _Index) -> None:
@@ -106,22 +107,22 @@ class _Indexed:
         self.index = index
         self.name_ends = np.cumsum(index.name_lengths, dtype=np.int64)
 
-    def member(self, row: int) -> ShardMember:
+    def image(self, row: int) -> ShardImage:
         index, end = self.index, self.name_ends[row]
         name = index.names[end - index.name_lengths[row] : end].tobytes()
         offset, length = int(index.offset[row]), int(index.length[row])
-        return ShardMember(self.shards[index.shard[row]], tar.shown(name), offset, length)
+        return ShardImage(self.shards[index.shard[row]], tar.printable(name), offset, length)
 
 
 def is_shards(source: str | os.PathLike[str]) -> bool:
-    """Whether a source is meant to be tar files: its name has ``.tar`` in it."""
+    """Return True for the name of tar files."""
     return re.search(r"\.tar\b", os.path.basename(source)) is not None
 
 
 def image_shards(
     source: str | os.PathLike[str], split: str, classes: Sequence[str] | None = None
 ) -> ImageSet:
-    """The images of tar files: one, ``DIR/train-{000000..000146}.tar`` or ``DIR/train-*.tar``.
+    """Images of tar files: one, ``DIR/train-{000000..000146}.tar`` or ``DIR/train-*.tar``.
 
     Members whose paths agree up to the first dot of the file name are a sample: an image, and its
     label in ``.cls``, a number, or ``.json``, ``{"label": 3}`` or ``{"labels": ["ant", "bee"]}``,
@@ -129,39 +130,38 @@ def image_shards(
     a ``classes.txt`` beside the shards, else the names found, sorted, or numbers. The split "test"
     is in the shards with "test" in their names in place of "train".
 
-    Images are found once and then in an index in the cache. Raises ``DataError``, naming shard
-    and key, for what is no such sample, and a shard that is missing, damaged or not a plain tar.
+    The index of the images is kept in the cache. Raises ``DataError``, naming shard and key, for an
+    incomplete sample, and for a shard that is missing, damaged or not a plain tar.
     """
     shards = _shards(os.fspath(source), split)
     index = _cached_index(shards)
-    listed = Path(shards[0].name).with_name("classes.txt")
-    if classes is None and listed.is_file():
-        classes = _listed(listed)
+    class_file = Path(shards[0].name).with_name("classes.txt")
+    if classes is None and class_file.is_file():
+        classes = _read_classes(class_file)
     names = index.label_names.tolist() or None
     labels = Labels(index.values, index.counts if index.several else None, names)
-    images = Members(_Indexed(shards, index).member, np.arange(len(index.shard)))
-    return image_set(images, labels, classes, os.fspath(source))
+    images = LazyImages(_IndexedShards(shards, index).image, np.arange(len(index.shard)))
+    return labelled_set(images, labels, classes, os.fspath(source))
 
 
 def _shards(source: str, split: str) -> list[Shard]:
-    """The shards of a split."""
     folder, name = os.path.split(source)
     if split == "validation":
-        raise NoSplitError(f"{source}: no shards to choose by: expected holdout")
+        raise NoSplitError(f"{source}: no validation shards: expected holdout")
     if split != "test" or "train" not in name:
-        found = _expanded(source)
+        found = _expand(source)
         if not found:
             raise DataError(f"{source}: no such shards")
         return [_shard(path) for path in found]
     beside = os.path.join(folder, re.sub(r"\{[^{}]*\}", "*", name.replace("train", "test")))
-    found = [path for path in _expanded(beside) if os.path.exists(path)]
+    found = [path for path in _expand(beside) if os.path.exists(path)]
     if not found:
-        raise NoSplitError(f"{source}: no shards to test with: expected {beside}, or holdout")
+        raise NoSplitError(f"{source}: no test shards: expected {beside}, or holdout")
     return [_shard(path) for path in found]
 
 
-def _expanded(source: str) -> list[str]:
-    """Paths, from one whose braces, and wildcards in the name of the file, stand for several."""
+def _expand(source: str) -> list[str]:
+    """Expand the braces of a path, and the wildcards of its file name."""
     patterns = [source]
     if "{" in source:
         require("webdataset")
@@ -170,7 +170,7 @@ def _expanded(source: str) -> list[str]:
         try:
             patterns = expand_urls(source)
         except (ValueError, AssertionError) as error:
-            raise DataError(f"{source}: {files.in_a_line(error)}") from None
+            raise DataError(f"{source}: {one_line(error)}") from None
     found = []
     for pattern in patterns:
         folder, name = os.path.split(pattern)
@@ -192,10 +192,9 @@ def _shard(path: str) -> Shard:
     return Shard(path, os.path.realpath(path), status.st_size, status.st_mtime_ns)
 
 
-def _listed(path: Path) -> list[str]:
-    """The names of classes, one a line."""
+def _read_classes(path: Path) -> list[str]:
     try:
-        with files.reading(path, "a list of classes"):
+        with files.explain_read_errors(path, "a list of classes"):
             names = path.read_text("utf-8-sig").rstrip().split("\n")
     except ValueError as error:
         raise DataError(str(error)) from None
@@ -207,12 +206,11 @@ def _listed(path: Path) -> list[str]:
 
 
 def index_folder() -> Path:
-    """Where the indexes of shards are kept."""
-    return cache_folder() / "shards"
+    return files.cache_folder() / "shards"
 
 
 def _cached_index(shards: Sequence[Shard]) -> _Index:
-    """The index of shards, which is kept in the cache."""
+    """Load the index of shards from the cache, or make it and keep it there."""
     from tqdm import tqdm
 
     key = json.dumps([FORMAT, [shard[1:] for shard in shards]])
@@ -221,15 +219,15 @@ def _cached_index(shards: Sequence[Shard]) -> _Index:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return _Index(*(arrays[field] for field in _Index._fields))
-    except Exception:  # of a damaged file anything
+    except Exception:  # a damaged file can raise anything
         pass
-    scan = _Scan()
+    indexer = _Indexer()
     for shard in tqdm(shards, "indexing shards", leave=False, disable=None):
-        scan.add(shard)
-    index = scan.index()
+        indexer.add(shard)
+    index = indexer.index()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(path) as part:
+        with files.atomic_write(path) as part:
             np.savez(part, **index._asdict())
     except OSError as error:
         reason = error.strerror or error
@@ -237,8 +235,7 @@ def _cached_index(shards: Sequence[Shard]) -> _Index:
     return index
 
 
-def _read(file: tar.Reader, offset: int, length: int) -> bytes:
-    """The file of a label."""
+def _read_label(file: tar.Reader, offset: int, length: int) -> bytes:
     if length > LONGEST_LABEL:
         raise ValueError(f"label: expected a short file, got {length} bytes")
     return file.read(offset, length)
@@ -246,24 +243,24 @@ def _read(file: tar.Reader, offset: int, length: int) -> bytes:
 
 @dataclasses.dataclass(slots=True)
 class _Sample:
-    name: bytes = b""  # of the member that is the image
+    name: bytes = b""  # of the image's member
     offset: int = 0
     length: int = 0
     labels: tuple[int, ...] | None = None
-    json: tuple[int, int] | None = None  # where it is, and its length
+    json: tuple[int, int] | None = None  # offset, length
 
 
-class _Scan:
-    """What shards hold, one after the other."""
+class _Indexer:
+    """Indexes shards one after the other."""
 
     def __init__(self) -> None:
         self.parts: list[_Index] = []
-        self.names: dict[str, int] = {}  # of labels, numbered as they are found
+        self.names: dict[str, int] = {}  # of labels, numbered in the order found
         self.images = {suffix[1:].encode() for suffix in image_formats()}
-        self.forms: dict[str, str] = {}  # in which labels are given, all of them alike
+        self.forms: dict[str, str] = {}  # of the labels, the same in all samples
 
     def add(self, shard: Shard) -> None:
-        """Read the headers and labels of one more shard. Raises ``DataError``."""
+        """Read the headers and labels of a shard. Raises ``DataError``."""
         samples: dict[bytes, _Sample] = {}
         suffixes: set[bytes] = set()
         try:
@@ -282,89 +279,87 @@ class _Scan:
                 try:
                     if suffix in self.images:
                         if sample.name:
-                            raise ValueError(f"two images, .{tar.shown(suffix)} the second")
+                            raise ValueError(f"two images, .{tar.printable(suffix)} the second")
                         sample.name, sample.offset, sample.length = name, offset, length
                     elif suffix == b"cls":
                         if sample.labels is not None:
                             raise ValueError("two labels, both .cls")
-                        sample.labels = self._number(_read(file, offset, length))
+                        sample.labels = self._number(_read_label(file, offset, length))
                     elif suffix == b"json":
                         if sample.json:
                             raise ValueError("two labels, both .json")
                         sample.json = offset, length
                 except ValueError as error:
-                    raise DataError(f"{shard.name}: {tar.shown(key)}: {error}") from None
+                    raise DataError(f"{shard.name}: {tar.printable(key)}: {error}") from None
             self._take_from_json(shard, file, samples)
         except OSError as error:
             raise DataError(f"{shard.name}: cannot be read: {error.strerror}") from None
         if not any(sample.name for sample in samples.values()):
-            found = ", ".join(sorted(tar.shown(suffix) for suffix in suffixes)) or "no files"
+            found = ", ".join(sorted(tar.printable(suffix) for suffix in suffixes)) or "no files"
             raise DataError(
-                f"{shard.name}: no images: expected .jpg, .png, .webp or the like behind the first "
-                f"dot of a name, as in 0.jpg, found {files.in_a_line(found)}"
+                f"{shard.name}: no images: expected .jpg, .png, .webp or the like after the first "
+                f"dot of a name, as in 0.jpg, found {one_line(found)}"
             )
         for key, sample in samples.items():
             if not sample.name or sample.labels is None:
                 missing = "a label, in .cls or .json" if sample.name else "an image"
-                raise DataError(f"{shard.name}: {tar.shown(key)}: expected {missing}, got none")
-        self._keep(list(samples.values()))
+                raise DataError(f"{shard.name}: {tar.printable(key)}: expected {missing}, got none")
+        self._append(list(samples.values()))
 
     def _take_from_json(
         self, shard: Shard, file: tar.Reader, samples: dict[bytes, _Sample]
     ) -> None:
-        """The labels of samples without a ``.cls``, which often says what the ``.json`` repeats."""
+        """Read the labels of samples without a ``.cls``, which often repeats the ``.json``."""
         for key, sample in samples.items():
             if sample.labels is None and sample.json:
                 try:
-                    sample.labels = self._in_json(_read(file, *sample.json))
+                    sample.labels = self._in_json(_read_label(file, *sample.json))
                 except ValueError as error:
-                    raise DataError(f"{shard.name}: {tar.shown(key)}: {error}") from None
+                    raise DataError(f"{shard.name}: {tar.printable(key)}: {error}") from None
 
     def _number(self, data: bytes) -> tuple[int, ...]:
-        """The label of a ``.cls``."""
         if not re.fullmatch(rb"\s*-?\d{1,18}\s*", data):
-            raise ValueError(f"label: expected an integer, got {tar.shown(data)!r}")
+            raise ValueError(f"label: expected an integer, got {tar.printable(data)!r}")
         return self._labels([int(data)], several=False)
 
     def _in_json(self, data: bytes) -> tuple[int, ...] | None:
-        """The label or labels of a ``.json``, which may hold other things only."""
+        """Parse the labels of a ``.json``; None if it has neither field."""
         try:
-            stated = json.loads(data)
+            content = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"not JSON: {files.in_a_line(error)}") from None
-        found = [k for k in ("label", "labels") if isinstance(stated, dict) and k in stated]
+            raise ValueError(f"not JSON: {one_line(error)}") from None
+        found = [k for k in ("label", "labels") if isinstance(content, dict) and k in content]
         if len(found) > 1:
             raise ValueError("expected label or labels, got both")
         if not found:
             return None
         several = found == ["labels"]
-        labels = stated["labels"] if several else [stated["label"]]
+        labels = content["labels"] if several else [content["label"]]
         if not isinstance(labels, list):
-            raise ValueError(f"labels: expected a list, got {files.in_a_line(labels)}")
+            raise ValueError(f"labels: expected a list, got {one_line(labels)}")
         return self._labels(labels, several=several)
 
-    def _labels(self, stated: list[Any], *, several: bool) -> tuple[int, ...]:
-        """Labels by their numbers. Raises ValueError for what is none, or unlike those before."""
-        kinds = {type(label) for label in stated}
-        if not kinds <= {int, str} or "" in stated:
-            shown = files.in_a_line(stated if several else stated[0])
-            raise ValueError(f"label: expected an integer or a name, got {shown}")
-        self._alike("count", "several labels" if several else "one label")
+    def _labels(self, values: list[Any], *, several: bool) -> tuple[int, ...]:
+        """Number the labels. Raises ValueError if they are invalid or differ in form."""
+        kinds = {type(label) for label in values}
+        if not kinds <= {int, str} or "" in values:
+            got = one_line(values if several else values[0])
+            raise ValueError(f"label: expected an integer or a name, got {got}")
+        self._check_form("count", "several labels" if several else "one label")
         for kind in kinds:
-            self._alike("kind", "names" if kind is str else "integers")
+            self._check_form("kind", "names" if kind is str else "integers")
         if kinds == {str}:
-            return tuple(self.names.setdefault(name, len(self.names)) for name in stated)
-        for number in stated:
+            return tuple(self.names.setdefault(name, len(self.names)) for name in values)
+        for number in values:
             check_number(number)
-        return tuple(stated)
+        return tuple(values)
 
-    def _alike(self, aspect: str, form: str) -> None:
+    def _check_form(self, aspect: str, form: str) -> None:
         first = self.forms.setdefault(aspect, form)
         if form != first:
             raise ValueError(f"expected {first}, as in the samples before, got {form}")
 
-    def _keep(self, samples: Sequence[_Sample]) -> None:
-        """Of the samples of one more shard only arrays."""
+    def _append(self, samples: Sequence[_Sample]) -> None:
         labels = [sample.labels or () for sample in samples]
         self.parts.append(
             _Index(
@@ -381,13 +376,13 @@ class _Scan:
         )
 
     def index(self) -> _Index:
-        """That of all shards, the names of labels sorted."""
+        """Join the arrays of all shards, and sort the names of labels."""
         fields = zip(*self.parts, strict=True)
         index = _Index(*(np.concatenate(arrays) for arrays in fields))
         several = np.array(self.forms.get("count") == "several labels")
         names = sorted(self.names)
         if names:
-            place = {self.names[name]: i for i, name in enumerate(names)}
-            places = np.array([place[i] for i in range(len(names))], np.int64)
-            index = index._replace(values=places[index.values])
+            rank = {self.names[name]: i for i, name in enumerate(names)}
+            ranks = np.array([rank[i] for i in range(len(names))], np.int64)
+            index = index._replace(values=ranks[index.values])
         return index._replace(several=several, label_names=np.array(names, np.str_))

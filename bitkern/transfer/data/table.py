@@ -1,4 +1,4 @@
-"""Images and their labels in a CSV file."""
+"""Images and labels listed in a CSV file."""
 
 import csv
 import os
@@ -23,14 +23,14 @@ class _Row(NamedTuple):
 
 
 def is_table(source: str) -> bool:
-    """Whether a source is a CSV file, by its name."""
+    """Return True for the name of a CSV file."""
     return Path(source).suffix.lower() == ".csv"
 
 
 def image_table(
     path: str | os.PathLike[str], split: str, classes: Sequence[str] | None = None
 ) -> ImageSet:
-    """The images of a CSV file with a header.
+    """Images of a CSV file with a header.
 
     Columns: ``image``, a path, from the file's folder on; ``label``, or ``labels``, which holds
     several separated by ";", or none, and makes a multi-label set; and, if there is one, ``split``,
@@ -44,8 +44,7 @@ def image_table(
     columns, lines = _read(path)
     rows = list(_rows(path, columns, lines))
     _check(rows, classes)
-    every = {name for row in rows for name in row.labels}
-    names = tuple(sorted(every) if classes is None else classes)
+    names = tuple(sorted({c for row in rows for c in row.labels}) if classes is None else classes)
     if len(names) < 2 and "label" in columns or not names:
         raise DataError(f"{path}: holds labels of {len(names)} classes, need two")
     rows = [row for row in rows if row.split in (None, split)]
@@ -55,21 +54,21 @@ def image_table(
         if not os.path.isfile(row.image):
             raise DataError(f"{row.where}: {row.image}: no such file")
     images = [row.image for row in rows]
-    place = {name: i for i, name in enumerate(names)}
+    index = {name: i for i, name in enumerate(names)}
     if "label" in columns:
-        labels = np.array([place[row.labels[0]] for row in rows], np.int64)
+        labels = np.array([index[row.labels[0]] for row in rows], np.int64)
         return ImageSet(images, labels, names)
-    several = np.zeros((len(rows), len(names)), np.bool_)
+    multi_hot = np.zeros((len(rows), len(names)), np.bool_)
     for i, row in enumerate(rows):
-        several[i, [place[name] for name in row.labels]] = True
-    return ImageSet(images, several, names)
+        multi_hot[i, [index[name] for name in row.labels]] = True
+    return ImageSet(images, multi_hot, names)
 
 
 def _read(path: Path) -> tuple[Sequence[str], list[tuple[int, dict[str, str]]]]:
-    """The names of the columns, and each row with the number of its line."""
+    """Read the names of the columns, and each row with its line number."""
     try:
         with (
-            files.reading(path, "a CSV file"),
+            files.explain_read_errors(path, "a CSV file"),
             open(path, newline="", encoding="utf-8-sig") as file,
         ):
             reader = csv.DictReader(file, strict=True, restval="")
@@ -102,12 +101,11 @@ def _rows(
         if split not in (None, *SPLITS):
             expected = "train, test or val"
             raise DataError(f"{where}: split: expected {expected}, got {split!r}")
-        of = None if split is None else SPLITS[split]
-        yield _Row(where, os.path.join(path.parent, image), labels, of)
+        yield _Row(where, os.path.join(path.parent, image), labels, split and SPLITS[split])
 
 
 def _check(rows: Sequence[_Row], classes: Sequence[str] | None) -> None:
-    """Raise for an image named twice, or a label that is not among the classes."""
+    """Raise ``DataError`` for an image named twice, or a label not among the classes."""
     seen = set()
     for row in rows:
         if row.image in seen:

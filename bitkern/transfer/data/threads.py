@@ -7,36 +7,36 @@ from typing import TypeVar
 
 import torch
 
-from bitkern.transfer.compute import require
+from bitkern.packages import require
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def _alone() -> None:
-    """Have PyTorch compute on this thread alone; what others do stays as it is."""
+def _use_one_core() -> None:
+    """Limit PyTorch to one core in this thread; other threads keep their setting."""
     from threadpoolctl import threadpool_limits
 
-    torch.get_num_threads()  # sets the thread's number, the first time
-    threadpool_limits(1, "openmp")  # which OpenMP keeps for each thread
+    torch.get_num_threads()  # its first call in a thread sets the number
+    threadpool_limits(1, "openmp")  # OpenMP keeps one limit for each thread
 
 
 def thread_pool(workers: int) -> ThreadPoolExecutor:
-    """``workers`` threads, each on one core."""
+    """Create ``workers`` threads, each on one core."""
     require("threadpoolctl")
-    return ThreadPoolExecutor(workers, "bitkern-images", initializer=_alone)
+    return ThreadPoolExecutor(workers, "bitkern-images", initializer=_use_one_core)
 
 
-def begun_ahead(
-    begin: Callable[[Item], Callable[[], Result]], items: Iterable[Item], count: int
+def prefetch(
+    start: Callable[[Item], Callable[[], Result]], items: Iterable[Item], count: int
 ) -> Iterator[Result]:
-    """The results for all items, in order, ``count`` more of them begun than were asked for.
+    """Yield the results for all items in order, with ``count`` more started than requested.
 
-    ``begin`` returns what waits for the result.
+    ``start`` returns a function that waits for the result.
     """
     pending: deque[Callable[[], Result]] = deque()
     for item in items:
-        pending.append(begin(item))
+        pending.append(start(item))
         if len(pending) > count:
             yield pending.popleft()()
     while pending:

@@ -1,4 +1,4 @@
-"""Recipes: what a training run does, from its data set's size alone."""
+"""Recipes: all hyper-parameters of a training, from its data set's size alone."""
 
 from dataclasses import Field
 from typing import Any, ClassVar, Protocol
@@ -9,13 +9,12 @@ from torch import Tensor
 
 
 class Recipe(Protocol):
-    """All that the loop knows of a recipe, a frozen dataclass.
+    """The interface of a recipe, a frozen dataclass.
 
-    ``steps`` optimizer steps of ``batch_size`` images (3, crop, crop) each, cut out of images that
-    were resized to (resize, resize), or of whole ones where ``resize`` is None; mixed where
-    ``mixup_alpha``, the Beta parameter of MixUp, is not 0. ``weight_decay`` concerns tensors of two
-    dimensions and more. ``sigmoid`` says that sigmoids tell classes apart also where an image has
-    one label.
+    ``steps`` optimizer steps of ``batch_size`` images (3, crop, crop) each, cropped from images
+    resized to (resize, resize), or from original images where ``resize`` is None. ``mixup_alpha``
+    is the Beta parameter of MixUp, 0 for none. ``weight_decay`` applies to tensors of two
+    dimensions and more. ``sigmoid`` selects the loss of sigmoids also for single labels.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
@@ -41,14 +40,15 @@ class Recipe(Protocol):
     def regions(
         self, chance: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.int64]:
-        """What is cut out of N images of ``sizes`` (N, 2): int64 (N, 4), top, left, height, width.
+        """Regions to crop from N images: int64 (N, 4), top, left, height, width.
 
-        ``sizes`` are heights and widths. ``chance`` are numbers in [0, 1): (N, 2) for images that
-        were resized, whose crops are (crop, crop); (N, 4) for whole ones, whose parts are resized.
+        ``sizes`` (N, 2) are heights and widths. ``chance`` are numbers in [0, 1): (N, 2) for
+        resized images, whose crops are (crop, crop); (N, 4) for original ones, whose regions are
+        resized.
         """
 
     def loss(self, logits: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:
         """The mean loss of logits (N, classes) and labels int64 (N,) or bool (N, classes).
 
-        ``class_weight`` (classes,), given for unbalanced classes alone, says what a class weighs.
+        ``class_weight`` (classes,) weights unbalanced classes.
         """

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from bitkern.transfer.recipes.checks import check, check_schedule
 from bitkern.transfer.recipes.mixup import cross_entropy
-from bitkern.transfer.recipes.staircase import check, check_staircase
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class HyperRule:
     ``resize`` and ``crop`` are pixels (square images); ``steps``, ``decay_steps`` and
     ``warmup_steps`` optimizer steps; ``mixup_alpha`` the Beta parameter of MixUp, 0 for none;
     ``base_lr`` the learning rate at ``batch_size`` (it is not rescaled when either is replaced).
-    ``weight_decay``, which BiT does without, concerns the weights of convolutions and head.
+    ``weight_decay``, 0 in BiT, applies to the weights of convolutions and head.
     Raises ``ValueError`` for values that make no schedule, such as a crop larger than the image.
     """
 
@@ -47,7 +47,7 @@ class HyperRule:
         )
         finite_alpha = 0 <= self.mixup_alpha < math.inf
         check(finite_alpha, "mixup_alpha", "a finite number, 0 or more", self.mixup_alpha)
-        check_staircase(self)
+        check_schedule(self)
 
     def lr(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0 (so the first is 0).
@@ -74,21 +74,19 @@ class HyperRule:
     def quick(self) -> "HyperRule":
         """The rule for small machines: minutes where its own training takes hours.
 
-        Images are as large as the HyperRule has small ones, 160 and 128; of 100 steps, scaled as
-        ``with_steps`` does, each has 64 images. What is smaller already stays, and so does the
-        learning rate.
+        At most 100 steps, scaled as by ``with_steps``, of at most 64 images, of at most the
+        HyperRule's size of small images, 160 and 128. The learning rate stays.
         """
-        shorter = self.with_steps(min(self.steps, 100))
-        resize, crop, batch_size = (
-            min(self.resize, 160),
-            min(self.crop, 128),
-            min(self.batch_size, 64),
+        return dataclasses.replace(
+            self.with_steps(min(self.steps, 100)),
+            resize=min(self.resize, 160),
+            crop=min(self.crop, 128),
+            batch_size=min(self.batch_size, 64),
         )
-        return dataclasses.replace(shorter, resize=resize, crop=crop, batch_size=batch_size)
 
     @property
     def sigmoid(self) -> bool:
-        """The labels decide: sigmoids where an image may have several."""
+        """Sigmoids are for multi-label sets only."""
         return False
 
     def regions(
@@ -99,7 +97,7 @@ class HyperRule:
         return np.concatenate([corners, np.full_like(corners, self.crop)], 1)
 
     def loss(self, logits: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:
-        """Cross-entropy, of a softmax or, for several labels an image, of sigmoids."""
+        """Cross-entropy of a softmax, or of sigmoids for a multi-label set."""
         return cross_entropy(logits, labels, class_weight)
 
 

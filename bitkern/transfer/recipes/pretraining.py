@@ -15,10 +15,10 @@ import numpy.typing as npt
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitkern.transfer.recipes.checks import check, check_schedule
 from bitkern.transfer.recipes.mixup import cross_entropy
-from bitkern.transfer.recipes.staircase import check, check_staircase
 
-# Epochs, those after which the learning rate falls, and whether sigmoids tell the classes apart.
+# Epochs, the epochs after which the learning rate decays, and sigmoids or a softmax.
 PRESETS: dict[str, tuple[int, tuple[int, ...], bool]] = {
     "BiT-S": (90, (30, 60, 80), False),
     "BiT-M": (90, (30, 60, 80), True),
@@ -31,10 +31,10 @@ ASPECT_RATIOS = 3 / 4, 4 / 3
 class Pretraining:
     """The hyper-parameters of one pre-training. Override values with ``dataclasses.replace``.
 
-    ``crop`` is pixels (square), of images ``min_area`` of whose area is cut out at least;
+    ``crop`` is pixels (square), ``min_area`` the least fraction of an image in a crop;
     ``steps``, ``decay_steps`` and ``warmup_steps`` optimizer steps; ``base_lr`` the learning rate
-    per 256 images of ``batch_size``; ``sigmoid`` whether sigmoids tell the classes apart, also
-    where an image has one label. ``weight_decay`` concerns the weights of convolutions and head.
+    per 256 images of ``batch_size``; ``sigmoid`` selects the loss of sigmoids, also for single
+    labels. ``weight_decay`` applies to the weights of convolutions and head.
     Raises ``ValueError`` for values that make no schedule.
     """
 
@@ -51,7 +51,7 @@ class Pretraining:
     def __post_init__(self) -> None:
         check(self.crop >= 1, "image_size", "a positive number of pixels", self.crop)
         check(0 < self.min_area <= 1, "min_area", "a fraction up to 1", self.min_area)
-        check_staircase(self)
+        check_schedule(self)
         check(
             self.warmup_steps < self.steps,
             "warmup_steps",
@@ -61,7 +61,7 @@ class Pretraining:
 
     @property
     def resize(self) -> None:
-        """Crops are cut out of whole images."""
+        """None: crops are cut out of original images."""
 
     @property
     def mixup_alpha(self) -> float:
@@ -81,12 +81,12 @@ class Pretraining:
     def regions(
         self, chance: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.int64]:
-        """The inception crop: parts of images (height, width), from numbers (N, 4) in [0, 1).
+        """The inception crop: regions of images (height, width), from numbers (N, 4) in [0, 1).
 
-        The aspect ratio is uniform among those in 3/4 … 4/3 at which a part that covers
-        ``min_area`` of the image fits, the height among those of such parts, the place among all.
-        So are the first that fit of TensorFlow's ``sample_distorted_bounding_box``; of an image so
-        long that none does it is the whole. Returns int64 (N, 4): top, left, height, width.
+        The aspect ratio is uniform among those in 3/4 … 4/3 at which a region that covers
+        ``min_area`` of the image fits, the height among those of such regions, the position among
+        all. This is the distribution of TensorFlow's ``sample_distorted_bounding_box``. An image in
+        which no region fits is taken whole. Returns int64 (N, 4): top, left, height, width.
         """
         height, width = sizes[:, 0], sizes[:, 1]
         least_ratio, most_ratio = ASPECT_RATIOS
@@ -103,18 +103,18 @@ class Pretraining:
         return np.stack([top, left, tall, wide], 1).astype(np.int64)
 
     def loss(self, logits: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:
-        """Cross-entropy, of a softmax or of sigmoids; the latter summed over the classes.
+        """Cross-entropy of a softmax, or of sigmoids summed over the classes.
 
-        Raises ValueError for several labels an image without ``sigmoid``.
+        Raises ValueError for a multi-label set without ``sigmoid``.
         """
         if not self.sigmoid and labels.ndim == 2:
-            raise ValueError("labels: expected one an image for a softmax, got several")
+            raise ValueError("labels: expected one per image for a softmax, got several")
         if self.sigmoid and labels.ndim == 1:
             labels = F.one_hot(labels, logits.shape[1]).bool()
         return cross_entropy(logits, labels, class_weight)
 
     def head_bias(self, num_classes: int) -> float:
-        """What the head's biases begin with: 0, for sigmoids the logit of one class in so many."""
+        """Initial value of the head's biases: 0, or for sigmoids the logit of 1 / num_classes."""
         return -math.log(num_classes) if self.sigmoid else 0.0
 
 
@@ -131,11 +131,10 @@ def pretraining(
 ) -> Pretraining:
     """The pre-training of a preset, one of ``PRESETS``, on ``num_examples`` images.
 
-    ``image_size`` is pixels (square). The rest stands in for what the preset or
-    ``Pretraining`` says: other ``epochs`` or ``steps`` stretch the decays with them, unless
-    ``decay_epochs`` are given. Epochs are rounded to the nearest step. Raises ``ValueError`` for
-    another preset, for numbers that are not positive, and for a set so small that the training
-    would end within its warm-up.
+    ``image_size`` is pixels (square). The other arguments override the preset or ``Pretraining``:
+    ``epochs`` or ``steps`` stretch the decays in proportion, unless ``decay_epochs`` are given.
+    Epochs are rounded to the nearest step. Raises ``ValueError`` for an unknown preset, for numbers
+    that are not positive, and for a set so small that the training would end within its warm-up.
     """
     check(preset in PRESETS, "preset", ", ".join(PRESETS), preset)
     published, decays, sigmoid = PRESETS[preset]

@@ -11,13 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from bitkern import files
-from bitkern.transfer.compute import require
+from bitkern.packages import require
+from bitkern.text import one_line
+from bitkern.transfer.curves import Record
 from bitkern.transfer.data.images import ImageSet
-from bitkern.transfer.report import pictures
-from bitkern.transfer.report.numbers import confusion_matrix, image_name, numbers_of, right, scores
-from bitkern.transfer.report.outcome import Outcome, judge
+from bitkern.transfer.report import plots
+from bitkern.transfer.report.evaluation import Evaluation, evaluate_logits
+from bitkern.transfer.report.metrics import compute_scores, confusion_matrix, image_name, scores
 from bitkern.transfer.report.page import render
-from bitkern.transfer.run import Record
 
 __all__ = ["check_report", "scores", "write_report"]
 
@@ -34,11 +35,11 @@ def write_report(
     history: Sequence[Record] = (),
     about: Mapping[str, Any] = {},
 ) -> dict[str, Any]:
-    """Write ``page`` (.html), and beside it report.json and predictions.csv; returns the former.
+    """Write ``page`` (.html), with report.json and predictions.csv beside it; returns the metrics.
 
     ``outputs``: the fp32 logits (N, classes) of ``data`` in order; ``history``: the records of a
-    run's metrics.jsonl; ``about``: settings and versions to show, what JSON can hold, mappings in
-    it too. An earlier report of that name is replaced. docs/report.md describes the files.
+    run's metrics.jsonl; ``about``: settings and versions to show, as JSON values, mappings
+    included. An earlier report of that name is replaced. docs/report.md describes the files.
 
     Raises ValueError naming the argument or file, as ``check_report`` and ``scores`` do.
     """
@@ -47,26 +48,26 @@ def write_report(
     try:
         about = json.loads(json.dumps(about, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"about: expected what JSON can hold: {error}") from None
-    outcome = judge(outputs, data)
-    report = {"page": page.name, **numbers_of(outcome, data), "about": about}
-    matrix, support = confusion_matrix(outcome), outcome.truth.sum(0)
+        raise ValueError(f"about: expected JSON values: {error}") from None
+    evaluation = evaluate_logits(outputs, data)
+    report = {"page": page.name, **compute_scores(evaluation, data), "about": about}
+    matrix, support = confusion_matrix(evaluation), evaluation.truth.sum(0)
     text = render(
         report,
-        confusion=pictures.confusion(matrix, support, data.classes),
-        calibration=pictures.calibration(report["calibration"]["bins"]),
-        curves=pictures.curves(history) if history else None,
-        thumbnails=[pictures.thumbnail(data.images[m["index"]]) for m in report["mistakes"]],
+        confusion=plots.confusion(matrix, support, data.classes),
+        calibration=plots.calibration(report["calibration"]["bins"]),
+        curves=plots.curves(history) if history else None,
+        thumbnails=[plots.thumbnail(data.images[m["index"]]) for m in report["mistakes"]],
     )
     page.parent.mkdir(parents=True, exist_ok=True)
-    # report.json first: it is what says that the others are ours.
-    with files.replacing(page.with_name(NUMBERS)) as part:
+    # report.json first, because it identifies the other files as bitkern's.
+    with files.atomic_write(page.with_name(NUMBERS)) as part:
         part.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    with files.replacing(page.with_name(PREDICTIONS)) as part:
-        # A path keeps its bytes, also those that are no UTF-8.
+    with files.atomic_write(page.with_name(PREDICTIONS)) as part:
+        # Paths keep their bytes, also those that are not UTF-8.
         with open(part, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *_rows(outcome, data)])
-    with files.replacing(page) as part:
+            csv.writer(file).writerows([COLUMNS, *_rows(evaluation, data)])
+    with files.atomic_write(page) as part:
         part.write_text(text, encoding="utf-8")
     return report
 
@@ -85,37 +86,36 @@ def check_report(page: str | os.PathLike[str]) -> None:
     report, predictions = page.with_name(NUMBERS), page.with_name(PREDICTIONS)
     advice = "write into another folder, or move it away"
     if report.exists():
-        with files.reading(report, "a report of bitkern"):
+        with files.explain_read_errors(report, "a report of bitkern"):
             content = json.loads(report.read_bytes())
-            of = content["page"] if {"page", "per_class", "calibration"} <= set(content) else None
-        if of != page.name:
-            whose = "no report of bitkern" if of is None else f"of {files.in_a_line(of)}"
-            raise ValueError(f"{report}: is {whose}, not of {page.name}; {advice}")
+            keys = {"page", "per_class", "calibration"}
+            owner = content["page"] if keys <= set(content) else None
+        if owner != page.name:
+            found = "not a report of bitkern" if owner is None else f"of {one_line(owner)}"
+            raise ValueError(f"{report}: is {found}, not of {page.name}; {advice}")
     elif page.exists():
-        raise ValueError(f"{page}: is no report of bitkern; {advice}")
+        raise ValueError(f"{page}: is not a report of bitkern; {advice}")
     if predictions.exists():
         with open(predictions, "rb") as file:
             if file.readline().strip() != ",".join(COLUMNS).encode():
-                raise ValueError(f"{predictions}: is of no report of bitkern; {advice}")
+                raise ValueError(f"{predictions}: is not part of a report of bitkern; {advice}")
 
 
-def _rows(outcome: Outcome, data: ImageSet) -> Iterable[tuple[Any, ...]]:
-    """The rows of predictions.csv."""
-    probability, correct = outcome.probabilities.max(1), right(outcome)
-    for i in range(len(outcome.rank)):
+def _rows(evaluation: Evaluation, data: ImageSet) -> Iterable[tuple[Any, ...]]:
+    probability, correct = evaluation.probabilities.max(1), evaluation.exact_matches
+    for i in range(len(evaluation.rank)):
         yield (
             image_name(data, i),
-            _names(data.classes, outcome.truth[i]),
-            _names(data.classes, outcome.predicted[i]),
+            _names(data.classes, evaluation.truth[i]),
+            _names(data.classes, evaluation.predicted[i]),
             f"{probability[i]:.6f}",
             int(correct[i]),
-            outcome.rank[i] or "",
+            evaluation.rank[i] or "",
         )
 
 
 def _names(classes: Sequence[str], chosen: Any) -> str:
-    """The names of the classes chosen, in a line of CSV with ``SEPARATOR`` between them."""
-    written = io.StringIO()
-    names = [classes[c] for c in chosen.nonzero()[0]]
-    csv.writer(written, delimiter=SEPARATOR).writerow(names)
-    return written.getvalue().removesuffix("\r\n")
+    """Join the names of the chosen classes by ``SEPARATOR``, quoted as in a CSV file."""
+    line = io.StringIO()
+    csv.writer(line, delimiter=SEPARATOR).writerow(classes[c] for c in chosen.nonzero()[0])
+    return line.getvalue().removesuffix("\r\n")

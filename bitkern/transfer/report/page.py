@@ -1,17 +1,17 @@
-"""The page: one HTML file, without scripts and with nothing from elsewhere."""
+"""The page: one HTML file, without scripts and external resources."""
 
 import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitkern.files import in_a_line
-from bitkern.transfer.report.pictures import CELLS
+from bitkern.text import one_line
+from bitkern.transfer.report.plots import CELLS
 from bitkern.transfer.report.style import CSS
 
-WORST = 25  # classes shown above the whole table; sets of no more have the whole table only
+WORST = 25  # classes in the table of the worst; smaller sets have the full table only
 Report = Mapping[str, Any]
-NONE = "–"  # a value that is not defined
+NONE = "–"  # an undefined value
 
 
 def render(
@@ -22,7 +22,7 @@ def render(
     curves: str | None,
     thumbnails: Sequence[str | None],
 ) -> str:
-    """The page of a report (report.json), its pictures as SVG, one thumbnail to a mistake."""
+    """Render the page of a report (report.json) with plots as SVG, and a thumbnail per mistake."""
     images, classes = report["images"], report["classes"]
     title = f"Evaluation of {_count(images, 'image')}, {_count(classes, 'class', 'classes')}"
     sections = [
@@ -44,7 +44,7 @@ def render(
 
 
 def _text(value: object, limit: int = 80) -> str:
-    return html.escape(in_a_line(value, limit))
+    return html.escape(one_line(value, limit))
 
 
 def _percent(share: float | None) -> str:
@@ -60,7 +60,7 @@ def _section(title: str, *parts: str) -> str:
 
 
 def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Of cells that are HTML; the first of a row is its heading. Wide ones scroll by themselves."""
+    """Render a scrollable table of HTML cells; the first cell of a row is its heading."""
     columns = "".join(f'<th scope="col">{name}</th>' for name in head)
     body = "".join(
         f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>\n'
@@ -80,59 +80,45 @@ def _figure(svg: str, caption: str) -> str:
 def _headline(report: Report) -> str:
     multi_label, images = report["multi_label"], report["images"]
     right = round(report["top1"] * images)
-    says = "is one of the labels of" if multi_label else "is right for"
-    largest = _text(report["largest_class"])
-    cards = [
-        _card(
-            report,
-            "Precision at 1" if multi_label else "Top-1 accuracy",
-            "top1",
-            f"The most probable class {says} {right} of {images} images. Always naming "
-            f"<b>{largest}</b>, the most frequent class, would reach "
-            f"{_percent(report['baseline_top1'])}.",
-        )
-    ]
-    if report["classes"] > 5:
-        cards.append(_card(report, "Top-5", "top5", f"One of the five most probable {says} these."))
+    verb = "is one of the labels of" if multi_label else "is right for"
     occurring = sum(row["support"] > 0 for row in report["per_class"])
-    each = _count(occurring, "class", "classes")
-    cards += [
-        _card(
-            report,
-            "Balanced accuracy",
-            "balanced_accuracy",
-            f"The mean recall of {each} with images: rare ones count as much as frequent ones.",
+    cards = {
+        "top1": (
+            "Precision at 1" if multi_label else "Top-1 accuracy",
+            f"The most probable class {verb} {right} of {images} images. Always naming "
+            f"<b>{_text(report['largest_class'])}</b>, the most frequent class, would reach "
+            f"{_percent(report['baseline_top1'])}.",
         ),
-        _card(
-            report,
+        "top5": ("Top-5", f"One of the five most probable {verb} these."),
+        "balanced_accuracy": (
+            "Balanced accuracy",
+            f"The mean recall of {_count(occurring, 'class', 'classes')} with images: rare ones "
+            "count as much as frequent ones.",
+        ),
+        "macro_f1": (
             "Macro F1",
-            "macro_f1",
             "The mean F1 of the same classes: it falls with what is missed and with false alarms.",
         ),
-        _card(
-            report,
+        "mean_average_precision": (
             "Mean average precision",
-            "mean_average_precision",
             "How well a class's images are ranked before all others, whatever the threshold.",
         ),
-    ]
-    if multi_label:
-        cards += [
-            _card(report, "Micro F1", "micro_f1", "F1 over all labels of all images together."),
-            _card(report, "Exact match", "exact_match", "All labels of an image, and no others."),
-        ]
+        "micro_f1": ("Micro F1", "F1 over all labels of all images together."),
+        "exact_match": ("Exact match", "All labels of an image, and no others."),
+    }
+    left_out = {"top5"} if report["classes"] <= 5 else set()
+    left_out |= set() if multi_label else {"micro_f1", "exact_match"}
+    shown = (_card(report, key, *cards[key]) for key in cards if key not in left_out)
     words = (
-        "Ranges are 95 % confidence intervals: what to expect on more images like these. They say "
-        "nothing about images of another kind. Where there is none, the images are too few or too "
-        "alike to tell."
+        "Ranges are 95 % confidence intervals for images from the same source; they say nothing "
+        "about other sources. There is none where the images are too few or too alike."
     )
-    return _section("How good it is", f'<dl class="cards">{"".join(cards)}</dl>', f"<p>{words}</p>")
+    return _section("Accuracy", f'<dl class="cards">{"".join(shown)}</dl>', f"<p>{words}</p>")
 
 
-def _card(report: Report, name: str, key: str, words: str) -> str:
-    interval = report["intervals"].get(key)
+def _card(report: Report, key: str, name: str, words: str) -> str:
     between = ""
-    if interval:
+    if interval := report["intervals"].get(key):
         low, high = (f"{100 * end:.1f}" for end in interval)
         between = f' <span class="interval">{low} to {high} %</span>'
     value = f"<strong>{_percent(report[key])}</strong>{between}"
@@ -146,9 +132,9 @@ def _classes(report: Report) -> str:
         "Recall: of the images that have it, the share for which it was predicted. "
         f"{NONE}: undefined (no such images).</p>"
     )
-    whole = _class_table("All classes", rows)
+    full_table = _class_table("All classes", rows)
     if len(rows) <= WORST:
-        return _section("Class by class", words, whole)
+        return _section("Class by class", words, full_table)
     occurring = [row for row in rows if row["support"]]
     worst = sorted(occurring, key=lambda row: row["f1"])[:WORST]
     rarest = sorted(rows, key=lambda row: row["support"])[: len(report["rarest"])]
@@ -157,7 +143,7 @@ def _classes(report: Report) -> str:
         words,
         _class_table(f"The {len(worst)} classes of lowest F1", worst),
         _class_table(f"The {len(rarest)} rarest classes", rarest),
-        f"<details><summary>All {len(rows)} classes</summary>{whole}</details>",
+        f"<details><summary>All {len(rows)} classes</summary>{full_table}</details>",
     )
 
 
@@ -178,19 +164,19 @@ def _class_table(caption: str, rows: Iterable[Mapping[str, Any]]) -> str:
 def _confusion(report: Report, svg: str) -> str:
     multi_label, pairs = report["multi_label"], report["confusion"]["pairs"]
     words = (
-        "A row holds the images that have a class: on the diagonal those for which it was found, "
-        "elsewhere those for which it was missed and the class of the column named wrongly."
+        "A row holds the images with a label: on the diagonal those for which it was found, "
+        "elsewhere those for which it was missed and the class of the column predicted wrongly."
         if multi_label
         else "A row holds the images of a class, a column those for which a class was predicted."
     )
     words += " Blue is right, orange wrong; the stronger, the larger the share of the row's class."
     if report["classes"] > CELLS:
         words += (
-            " A dot stands for several classes side by side, by the largest share; what is "
-            "confused within a blue one is not drawn."
+            " A dot stands for several neighbouring classes, with the largest share; confusions "
+            "within a blue one are not drawn."
         )
     if not pairs:
-        return _section("What is confused", _figure(svg, words), "<p>Nothing is.</p>")
+        return _section("Confusion", _figure(svg, words), "<p>There is none.</p>")
     verb = "missed, and named" if multi_label else "taken for"
     listed = "".join(
         f"<li><b>{_text(pair['true'])}</b> {verb} <b>{_text(pair['predicted'])}</b>: "
@@ -198,7 +184,7 @@ def _confusion(report: Report, svg: str) -> str:
         for pair in pairs
     )
     return _section(
-        "What is confused",
+        "Confusion",
         _figure(svg, words),
         "<h3>The most frequent confusions, with their share of the class</h3>",
         f"<ol>{listed}</ol>",
@@ -229,7 +215,7 @@ def _mistake(mistake: Mapping[str, Any], picture: str | None) -> str:
     shown = (
         f'<img src="{picture}" alt="{name}" loading="lazy">'
         if picture
-        else '<div class="gone">cannot be read any more</div>'
+        else '<div class="gone">cannot be read</div>'
     )
     labels = ", ".join(_text(label, 40) for label in mistake["labels"]) or "no label"
     verb = "predicted" if mistake["kind"] == "false positive" else "missed"
@@ -245,16 +231,16 @@ def _calibration(report: Report, svg: str) -> str:
     what = "a class of an image" if report["multi_label"] else "the predicted class"
     words = (
         f"For each predicted probability of {what}, how often the prediction was right. On the "
-        "dashed line probabilities are as high as they should be; below it the model is "
+        "dashed line the two are equal; below it the model is "
         "overconfident, above it underconfident. "
         f"The mean distance (expected calibration error) is {_percent(values['ece'])}, "
         f"the Brier score {values['brier']:.4f}, the loss {report['loss']:.4f}."
     )
-    return _section("Whether the probabilities can be trusted", _figure(svg, words))
+    return _section("Calibration", _figure(svg, words))
 
 
 def _curves(svg: str) -> str:
-    return _section("How it was trained", _figure(svg, "Loss and top-1 accuracy by step."))
+    return _section("Training", _figure(svg, "Loss and top-1 accuracy by step."))
 
 
 def _about(report: Report) -> str:

@@ -1,4 +1,4 @@
-"""How the page looks: light and dark, on a phone and on paper."""
+"""The page's CSS: light and dark, narrow screens, print."""
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #5d666f; --line: #d8dde2; --card: #f4f6f8;

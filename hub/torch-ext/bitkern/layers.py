@@ -6,8 +6,8 @@ is for a subclass of ``nn.Conv2d`` that standardizes as BiT does and has no eps 
 
 from torch import Tensor, nn
 
-from .nn.activations import act_of, idle
-from .nn.fused import watched
+from .nn.activations import act_of, is_noop
+from .nn.fused import has_hooks
 from .ops import group_norm_act, ws_conv2d
 
 
@@ -50,7 +50,7 @@ def _group_norm_act(norm: _Norm, x: Tensor, *after: nn.Module) -> Tensor:
     affine = norm.num_groups, norm.weight, norm.bias, norm.eps
     *between, last = after
     act = act_of(last)
-    if act is not None and all(map(idle, between)) and not any(map(watched, after)):
+    if act is not None and all(map(is_noop, between)) and not any(map(has_hooks, after)):
         return group_norm_act(x, *affine, act)
     x = group_norm_act(x, *affine, "none")
     for module in after:

@@ -9,11 +9,12 @@ import pytest
 import timm
 import torch
 
+from bitkern.files import cache_folder
 from bitkern.models import ARCHITECTURES, create_model, save_npz
 from bitkern.models import weights as module
 from bitkern.models.pretrained import RELEASES, find_release, get_release
 from bitkern.models.registry import NAMES
-from bitkern.models.weights import cache_folder, fetch, find_cached, source
+from bitkern.models.weights import fetch, find_cached, source
 from tests.models.helpers import small
 from tests.models.weights.server import serving
 

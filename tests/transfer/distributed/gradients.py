@@ -68,7 +68,7 @@ def gradients_of_one(frozen, dtype):
 def expected(frozen):
     """Of a single process: at float32, and at float64."""
     dtypes = torch.float32, torch.float64
-    return [ranks.from_first(gradients_of_one, frozen, dtype) for dtype in dtypes]
+    return [ranks.run_on_rank0(gradients_of_one, frozen, dtype) for dtype in dtypes]
 
 
 def assert_gradients(model, frozen=False):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bitkern.nn import WSConv2d
 from bitkern.ops.detached import DetachedWeights
-from bitkern.transfer import loop, ranks
+from bitkern.transfer import ranks, train
 from tests.transfer.distributed import training
 from tests.transfer.distributed.training import OPTIONS, save
 from tests.transfer.images import image_set
@@ -102,7 +102,7 @@ def training_equals_one_process(folder):
         for rule in (RULE, PLAIN):
             with small_buckets():
                 trained = model()
-                result = loop.train(trained, image_set(), rule, **OPTIONS)
+                result = train(trained, image_set(), rule, **OPTIONS)
             save(folder / f"{name} {rule.mixup_alpha}", trained, result)
 
 
@@ -110,10 +110,10 @@ def other_runs_have_equal_replicas(folder):
     for options in ({"precision": "fp16"}, {"balance": "loss"}, {"batch_split": 1}):
         model = Every()
         with small_buckets():
-            history = loop.train(model, image_set(), RULE, **OPTIONS | options).history
-        assert ranks.everyones(history) == [history] * ranks.world_size(), options
+            history = train(model, image_set(), RULE, **OPTIONS | options).history
+        assert ranks.all_gather_object(history) == [history] * ranks.world_size(), options
         for tensor in model.state_dict().values():
-            first = ranks.everyones(tensor)[0]
+            first = ranks.all_gather_object(tensor)[0]
             assert torch.equal(tensor, first), options
 
 
@@ -130,7 +130,7 @@ def sums_begin_in_the_last_backward_pass(folder):
     dist.all_reduce = all_reduce
     try:
         with small_buckets():
-            loop.train(model, image_set(), PLAIN, **OPTIONS)
+            train(model, image_set(), PLAIN, **OPTIONS)
     finally:
         dist.all_reduce = reduce
     # Of five layers of 288 bytes: the head and two, two, and one with the first layer.
@@ -142,14 +142,14 @@ def resumed_run_has_the_same_bits(folder):
     if dist.get_rank() == 1:
         stopped.on_call = lambda call: call == 9 and signal.raise_signal(signal.SIGINT)
     with small_buckets():
-        expected = loop.train(straight, image_set(), RULE, **OPTIONS)
+        expected = train(straight, image_set(), RULE, **OPTIONS)
         try:
-            loop.train(stopped, image_set(), RULE, out=folder, **OPTIONS)
+            train(stopped, image_set(), RULE, out=folder, **OPTIONS)
         except KeyboardInterrupt:
             assert stopped.calls == 10
         else:
             raise AssertionError("expected an interrupt")
-        result = loop.train(resumed, image_set(), RULE, out=folder, resume=True, **OPTIONS)
+        result = train(resumed, image_set(), RULE, out=folder, resume=True, **OPTIONS)
     assert result.history == expected.history
     for name, tensor in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
@@ -172,14 +172,14 @@ def failure_wherever_it_is_stops_all(folder):
                 DetachedWeights.sgd = fail
         try:
             with small_buckets():
-                loop.train(model, image_set(), PLAIN, **OPTIONS)
+                train(model, image_set(), PLAIN, **OPTIONS)
         except (OSError, ranks.RankError) as error:
             assert str(error) == (own if dist.get_rank() == 1 else f"process 1: {own}"), place
         else:
             raise AssertionError(f"{place}: expected an error")
         finally:
             DetachedWeights.sgd = sgd
-        assert ranks.sums_of(1) == [ranks.world_size()], "nothing is left to meet for"
+        assert ranks.all_reduce_sum(1) == [ranks.world_size()], "nothing is left to meet for"
 
 
 class Hungry(Chain):
@@ -197,7 +197,7 @@ def memory_is_tried_in_all_processes(folder):
         torch.manual_seed(0)
         options = OPTIONS | {"batch_split": split}
         with small_buckets():
-            histories.append(loop.train(Hungry(), image_set(), PLAIN, **options).history)
+            histories.append(train(Hungry(), image_set(), PLAIN, **options).history)
     assert histories[0] == histories[1]
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from bitkern.cli import main
-from bitkern.transfer import HyperRule, TrainingError, image_folder, inference, loop, ranks
+from bitkern.transfer import HyperRule, TrainingError, image_folder, inference, ranks, training
 from bitkern.transfer.data import decoders
 from tests.transfer.images import image_set, write_folder
 from tests.transfer.net import Net
@@ -41,23 +41,23 @@ def save(path, model, result):
 def training_equals_one_process(folder):
     for name, rule in (("mixup", RULE), ("plain", PLAIN)):
         model = net()
-        result = loop.train(model, image_set(), rule, out=folder / name, **OPTIONS)
+        result = training.train(model, image_set(), rule, out=folder / name, **OPTIONS)
         save(folder / name / "result", model, result)
 
 
 def interrupted_run_resumes_with_the_same_bits(folder):
     """One process alone is interrupted: all stop after the same step."""
     straight, stopped, resumed = net(), net(), net()
-    expected = loop.train(straight, image_set(), RULE, **OPTIONS)
+    expected = training.train(straight, image_set(), RULE, **OPTIONS)
     if dist.get_rank() == 2:
         stopped.on_call = lambda call: call == 2 * 7 and signal.raise_signal(signal.SIGINT)
     try:
-        loop.train(stopped, image_set(), RULE, out=folder, **OPTIONS)
+        training.train(stopped, image_set(), RULE, out=folder, **OPTIONS)
     except KeyboardInterrupt:
         assert stopped.calls == 2 * 7
     else:
         raise AssertionError("expected an interrupt")
-    result = loop.train(resumed, image_set(), RULE, out=folder, resume=True, **OPTIONS)
+    result = training.train(resumed, image_set(), RULE, out=folder, resume=True, **OPTIONS)
     assert resumed.calls == 2 * (RULE.steps - 7)
     assert result.history == expected.history and result.metrics == expected.metrics
     for name, tensor in straight.state_dict().items():
@@ -68,7 +68,7 @@ def images_are_decoded_once_on_a_machine(folder):
     """By the first process; the others map what it keeps, in memory and on disk."""
     if not ranks.rank():
         write_folder(folder / "data")
-    data = ranks.from_first(image_folder, folder / "data", "train")
+    data = ranks.run_on_rank0(image_folder, folder / "data", "train")
     decoded, pillow = [], decoders.pillow
     decoders.DECODERS["pillow"] = lambda *a: decoded.append(a) or pillow(*a)
     os.environ["BITKERN_CACHE"] = str(folder / "cache")
@@ -76,7 +76,7 @@ def images_are_decoded_once_on_a_machine(folder):
     try:
         for cache, count in (("off", None), ("ram", 24), ("disk", 24), ("auto", 0)):
             decoded.clear()
-            results.append(loop.train(net(), data, RULE, cache=cache, **options).history)
+            results.append(training.train(net(), data, RULE, cache=cache, **options).history)
             if count is not None:
                 assert len(decoded) == (0 if ranks.rank() else count), cache
             assert results[-1] == results[0], cache
@@ -103,7 +103,7 @@ def gradients_are_summed_in_few_all_reduces(folder):
                 tensor.copy_(dense)
             layouts = [t.stride() for t in tensors]
             sizes.clear()
-            ranks.add_up(tensors)
+            ranks.all_reduce_tensors(tensors)
             large = [size for size in sizes if size > 8]  # the others tell of failures
             assert len(large) <= most and sum(large) == sum(t.nbytes for t in tensors)
             assert [t.stride() for t in tensors] == layouts
@@ -123,7 +123,7 @@ def failure_of_one_process_stops_all(folder):
     if dist.get_rank() == 3:
         model.on_call = fail
     try:
-        loop.train(model, image_set(), RULE, out=folder, checkpoint_every=12, **OPTIONS)
+        training.train(model, image_set(), RULE, out=folder, checkpoint_every=12, **OPTIONS)
     except (OSError, ranks.RankError) as error:
         assert model.calls == 5 + (dist.get_rank() != 3)
         own = f"{folder}: the disk is gone"
@@ -146,7 +146,7 @@ def divergence_of_one_process_stops_all(folder):
         if dist.get_rank() == 1:
             model.on_call = diverge
         try:
-            loop.train(model, image_set(), RULE, out=out, checkpoint_every=every, **OPTIONS)
+            training.train(model, image_set(), RULE, out=out, checkpoint_every=every, **OPTIONS)
         except TrainingError as error:
             assert str(error).startswith("the loss is nan at step 7: ")
             assert model.calls == calls
@@ -177,7 +177,7 @@ def bad_arguments_are_told_by_all(folder):
     ):
         rule = dataclasses.replace(RULE, batch_size=batch_size)
         try:
-            loop.train(net(), image_set(), rule, batch_split=batch_split)
+            training.train(net(), image_set(), rule, batch_split=batch_split)
         except ValueError as error:
             assert str(error) == message
         else:

@@ -1,4 +1,4 @@
-"""The pictures of the page, as SVG to put into it; thumbnails as data URIs."""
+"""The plots of the page, as inline SVG, and thumbnails, as data URIs."""
 
 import base64
 import html
@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from bitkern.files import in_a_line
-from bitkern.transfer.data.images import DataError, Source, read_image
-from bitkern.transfer.run import Record, plot_curves
+from bitkern.text import one_line
+from bitkern.transfer.curves import Record, plot_curves
+from bitkern.transfer.data.decoders import read_image
+from bitkern.transfer.data.images import DataError, Source
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from scipy.sparse import csr_array
 
-INK = "#0a0b0c"  # stands for the colour of the page's text, dark or light
+INK = "#0a0b0c"  # placeholder of the page's text colour, dark or light
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "svg.fonttype": "none",
@@ -32,29 +33,29 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(("xtick.color", "ytick.color", "legend.labelcolor"), INK),
 }
 BLUE, ORANGE = "#3b82c4", "#d9772b"
-NUMBERED = 20  # classes, up to which the cells have numbers and the axes names
-CELLS = 250  # along a side of the picture; more classes share one
-STEPS = 2000  # drawn of a training
-SMALLEST = 0.55  # of its size, to which a picture shrinks on a narrow page before it scrolls
+NUMBERED = 20  # most classes at which cells have numbers and axes names
+CELLS = 250  # along a side of the plot; more classes share one
+STEPS = 2000  # most steps of a curve
+SMALLEST = 0.55  # relative width to which a plot shrinks on a narrow page before it scrolls
 THUMBNAIL = 160  # pixels
 
 
 def _svg(size: tuple[float, float], alt: str, draw: Callable[["Figure"], None]) -> str:
-    """What ``draw`` makes of an empty figure, (width, height) inches, as an SVG element."""
+    """Call ``draw`` on a figure of (width, height) inches, and return it as an SVG element."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     written = io.StringIO()
     with rc_context(STYLE), warnings.catch_warnings():
-        # The reader's browser has the glyphs that matplotlib's fonts lack.
+        # Browsers have the glyphs that matplotlib's fonts lack.
         warnings.filterwarnings("ignore", "Glyph")
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(written, format="svg", metadata=nothing)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(written, format="svg", metadata=no_metadata)
     svg = written.getvalue()
     svg = svg[svg.index("<svg ") :].replace(INK, "currentColor")
-    # Those with a number are in every figure, and nothing refers to them.
+    # Numbered ids repeat in every figure, and nothing refers to them.
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
     least = f"min-width:{SMALLEST * size[0]:.2f}in"
     shown = f'<svg role="img" aria-label="{html.escape(alt)}" style="{least}" '
@@ -62,7 +63,7 @@ def _svg(size: tuple[float, float], alt: str, draw: Callable[["Figure"], None]) 
 
 
 def confusion(matrix: "csr_array", support: npt.NDArray[np.int64], classes: Sequence[str]) -> str:
-    """Rows are classes, columns what was predicted; the colours are shares of the class."""
+    """Plot the confusion matrix: rows are classes, columns predictions, colours shares."""
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     count = len(classes)
@@ -74,7 +75,7 @@ def confusion(matrix: "csr_array", support: npt.NDArray[np.int64], classes: Sequ
     side = -(-count // block)
 
     def largest(which: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-        """Of the square blocks of so many cells along a side."""
+        """Return the maximum of each block of cells."""
         blocks = np.zeros((side, side))
         np.maximum.at(blocks, (found.row[which] // block, found.col[which] // block), share[which])
         return blocks
@@ -82,7 +83,7 @@ def confusion(matrix: "csr_array", support: npt.NDArray[np.int64], classes: Sequ
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
         for name, which, colour in layers:
-            # The page shows through, dark or light, but for cells that hold an image.
+            # Empty cells are transparent, on a dark or light page.
             colours = LinearSegmentedColormap.from_list("share", [f"{colour}30", colour])
             options: dict[str, Any] = {"cmap": colours, "norm": PowerNorm(0.5, 0, 1)}
             cells = largest(which)
@@ -90,7 +91,7 @@ def confusion(matrix: "csr_array", support: npt.NDArray[np.int64], classes: Sequ
                 axes.pcolormesh(np.ma.masked_equal(cells, 0), **options)
             else:
                 if name == "wrong":
-                    np.fill_diagonal(cells, 0)  # of blocks, where right ones are shown
+                    np.fill_diagonal(cells, 0)  # blocks on the diagonal show right predictions
                 cells = np.ma.masked_equal(cells, 0)
                 end = block * len(cells) + 0.5
                 extent = (0.5, end, end, 0.5)
@@ -100,7 +101,7 @@ def confusion(matrix: "csr_array", support: npt.NDArray[np.int64], classes: Sequ
             for i, j, n in zip(found.row, found.col, found.data, strict=True):
                 axes.text(j + 0.5, i + 0.5, str(n), ha="center", va="center")
             places = np.arange(count) + 0.5
-            names = [in_a_line(name, 18) for name in classes]
+            names = [one_line(name, 18) for name in classes]
             axes.set_xticks(places, names, rotation=90)
             axes.set_yticks(places, names)
             axes.tick_params(length=0)
@@ -112,7 +113,7 @@ def confusion(matrix: "csr_array", support: npt.NDArray[np.int64], classes: Sequ
 
 
 def calibration(bins: Sequence[Mapping[str, Any]]) -> str:
-    """How often what was said with a probability was true, and how often it was said."""
+    """Plot the accuracy and the number of predictions by probability."""
     edges = np.linspace(0, 1, len(bins) + 1)
     filled = [(b["confidence"], b["accuracy"]) for b in bins if b["count"]]
 
@@ -131,7 +132,7 @@ def calibration(bins: Sequence[Mapping[str, Any]]) -> str:
 
 
 def curves(history: Sequence[Record]) -> str:
-    """The curves of a training: of long ones every so many steps, and all evaluations."""
+    """Plot the curves of a training, long ones with a subset of the steps."""
     losses = [record for record in history if "loss" in record]
     others = [record for record in history if "loss" not in record]
     some = losses[:: -(-len(losses) // STEPS) or 1]
@@ -139,12 +140,12 @@ def curves(history: Sequence[Record]) -> str:
 
 
 def thumbnail(source: Source) -> str | None:
-    """A small JPEG of an image as a data URI, or None if it cannot be read."""
-    written = io.BytesIO()
+    """Encode a small JPEG of an image as a data URI; None if it cannot be read."""
+    jpeg = io.BytesIO()
     try:
         image = read_image(source)
     except DataError:
         return None
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    image.save(written, "jpeg", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(written.getvalue()).decode()
+    image.save(jpeg, "jpeg", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()

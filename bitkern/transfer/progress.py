@@ -1,4 +1,4 @@
-"""What a user sees of a training while it runs, and the Ctrl-C that stops it."""
+"""The progress of a training on the terminal, and Ctrl-C."""
 
 import contextlib
 import os
@@ -9,85 +9,83 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bitkern.transfer.run import Record
+from bitkern.transfer.curves import Record
 
 STOPPING = b"\nbitkern: stopping, and saving what is done; Ctrl-C again stops at once\n"
-QUIET = 30  # seconds after which a log is told of a step, evaluated or not
+LOG_SECONDS = 30  # between the lines of a log file
 
 
-def duration(seconds: float) -> str:
-    """Say how long that is: "4 s", "3 min", "16 h 5 min"."""
+def format_duration(seconds: float) -> str:
+    """Format seconds as "4 s", "3 min", "16 h 5 min"."""
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.2g} s" if seconds < 9.5 else f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def in_words(metrics: Mapping[str, Any]) -> str:
-    """Say an evaluation's accuracies: "top-1 66.5 %, balanced 50.0 %"."""
+def format_metrics(metrics: Mapping[str, Any]) -> str:
+    """Format the accuracies of an evaluation: "top-1 66.5 %, balanced 50.0 %"."""
     names = {"top1": "top-1", "balanced_accuracy": "balanced"}
     names |= {"mean_average_precision": "mean average precision"}
-    said = [f"{name} {100 * metrics[key]:.1f} %" for key, name in names.items() if key in metrics]
-    return ", ".join(said)
+    return ", ".join(f"{names[key]} {100 * metrics[key]:.1f} %" for key in names if key in metrics)
 
 
 class Display:
-    """A bar on a terminal, which micro-batches move; elsewhere, as in a log file, lines."""
+    """A progress bar on a terminal, lines of text in a log file."""
 
     def __init__(
         self, start: int, steps: int, split: str, shown: bool, seconds: float = 0.0
     ) -> None:
-        """``split`` is what the images of evaluations are called: "test", …
+        """``split`` names the images of evaluations: "test", …
 
-        ``seconds`` went by before the run was resumed at step ``start``.
+        ``seconds`` had passed before the run was resumed at step ``start``.
         """
         from tqdm import tqdm
 
         self.steps, self.split, self.shown = steps, split, shown
-        self.said = time.perf_counter()
-        self.began = self.said - seconds
+        self.last_line = time.perf_counter()
+        self.began = self.last_line - seconds
         self.loss = ""
         form = "{desc} {percentage:3.0f}%|{bar}| {n:.2f}/{total} [{elapsed}<{remaining}{postfix}]"
         options: dict[str, Any] = {"disable": not shown or None, "bar_format": form}
         self.bar = tqdm(desc="training", total=steps, initial=start, **options)
 
-    def move(self, steps: float) -> None:
-        """Show that so many steps are done, the parts of one that are micro-batches included."""
+    def update(self, steps: float) -> None:
+        """Move the bar to the number of steps done, with micro-batches as fractions."""
         self.bar.update(steps - self.bar.n)
 
-    def tell(self, record: Record) -> None:
-        """Show a record of the training: on the bar, and if it is an evaluation in a line."""
+    def show(self, record: Record) -> None:
+        """Show a record of the training: on the bar, and an evaluation also in a line."""
         now = time.perf_counter()
         if "loss" in record:
             self.loss = f"train loss {record['loss']:.3g}"
             self.bar.set_postfix_str(f"{self.loss}, lr {record['lr']:.2g}", refresh=False)
-        evaluated = "eval_loss" in record
-        if not self.shown or not evaluated and (not self.bar.disable or now - self.said < QUIET):
+        is_eval = "eval_loss" in record
+        is_due = self.bar.disable and now - self.last_line >= LOG_SECONDS
+        if not self.shown or not is_eval and not is_due:
             return
-        self.said = now
-        said = [self.loss] if self.loss else []
-        if evaluated:
-            said += [f"{self.split} loss {record['eval_loss']:.3g}", in_words(record)]
-        line = f"step {record['step']}/{self.steps}, {duration(now - self.began)}"
-        self.say(f"{line}: {', '.join(said)}")
+        self.last_line = now
+        parts = [self.loss] if self.loss else []
+        if is_eval:
+            parts += [f"{self.split} loss {record['eval_loss']:.3g}", format_metrics(record)]
+        line = f"step {record['step']}/{self.steps}, {format_duration(now - self.began)}"
+        self.print(f"{line}: {', '.join(parts)}")
 
-    def say(self, line: str) -> None:
-        """Print a line above the bar."""
+    def print(self, line: str) -> None:
         self.bar.write(line)
         sys.stdout.flush()
 
     def close(self) -> None:
-        """Leave the bar as it is."""
         self.bar.close()
 
 
-class Stopped(Exception):  # noqa: N818 - no error
-    """Ctrl-C breaks off what is not finished."""
+class StopRequested(Exception):  # noqa: N818 - not an error
+    """Ctrl-C interrupts the work in progress."""
 
 
 @contextlib.contextmanager
 def deferred_interrupt(shown: bool) -> Iterator[threading.Event]:
-    """Give an event that the first Ctrl-C sets instead of raising; the second raises as usual."""
+    """Yield an event that the first Ctrl-C sets instead of raising; the second raises as usual."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event  # only the main thread may handle signals
@@ -97,7 +95,7 @@ def deferred_interrupt(shown: bool) -> Iterator[threading.Event]:
         event.set()
         signal.signal(signal.SIGINT, previous)
         if shown:
-            os.write(2, STOPPING)  # print may be under way, and is not reentrant
+            os.write(2, STOPPING)  # print is not reentrant
 
     previous = signal.signal(signal.SIGINT, handle)
     try:

@@ -1,24 +1,11 @@
-"""What recipes have in common whose learning rate rises in a warm-up and then falls by steps."""
+"""Checks of the values of recipes."""
 
 import math
-from typing import Protocol
+from typing import TYPE_CHECKING, Union
 
-
-class Staircase(Protocol):
-    """Such a recipe; ``decay_steps`` and ``warmup_steps`` are optimizer steps."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def decay_steps(self) -> tuple[int, ...]: ...
-    @property
-    def warmup_steps(self) -> int: ...
-    @property
-    def base_lr(self) -> float: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def weight_decay(self) -> float: ...
+if TYPE_CHECKING:
+    from bitkern.transfer.recipes.hyperrule import HyperRule
+    from bitkern.transfer.recipes.pretraining import Pretraining
 
 
 def check(valid: bool, name: str, expected: str, got: object) -> None:
@@ -27,8 +14,7 @@ def check(valid: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
-def check_staircase(rule: Staircase) -> None:
-    """Raise ValueError for values that make no schedule."""
+def check_schedule(rule: Union["HyperRule", "Pretraining"]) -> None:
     check(rule.steps >= 1, "steps", "a positive number", rule.steps)
     ordered = list(rule.decay_steps) == sorted(rule.decay_steps)
     positive = all(step >= 0 for step in rule.decay_steps)

@@ -1,4 +1,4 @@
-"""What the demo shows: a table, curves, and a sheet of predictions."""
+"""The demo's table, curves and sheet of predictions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +11,8 @@ from bitkern import files
 from bitkern.transfer import HyperRule, ImageSet
 
 
-class Fit(NamedTuple):
-    """One training: its name, settings, model, the loop's history and the last top-1."""
+class DemoRun(NamedTuple):
+    """A training: its name, settings, model, history and last top-1."""
 
     name: str
     images: int
@@ -22,8 +22,7 @@ class Fit(NamedTuple):
     top1: float
 
 
-def table(pairs: dict[str, tuple[Fit, Fit]], test_images: int) -> str:
-    """Top-1 of each pair of runs, as text."""
+def table(pairs: dict[str, tuple[DemoRun, DemoRun]], test_images: int) -> str:
     lines = [f"{'digits per class':18}{'images':>8}{'steps':>8}{'transfer':>10}{'scratch':>10}"]
     for shots, (transfer, scratch) in pairs.items():
         counts = f"{transfer.images:>8}{transfer.rule.steps:>8}"
@@ -37,13 +36,13 @@ def table(pairs: dict[str, tuple[Fit, Fit]], test_images: int) -> str:
     return "\n".join(lines)
 
 
-def _curve(axes: Any, run: Fit, key: str, *style: str, **options: Any) -> None:
+def _curve(axes: Any, run: DemoRun, key: str, *style: str, **options: Any) -> None:
     points = [(r["step"], r[key]) for r in run.history if key in r]
     axes.plot(*zip(*points, strict=True), *style, **options)
 
 
-def draw_curves(path: Path, upstream: Fit, pairs: dict[str, tuple[Fit, Fit]]) -> None:
-    """Draw the upstream's losses, the transfer beside training from scratch, and few digits."""
+def draw_curves(path: Path, upstream: DemoRun, pairs: dict[str, tuple[DemoRun, DemoRun]]) -> None:
+    """Plot the upstream losses, transfer and training from scratch, and few-shot results."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
@@ -66,19 +65,19 @@ def draw_curves(path: Path, upstream: Fit, pairs: dict[str, tuple[Fit, Fit]]) ->
     few.set_xticks(np.arange(len(pairs)) + 0.2, pairs)
     few.set(title="Few digits", xlabel="digits per class", ylabel="top-1", ylim=(0, 1.2))
     few.legend(loc="upper left", ncols=2)
-    with files.replacing(path) as part:
+    with files.atomic_write(path) as part:
         figure.savefig(part, format="png", dpi=120)
 
 
 def draw_predictions(
     path: Path, data: ImageSet, upstream: ImageSet, logits: torch.Tensor, columns: int = 16
 ) -> None:
-    """A sheet: letters of the upstream task, held-out digits as they come, and the mistakes."""
+    """Draw a sheet of upstream letters, the first held-out digits, and the mistakes."""
     from matplotlib.figure import Figure
 
-    sure, predicted = (t.numpy() for t in logits.softmax(1).max(1))
+    confidence, predicted = (t.numpy() for t in logits.softmax(1).max(1))
     wrong = np.flatnonzero(predicted != data.labels)
-    wrong = wrong[np.argsort(-sure[wrong])][: 2 * columns].tolist()
+    wrong = wrong[np.argsort(-confidence[wrong])][: 2 * columns].tolist()
     letters_shown, digits_shown = (
         range(min(count, len(source.images)))
         for count, source in ((columns, upstream), (2 * columns, data))
@@ -87,7 +86,7 @@ def draw_predictions(
     sections: list[tuple[str, ImageSet, Sequence[int]]] = [
         ("Upstream: letters rendered from fonts", upstream, letters_shown),
         ("Downstream: the first held-out digits, predicted", data, digits_shown),
-        (f"{mistakes}, the surest first (the truth in brackets)", data, wrong),
+        (f"{mistakes}, most confident first (labels in brackets)", data, wrong),
     ]
     rows = [max(1, -(-len(indices) // columns)) for _, _, indices in sections]
     figure = Figure(figsize=(columns * 0.72, sum(rows) * 1.0 + 1.4), layout="constrained")
@@ -97,14 +96,14 @@ def draw_predictions(
         for axes in part.subplots(count, columns, squeeze=False).flat:
             axes.set_axis_off()
         for axes, i in zip(part.axes, indices, strict=False):
-            # Smooth, as the network gets to see them.
+            # Interpolated, like the network's input.
             axes.imshow(source.images[i], cmap="gray", vmin=0, vmax=255, interpolation="bilinear")
             name, color = source.classes[source.labels[i]], "black"
             if source is data:
                 right = predicted[i] == data.labels[i]
                 color = "black" if right else "tab:red"
                 truth = "" if right else f" [{name}]"
-                name = f"{data.classes[predicted[i]]}{truth}\n{sure[i]:.0%}"
+                name = f"{data.classes[predicted[i]]}{truth}\n{confidence[i]:.0%}"
             axes.set_title(name, fontsize=8, color=color, pad=2)
-    with files.replacing(path) as part:
+    with files.atomic_write(path) as part:
         figure.savefig(part, format="png", dpi=120)

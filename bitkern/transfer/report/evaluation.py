@@ -1,4 +1,4 @@
-"""What a model made of each image of a set."""
+"""The predictions of a model for each image of a set, compared with the labels."""
 
 from typing import NamedTuple
 
@@ -11,16 +11,16 @@ from bitkern.transfer.data.images import ImageSet
 from bitkern.transfer.recipes.mixup import cross_entropy
 
 Bools = npt.NDArray[np.bool_]
-ROWS = 4096  # of logits taken to float64 at a time
-THRESHOLD = 0.5  # a class of a multi-label set is predicted from this probability on
+ROWS = 4096  # of logits converted to float64 at a time
+THRESHOLD = 0.5  # least probability at which a class of a multi-label set is predicted
 
 
-class Outcome(NamedTuple):
-    """What ``judge`` returns, of N images and C classes.
+class Evaluation(NamedTuple):
+    """Predictions for N images and C classes.
 
-    ``truth`` and ``predicted`` bool (N, C): the labels, and the classes predicted, which are the
+    ``truth`` and ``predicted`` bool (N, C): the labels, and the predicted classes, which are the
     most probable one or, for a multi-label set, those of probability 0.5 or more;
-    ``probabilities`` fp32 (N, C); ``rank`` int64 (N,): the place of the most probable label among
+    ``probabilities`` fp32 (N, C); ``rank`` int64 (N,): the rank of the most probable label among
     the classes, 1 for the first, 0 for an image without labels; ``loss`` is the mean cross-entropy,
     for a multi-label set the binary one, summed over the classes.
     """
@@ -31,9 +31,15 @@ class Outcome(NamedTuple):
     rank: npt.NDArray[np.int64]
     loss: float
 
+    @property
+    def exact_matches(self) -> Bools:
+        """bool (N,): True if the predicted classes are the labels, all and no others."""
+        equal: Bools = (self.truth == self.predicted).all(1)
+        return equal
 
-def judge(outputs: Tensor, data: ImageSet) -> Outcome:
-    """Compare logits (N, C) with the labels of ``data``. Of equal logits the first class leads.
+
+def evaluate_logits(outputs: Tensor, data: ImageSet) -> Evaluation:
+    """Compare logits (N, C) with the labels of ``data``; the first of equal logits ranks first.
 
     Raises ValueError naming ``outputs`` or ``data`` and what is wrong with it.
     """
@@ -53,16 +59,14 @@ def judge(outputs: Tensor, data: ImageSet) -> Outcome:
         chances, labels = outputs.sigmoid(), torch.from_numpy(truth)
         predicted = (chances >= THRESHOLD).numpy()
     else:
-        chances, labels = (
-            outputs.softmax(1),
-            torch.from_numpy(data.labels_of(slice(None)).astype(np.int64)),
-        )
+        chances = outputs.softmax(1)
+        labels = torch.from_numpy(data.labels_of(slice(None)).astype(np.int64))
         predicted = np.zeros_like(truth)
         predicted[np.arange(len(logits)), logits.argmax(1)] = True
     parts = zip(torch.split(outputs, ROWS), torch.split(labels, ROWS), strict=True)
     losses = [cross_entropy(x.double(), y).item() * len(x) for x, y in parts]
     loss = sum(losses) / len(logits)
-    return Outcome(truth, predicted, chances.numpy(), _rank(logits, truth), loss)
+    return Evaluation(truth, predicted, chances.numpy(), _rank(logits, truth), loss)
 
 
 def _truth(data: ImageSet) -> Bools:

@@ -1,10 +1,11 @@
-"""What a training does, from its arguments: its schedule, optimizer and steps."""
+"""The validated arguments of a training, and its schedule, optimizer and steps."""
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,42 +13,64 @@ from torch import Tensor, nn
 
 from bitkern.optim import SGD
 from bitkern.transfer import balance, ranks
-from bitkern.transfer.compute import Compute
 from bitkern.transfer.data.images import ImageSet
-from bitkern.transfer.fitting import (
+from bitkern.transfer.data.open_images import ImageReadOptions
+from bitkern.transfer.device_config import DeviceConfig
+from bitkern.transfer.gradient_reducer import GradientReducer
+from bitkern.transfer.micro_batch import (
     CPU_IMAGES,
     Trial,
-    attempt,
     images_that_fit,
     smallest_split,
+    try_step,
 )
 from bitkern.transfer.recipes import Recipe
-from bitkern.transfer.reduction import Reduction
 from bitkern.transfer.run import OPTIONS
 from bitkern.transfer.schedule import Schedule
-from bitkern.transfer.step import Stepper
+from bitkern.transfer.selection import Selection
+from bitkern.transfer.step import TrainStep
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: the loss is not finite, or the memory does not suffice."""
+    """Training cannot continue: the loss is not finite, or there is too little memory."""
+
+
+class Intervals(NamedTuple):
+    """The steps after which to evaluate and to save: every so many of ``steps``, and the last."""
+
+    steps: int
+    eval_every: int | None
+    checkpoint_every: int | None
+
+    def _is_due(self, step: int, every: int | None) -> bool:
+        return step == self.steps or step % (every or max(1, self.steps // 10)) == 0
+
+    def evaluation(self, step: int) -> bool:
+        return step > 0 and self._is_due(step, self.eval_every)
+
+    def checkpoint(self, step: int) -> bool:
+        return self._is_due(step, self.checkpoint_every)
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-    """The arguments of ``train`` that decide on the model it makes, and what follows from them.
-
-    Raises ValueError for arguments that do not fit each other.
-    """
+class TrainSetup:
+    """The arguments of ``train``. Raises ValueError if they do not fit each other."""
 
     model: nn.Module
     train_set: ImageSet
     rule: Recipe
-    compute: Compute
+    config: DeviceConfig
     seed: int
     batch_split: int
     balance: str
     flip: bool
-    decoder: str
+    read_options: ImageReadOptions
+    eval_set: ImageSet | None
+    selection: Selection | None
+    folder: Path | None
+    intervals: Intervals
+    shown: bool
+    about: dict[str, Any]
 
     def __post_init__(self) -> None:
         if not self.trainable:
@@ -63,37 +86,39 @@ class Setup:
                 f"got {self.rule.batch_size}"
             )
         if not 1 <= self.batch_split <= self.most_splits:
-            several = ranks.world_size() > 1
-            limit = "the batch size of each process" if several else "the batch size"
+            limit = "the batch size" + " of each process" * (ranks.world_size() > 1)
             raise ValueError(
                 f"batch_split: expected 1 to {self.most_splits}, {limit}, got {self.batch_split}"
             )
 
+    @property
+    def decoder(self) -> str:
+        return self.read_options.decoder
+
     @functools.cached_property
     def trainable(self) -> list[nn.Parameter]:
-        """The parameters that are trained."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @property
     def most_splits(self) -> int:
-        """The largest ``batch_split``, at which each process computes one image at a time."""
+        """The largest ``batch_split``: one image at a time in each process."""
         return self.rule.batch_size // ranks.world_size()
 
     @property
     def micro_batch(self) -> int:
-        """The images that a process computes at a time, at most."""
+        """The largest number of images that a process computes at a time."""
         return math.ceil(self.rule.batch_size / (self.batch_split * ranks.world_size()))
 
     @property
     def options(self) -> dict[str, Any]:
-        """What summary.json says of the training, besides its recipe."""
-        return {name: getattr(self, name) for name in OPTIONS} | {
-            "precision": self.compute.precision
-        }
+        """Entries of summary.json, besides the recipe."""
+        options = {name: getattr(self, name) for name in OPTIONS}
+        return options | {"precision": self.config.precision}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What may not change on resuming."""
+        """Settings that must be the same on resuming."""
+        selection = self.selection.settings if self.selection else {"keep": "last"}
         return {
             "recipe": type(self.rule).__name__,
             "rule": dataclasses.asdict(self.rule),
@@ -103,11 +128,12 @@ class Setup:
             "multi-label": self.train_set.multi_label,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trainable parameters": sum(p.numel() for p in self.trainable),
+            **selection,
         }
 
     @functools.cached_property
     def schedule(self) -> Schedule:
-        """Which images the steps of this process take."""
+        """The images of each step of this process."""
         sample = self.balance == "sample"
         weights = balance.sample_weights(self.train_set.labels) if sample else None
         group = ranks.rank(), ranks.world_size()
@@ -116,9 +142,9 @@ class Setup:
         )
 
     def optimizer(self) -> SGD:
-        """SGD with momentum 0.9; each step sets its learning rate.
+        """Create SGD with momentum 0.9, whose learning rate each step sets.
 
-        The weights of convolutions and of the head decay, the biases and those of norms do not.
+        Weight decay applies to the weights of convolutions and head, not to biases and norms.
         """
         weights = [p for p in self.trainable if p.ndim > 1]
         rest = [p for p in self.trainable if p.ndim <= 1]
@@ -126,73 +152,65 @@ class Setup:
             {"params": weights, "weight_decay": self.rule.weight_decay},
             {"params": rest, "weight_decay": 0.0},
         ]
-        # Fused, it scales gradients and skips steps of fp16 without reading anything back.
+        # Fused SGD scales gradients and skips steps of fp16 without reading from the device.
         return SGD(groups, lr=0.0, momentum=0.9, fused=True)
 
-    def stepper(
+    def train_step(
         self,
         optimizer: SGD,
         scaler: torch.amp.GradScaler,
-        reduction: Reduction,
+        reducer: GradientReducer,
         batches: Iterator[Sequence[Tensor]],
         on_micro_batch: Callable[[int], object] = lambda done: None,
-    ) -> Stepper:
-        """The steps, on these micro-batches."""
+    ) -> TrainStep:
         class_weight = None
         if self.balance == "loss":
             weights = balance.class_weights(self.train_set.labels, len(self.train_set.classes))
             class_weight = torch.from_numpy(weights).float()
-        parts = self.model, optimizer, self.schedule, self.compute
-        return Stepper(*parts, batches, scaler, reduction, class_weight, on_micro_batch)
+        parts = self.model, optimizer, self.schedule, self.config
+        return TrainStep(*parts, batches, scaler, reducer, class_weight, on_micro_batch)
 
     def fitted(
-        self,
-        optimizer: SGD,
-        scaler: torch.amp.GradScaler,
-        reduction: Reduction,
-        auto: bool,
-    ) -> "tuple[Setup, Trial]":
-        """The setup and what a micro-batch of it takes; if ``auto``, one split so that it fits.
+        self, optimizer: SGD, scaler: torch.amp.GradScaler, reducer: GradientReducer, auto: bool
+    ) -> "tuple[TrainSetup, Trial]":
+        """Return the setup, with the smallest ``batch_split`` that fits if ``auto``, and its trial.
 
-        That is the smallest ``batch_split`` that does, on a CPU for micro-batches of at most
-        ``CPU_IMAGES``. Raises ``TrainingError`` if it does not fit.
+        On a CPU micro-batches of more than ``CPU_IMAGES`` are not tried. Raises ``TrainingError``
+        if the memory does not suffice.
         """
         trials: dict[int, Trial | None] = {}
 
-        def tried(batch_split: int) -> Trial | None:
+        def try_split(batch_split: int) -> Trial | None:
             if batch_split not in trials:
                 setup = dataclasses.replace(self, batch_split=batch_split)
-                parts = optimizer, scaler, reduction, setup.blank_batches()
-                trials[batch_split] = attempt(setup.stepper(*parts))
+                parts = optimizer, scaler, reducer, setup.blank_batches()
+                trials[batch_split] = try_step(setup.train_step(*parts))
             return trials[batch_split]
 
-        device, most, few = self.compute.device, self.most_splits, 1
+        device, most, few = self.config.device, self.most_splits, 1
         fit = limit = self.rule.batch_size
         if device.type == "cpu":
-            # Batch normalization cannot be trained on one image, where its maps are of one pixel.
+            # Batch normalization cannot be trained on one image with maps of one pixel.
             few += any(hasattr(module, "running_mean") for module in self.model.modules())
-            fit = images_that_fit(lambda images: tried(math.ceil(most / images)), few)
+            fit = images_that_fit(lambda images: try_split(math.ceil(most / images)), few)
             limit = min(fit, CPU_IMAGES)
         batch_split: int | None = self.batch_split
         if auto:
             least = math.ceil(most / limit) if limit else most
-            batch_split = smallest_split(lambda split: tried(split) is not None, most, least)
+            batch_split = smallest_split(lambda split: try_split(split) is not None, most, least)
         too_many = self.micro_batch > fit if not auto else not fit and few == 1
-        trial = None if too_many or batch_split is None else tried(batch_split)
+        trial = None if too_many or batch_split is None else try_split(batch_split)
         if batch_split is None or trial is None:
-            what, advice = "one image", "lower the crop or take a smaller model"
+            images, advice = "one image", "lower the crop or take a smaller model"
             if not auto and self.micro_batch > 1:
-                what, advice = f"{self.micro_batch} images", "raise batch_split"
-            raise TrainingError(
-                f"the memory of {device} does not suffice for {what} at a time: {advice}"
-            )
+                images, advice = f"{self.micro_batch} images", "raise batch_split"
+            raise TrainingError(f"not enough memory on {device} for {images} at a time: {advice}")
         return dataclasses.replace(self, batch_split=batch_split), trial
 
     def blank_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Micro-batches as the first one of a step, of black images."""
-        part = self.schedule.step(0).parts[0]
-        shape = len(part.rows), 3, self.rule.crop, self.rule.crop
-        rows = np.arange(shape[0]) % len(self.train_set.images)
-        labels = torch.from_numpy(self.train_set.labels_of(rows))
+        """Yield black images, in micro-batches of the size of a step's first."""
+        rows = self.schedule.step(0).slices[0].rows
+        shape = len(rows), 3, self.rule.crop, self.rule.crop
+        labels = self.train_set.labels_of(np.arange(len(rows)) % len(self.train_set.images))
         while True:
-            yield torch.zeros(shape, dtype=torch.uint8), labels
+            yield torch.zeros(shape, dtype=torch.uint8), torch.from_numpy(labels)
