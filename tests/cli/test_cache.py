@@ -18,7 +18,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_list_and_clear(folder, tmp_path, capsys):
     assert call("cache", "list") == 0
-    assert f"0 cache_entries, 0.00 GB in {tmp_path}/cache/images" in capsys.readouterr().out
+    assert f"0 entries, 0.00 GB in {tmp_path}/cache/images" in capsys.readouterr().out
     finetune = ["finetune", "--data", folder, *SMALL, "--out"]
     assert call(*finetune, tmp_path / "first", "--cache", "disk") == 0
     shown = capsys.readouterr().out
@@ -43,12 +43,12 @@ def test_list_and_clear(folder, tmp_path, capsys):
     table = capsys.readouterr().out.splitlines()
     assert any(f"12  100%    40     0.00  {rows[1]['used']}" in line for line in table), table
     assert any(line.startswith(rows[0]["key"]) and "damaged" in line for line in table), table
-    assert table[-1].startswith("2 cache_entries, 0.00 GB in ")
+    assert table[-1].startswith("2 entries, 0.00 GB in ")
 
     missing = error_of(capsys, "cache", "clear", rows[0]["key"], "0123")
     assert missing == f"0123: no such entry in {tmp_path}/cache/images"
     assert call("cache", "clear", rows[0]["key"]) == 0
-    assert capsys.readouterr().out == "deleted 1 of 2 cache_entries, 0.0 GB\n"
+    assert capsys.readouterr().out == "deleted 1 of 2 entries, 0.0 GB\n"
     (entry,) = cache_entries()
     with entry.lock:
         busy = error_of(capsys, "cache", "clear")
