@@ -28,7 +28,7 @@ OPERATORS = "add_group_norm_act group_norm_act group_norm_add_relu weight_standa
 
 def alone(program, *arguments, **environment):
     """Call a function of this file where bitkern cannot be imported."""
-    code = "import sys; sys.modules['bitkern'] = None\nfrom tests import test_hub\n"
+    code = "import sys; sys.modules['bitkern'] = None\nfrom tests.repo import test_hub\n"
     code += f"test_hub.{program.__name__}(*{arguments!r})"
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
     run = [sys.executable, "-c", code]
