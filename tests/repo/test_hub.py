@@ -26,10 +26,18 @@ ROOT = HERE.parent
 OPERATORS = "add_group_norm_act group_norm_act group_norm_add_relu weight_standardize ws_conv2d"
 
 
+ALONE = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("bitkern.testing", "bitkern/testing.py")
+sys.modules |= {"bitkern": None, spec.name: importlib.util.module_from_spec(spec)}
+spec.loader.exec_module(sys.modules[spec.name])
+from tests.repo import test_hub
+"""
+
+
 def alone(program, *arguments, **environment):
     """Call a function of this file where bitkern cannot be imported."""
-    code = "import sys; sys.modules['bitkern'] = None\nfrom tests.repo import test_hub\n"
-    code += f"test_hub.{program.__name__}(*{arguments!r})"
+    code = ALONE + f"test_hub.{program.__name__}(*{arguments!r})"
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
     run = [sys.executable, "-c", code]
     done = subprocess.run(run, env=environment, cwd=ROOT, capture_output=True, text=True)
