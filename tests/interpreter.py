@@ -8,13 +8,14 @@ package as it is without a GPU. Interpreted kernels cannot be compiled.
 import importlib
 import os
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 
 EXECUTED = "BITKERN_PTX" in os.environ  # in a process of tests/backends/triton/ptx
-INTERPRETED = not (torch.cuda.is_available() or EXECUTED)
+INTERPRETED = not (torch.cuda.is_available() or EXECUTED) and find_spec("triton") is not None
 _MODULES = (
     "triton",
     "bitkern.backends.triton.group_norm_act",

@@ -179,10 +179,10 @@ def _conv(given: dict[str, Any]) -> Conv | None:
     return conv if one and all(type(n) is int for n in numbers) else None
 
 
-def activation_of(node: fx.Node, of: fx.Node) -> Activation | None:
+def activation_of(node: fx.Node, source: fx.Node) -> Activation | None:
     """The activation that a node computes of another."""
     name, wanted = _ACTIVATIONS.get(node.target, (None, {}))
-    if name is None or node.args[:1] != (of,):
+    if name is None or node.args[:1] != (source,):
         return None
     given = dict(zip([*wanted, "inplace"], node.args[1:], strict=False)) | node.kwargs
     given.pop("inplace", None)
@@ -200,20 +200,20 @@ def silu_of(node: fx.Node) -> fx.Node | None:
     return product if factors and product in users and not product.kwargs else None
 
 
-def modulation_of(node: fx.Node, of: fx.Node) -> dict[str, fx.Node]:
+def modulation_of(node: fx.Node, source: fx.Node) -> dict[str, fx.Node]:
     """The scale and shift, a number for each sample and channel, that a node applies to another."""
     if node.target in (torch.addcmul, "addcmul") and not node.kwargs and len(node.args) == 3:
         shift, *factors = node.args
-        found = {"scale": _other(factors, of), "shift": shift}
+        found = {"scale": _other(factors, source), "shift": shift}
     elif node.target in _SCALES and not node.kwargs:
-        found = {"scale": _other(node.args, of, _SCALES[node.target])}
+        found = {"scale": _other(node.args, source, _SCALES[node.target])}
     elif node.target in _ADDITIONS and not node.kwargs:
-        found = {"shift": _other(node.args, of, _ADDITIONS[node.target])}
+        found = {"shift": _other(node.args, source, _ADDITIONS[node.target])}
     else:
         return {}
-    if of in found.values():
+    if source in found.values():
         return {}
-    map_, made = value(of), value(node)
+    map_, made = value(source), value(node)
     for given in map(value, found.values()):
         if not isinstance(given, Tensor) or given.ndim != map_.ndim or given.ndim < 3:
             return {}
@@ -230,16 +230,18 @@ def _other(of_two: Sequence[Any], one: fx.Node, in_place: bool = False) -> Any:
     return others[0] if len(of_two) == 2 and len(others) == 1 else None
 
 
-def does_nothing(node: fx.Node, of: fx.Node, dtype: torch.dtype) -> bool:
+def does_nothing(node: fx.Node, source: fx.Node, dtype: torch.dtype) -> bool:
     """Return whether a node passes another through: inactive dropout, a cast to ``dtype``."""
-    if node.args[:1] != (of,):
+    if node.args[:1] != (source,):
         return False
     if node.target in _DROPOUTS:
         given = _bound(node, _DROPOUT)
         return given is not None and (given["p"] == 0 or given["training"] is False)
     if node.op == "call_method" and node.target in ("to", "type", "float"):
         only = node.target == "float" or isinstance(node.args[-1], torch.dtype)
-        same = isinstance(value(of), Tensor) and value(node).dtype == value(of).dtype == dtype
+        same = (
+            isinstance(value(source), Tensor) and value(node).dtype == value(source).dtype == dtype
+        )
         return only and same and len(node.args) <= 2 and not node.kwargs
     return False
 

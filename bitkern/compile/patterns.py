@@ -244,9 +244,14 @@ def _replace(graph: fx.Graph, node: fx.Node, addition: Sum | None, outputs: list
                 _substitute(old, graph.call_function(operator.getitem, (node, i)))
 
 
-def _convolves(user: fx.Node, of: fx.Node) -> Convolution | None:
+def _convolves(user: fx.Node, source: fx.Node) -> Convolution | None:
     conv = convolution_of(user)
-    if conv is None or conv.conv is None or conv.x is not of or of in (conv.weight, conv.bias):
+    if (
+        conv is None
+        or conv.conv is None
+        or conv.x is not source
+        or source in (conv.weight, conv.bias)
+    ):
         return None
     return conv
 

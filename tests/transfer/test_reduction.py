@@ -1,4 +1,4 @@
-"""Gradients summed over processes while the backward pass goes on, in three."""
+"""Gradients summed over processes while the backward pass goes on."""
 
 import json
 import math
@@ -13,34 +13,37 @@ from tests.transfer.distributed.reduction import PLAIN, RULE
 from tests.transfer.distributed.training import OPTIONS
 from tests.transfer.images import image_set
 
-PROCESSES = 3
+
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.sweep), 3])
+def processes(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What a run of the checks in three processes left behind."""
+def folder(tmp_path_factory, processes):
+    """The folder that a run of the checks in several processes left behind."""
     folder = tmp_path_factory.mktemp("reduction")
-    process = torchrun(PROCESSES, "tests.transfer.distributed", folder, "reduction")
+    process = torchrun(processes, "tests.transfer.distributed", folder, "reduction")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return folder
 
 
 @pytest.mark.parametrize("check", [check.__name__ for check in reduction.CHECKS])
-def test_in_three_processes(folder, check):
-    for rank in range(PROCESSES):
+def test_in_several_processes(folder, processes, check):
+    for rank in range(processes):
         outcome = json.loads((folder / f"{rank}.json").read_text())[check]
         assert outcome == "passed", f"process {rank}\n{outcome}"
 
 
 @pytest.mark.parametrize("rule", [RULE, PLAIN], ids=["mixup", "plain"])
 @pytest.mark.parametrize("name", reduction.MODELS)
-def test_training_equals_one_process(folder, name, rule):
+def test_training_equals_one_process(folder, processes, name, rule):
     path = folder / "training_equals_one_process" / f"{name} {rule.mixup_alpha}"
     model = reduction.MODELS[name]()
     expected = training.train(model, image_set(), rule, **OPTIONS)
     (state, history, metrics), *others = [
-        torch.load(f"{path}-{rank}.pt") for rank in range(PROCESSES)
+        torch.load(f"{path}-{rank}.pt") for rank in range(processes)
     ]
     for other in others:
         assert other[1:] == (history, metrics)

@@ -1,11 +1,24 @@
 """Checks of the values of recipes."""
 
 import math
-from typing import TYPE_CHECKING, Union
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from bitkern.transfer.recipes.hyperrule import HyperRule
-    from bitkern.transfer.recipes.pretraining import Pretraining
+
+class StepSchedule(Protocol):
+    """A recipe with a linear warm-up and decays at ``decay_steps``, in optimizer steps."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def decay_steps(self) -> tuple[int, ...]: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def base_lr(self) -> float: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def weight_decay(self) -> float: ...
 
 
 def check(valid: bool, name: str, expected: str, got: object) -> None:
@@ -14,7 +27,8 @@ def check(valid: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
-def check_schedule(rule: Union["HyperRule", "Pretraining"]) -> None:
+def check_schedule(rule: StepSchedule) -> None:
+    """Raise ValueError for values that make no schedule."""
     check(rule.steps >= 1, "steps", "a positive number", rule.steps)
     ordered = list(rule.decay_steps) == sorted(rule.decay_steps)
     positive = all(step >= 0 for step in rule.decay_steps)

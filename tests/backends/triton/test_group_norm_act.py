@@ -138,6 +138,8 @@ def problem(
 @ways
 def test_dtypes_and_formats(way, device, dtype, format):
     problem(device, (2, 24, 7, 9), 4, dtype, format, "relu", residual=True).check()
+    if dtype == torch.float16:  # others are tested alone below
+        problem(device, (2, 24, 7, 9), 4, dtype, format, "relu").check()
 
 
 @tiled

@@ -73,8 +73,9 @@ def test_sgd_of_other_formats(device, format, dout_format):
 
 
 @pytest.mark.parametrize("variant", ["bit", "jax", "nfnet"])
-def test_no_variance(device, variant):
-    case = Problem(device, [(4, 16, 3, 3)] * 2, **VARIANTS[variant])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_no_variance(device, layers, variant):
+    case = Problem(device, [(4, 16, 3, 3)] * layers, **VARIANTS[variant])
     standardization.check_no_variance(case, 0.25)
 
 
