@@ -72,6 +72,7 @@ class Problem:
         )
         assert mean.shape == rstd.shape == (self.x.shape[0], self.groups)
         assert mean.dtype == rstd.dtype == torch.float32
+        self.rstd = rstd
         saved = self.x if total is None else total
         of = self.groups, self.weight, self.bias, mean, rstd, self.act
         recomputed = kernels.group_norm_act_recompute(saved, *of)
@@ -221,6 +222,19 @@ def test_mean_far_from_zero(way, device, format):
 
 @formats
 @ways
+def test_rstd_where_the_mean_is_far_from_zero(way, device, format):
+    """100000 standard deviations, where the mean itself is rounded by 0.004 of one."""
+    x = (torch.randn(2, 24, 9, 9) + 1e5).to(device).contiguous(memory_format=FORMATS[format])
+    case = Problem(x, 4, None, None, "none")
+    case.ours()
+    exact = (x.double().reshape(2, 4, -1).var(2, correction=0) + EPS).rsqrt()
+    # Each split's mean is stored in float32.
+    rtol = 1e-3 if way == "split" else 1e-6
+    torch.testing.assert_close(case.rstd.double(), exact, rtol=rtol, atol=0)
+
+
+@formats
+@ways
 def test_first_value_is_an_outlier(way, device, format):
     """What a sum is shifted by may itself be far from the mean."""
     case = problem(device, (2, 24, 9, 9), 4, format=format, act="none", shift=0.0)
@@ -233,8 +247,10 @@ def test_first_value_is_an_outlier(way, device, format):
 def test_no_variance(way, device, format):
     case = problem(device, (2, 24, 7, 9), 4, torch.float32, format)
     case.x[0, :6] = 0.75
-    case.x[1] = -2.0
+    case.x[1] = -12345.678  # whose sums round
     y = case.check()["y"]
+    rstd = torch.cat([case.rstd[0, :1], case.rstd[1]])
+    torch.testing.assert_close(rstd, torch.full_like(rstd, EPS**-0.5), rtol=1e-6, atol=0)
     constant = case.bias.relu()[:, None, None].expand(24, 7, 9)
     assert torch.equal(y[0, :6], constant[:6]) and torch.equal(y[1], constant)
 

@@ -76,10 +76,10 @@ def _forward_tile(
             sum_dd += d * d
         count = tl.cdiv(K - k, BLOCK).to(tl.float32)[None, :]
         mean_d = tl.div_rn(sum_d, tl.maximum(count, 1.0))
-        means = origin + mean_d
-        mean = tl.div_rn(tl.sum(means * count, 1), n)
-        rest = tl.div_rn(tl.sum((means - mean[:, None]) * count, 1), n)
-        delta = means - mean[:, None] - rest[:, None]
+        mean = tl.div_rn(tl.sum((origin + mean_d) * count, 1), n)
+        delta = origin - mean[:, None] + mean_d  # in this order exact
+        rest = tl.div_rn(tl.sum(delta * count, 1), n)
+        delta -= rest[:, None]
         m2 = tl.sum(sum_dd - sum_d * mean_d + delta * (delta * count), 1)
     var = tl.div_rn(m2, n - UNBIASED)
     if EPS_OUTSIDE:
