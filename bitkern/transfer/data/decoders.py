@@ -8,6 +8,8 @@ import io
 import re
 import struct
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -26,7 +28,8 @@ Box = tuple[float, float, float, float]  # Pillow's order: left, top, right, bot
 # Formats that Pillow only identifies, or decodes by calling other programs.
 _UNSUPPORTED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 SCALED = "16-bit images are scaled to 8 bits by their full range"
-notes: dict[str, object] = {}  # messages printed by this process about the images it has read
+notes: Counter[str] = Counter()  # messages about the images that this process has read
+_counting = threading.Lock()
 
 
 class Decoder(Protocol):
@@ -36,10 +39,11 @@ class Decoder(Protocol):
 
 
 def note_once(message: str) -> None:
-    """Print a message about the images once for each process, and keep it in ``notes``."""
-    own = object()
-    if notes.setdefault(message, own) is own:  # true in one thread only
-        print(message, file=sys.stderr)
+    """Print a message about the images once for each process, and count it in ``notes``."""
+    with _counting:
+        notes[message] += 1
+        if notes[message] == 1:
+            print(message, file=sys.stderr)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from bitkern import files
-from bitkern.transfer.data.decoders import decoder_version
+from bitkern.transfer.data.decoders import decoder_version, note_once, notes
 from bitkern.transfer.data.images import DataError, Pixels, Source
 from bitkern.transfer.data.resized import ResizedImages
 
@@ -39,7 +39,8 @@ NORESERVE = 0x4000  # MAP_NORESERVE of Linux: allows a file larger than memory
 class CacheIndex:
     """The content of index.json: ``done`` of ``count`` images are there, but not the ``corrupt``.
 
-    ``data`` names their origin, ``checksums`` are those of a few images spread over the set.
+    ``data`` names their origin, ``checksums`` are those of a few images spread over the set,
+    ``notes`` the messages printed while they were decoded.
     """
 
     format: int
@@ -50,6 +51,7 @@ class CacheIndex:
     done: int = 0
     corrupt: dict[str, str] = dataclasses.field(default_factory=dict)
     checksums: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 class CacheEntry:
@@ -249,6 +251,8 @@ def open_complete(
             (entry.folder / INDEX).unlink()
         return None
     entry.use(file)
+    for message in index.notes:
+        note_once(message)
     if recheck and any(_is_readable(resized, int(i)) for i in index.corrupt):
         return None
     return index, file
@@ -300,7 +304,7 @@ def _locked(entry: CacheEntry) -> Iterator[None]:
 
 
 def _fill(entry: CacheEntry, fresh: CacheIndex, resized: ResizedImages, skip_corrupt: bool) -> None:
-    index = entry.read() or fresh
+    index, before = entry.read() or fresh, notes.copy()
     if not index.done:
         _allocate(entry, num_bytes(resized))
     with open(entry.pixels, "r+b") as file:
@@ -322,6 +326,7 @@ def _fill(entry: CacheEntry, fresh: CacheIndex, resized: ResizedImages, skip_cor
     def write_index() -> None:
         index.done = done
         index.corrupt = {str(i): why for i, why in resized.corrupt.items() if i < done}
+        index.notes = sorted({*index.notes, *(notes - before)})
         entry.write(index)
 
     try:
