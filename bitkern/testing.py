@@ -70,10 +70,15 @@ def inaccuracy(
 
 
 def assert_accurate(
-    ours: Tensor, peer: Tensor, exact: Tensor, what: str = "", summed: Tensor | None = None
+    ours: Tensor,
+    peer: Tensor,
+    exact: Tensor,
+    what: str = "",
+    summed: Tensor | None = None,
+    roundings: int = 1,
 ) -> None:
     """Raise an AssertionError that begins with ``what`` and says the :func:`inaccuracy`, if any."""
-    fault = inaccuracy(ours, peer, exact, summed)
+    fault = inaccuracy(ours, peer, exact, summed, roundings)
     assert fault is None, f"{what}: {fault}"
 
 

@@ -8,6 +8,7 @@ import bitkern
 from bitkern import ops, reference
 from bitkern.backends import launchers
 from bitkern.testing import affine, assert_accurate, maps, pytorch_group_norm, strided
+from tests import interpreter
 from tests.ops.backends import implementations
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -104,10 +105,12 @@ def compare(name, device, x, residual, num_groups, weight, bias, act):
         double[0], double[1] = rounded.double(), torch.zeros_like(double[1])
     exact = run(REFERENCE, *double, {k: g.double() for k, g in grads.items()})
     sums = summed(double[0], num_groups, *double[3:5], act, grads["y"].double())
+    # The peer is PyTorch on the CPU, whose exponential is more accurate than that of any GPU.
+    roundings = 4 if interpreter.EXECUTED and act == "silu" else 1
     for key in exact:
         results = ours[key], peer[key].to(ours[key].dtype), exact[key]
         terms = sums[key].cpu() if key in sums else None
-        assert_accurate(*(t.cpu() for t in results), key, terms)
+        assert_accurate(*(t.cpu() for t in results), key, terms, roundings)
     return ours
 
 

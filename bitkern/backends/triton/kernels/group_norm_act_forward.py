@@ -31,7 +31,7 @@ def _act(z, ACT: tl.constexpr):
     if ACT == "relu":
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "silu":
-        z = z * tl.sigmoid(z)
+        z = z / (1.0 + tl.exp(-z))  # a rounding less than times the sigmoid
     elif ACT == "leaky_relu":
         z = tl.maximum(z, 0.01 * z, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "gelu":
