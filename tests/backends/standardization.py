@@ -24,8 +24,8 @@ class Problem:
         out_format="oihw", dout_format=None, dout_dtype=None, gain=False, scale=1.0, eps=1e-10,
         eps_outside=False, unbiased=False,
     ):  # fmt: skip
-        def tensor(shape, format, dtype, of):
-            t = of(shape).to(device, dtype)
+        def tensor(shape, format, dtype, make):
+            t = make(shape).to(device, dtype)
             return t.contiguous(memory_format=FORMATS[format]) if len(shape) == 4 else t
 
         def weight(shape):  # means far from zero, scales that differ by filter

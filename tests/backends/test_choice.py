@@ -99,12 +99,12 @@ assert Toy.calls == 2
 torch.testing.assert_close(y, reference.group_norm_act(x, 4))
 print(*explain("group_norm_act", x.double()), sep=": ")
 print(explain("weight_standardize", x).name == bare.name)
-of = x, x, 4
-torch.testing.assert_close(ops.group_norm_add_relu(*of), reference.group_norm_add_relu(*of))
+args = x, x, 4
+torch.testing.assert_close(ops.group_norm_add_relu(*args), reference.group_norm_add_relu(*args))
 print(explain("group_norm_add_relu", x, x).name == bare.name)
 try:
     with use_backend("toy"):
-        ops.group_norm_add_relu(*of)
+        ops.group_norm_add_relu(*args)
 except RuntimeError as error:
     print(error)
 before = Toy.calls

@@ -100,8 +100,8 @@ def test_a_step_of_sgd(variant, options):
         for threads in (1, 3):
             torch.set_num_threads(threads)
             torch.manual_seed(0)
-            of = cpu, "cpu", shapes
-            case = standardization.Problem(*of, format=format, dout_format="channels_last", **how)
+            args = cpu, "cpu", shapes
+            case = standardization.Problem(*args, format=format, dout_format="channels_last", **how)
             weights, buffers = case.check_sgd(standardization.SGD[options])
             stepped.append(weights + buffers)
         assert_equal(*stepped)
@@ -126,8 +126,8 @@ def test_after_fork():
 
     def run():
         _, y, mean, rstd = cpu.group_norm_act_forward(x, None, 8, weight, bias, 1e-5, "relu")
-        of = 8, weight, bias, mean, rstd, "relu"
-        return y, *cpu.group_norm_act_backward(dy, None, x, *of, True, True)
+        args = 8, weight, bias, mean, rstd, "relu"
+        return y, *cpu.group_norm_act_backward(dy, None, x, *args, True, True)
 
     expected = run()
     context = multiprocessing.get_context("fork")

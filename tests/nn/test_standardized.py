@@ -329,7 +329,7 @@ def test_gradients_are_not_copied_on_their_way(batches, monkeypatch):
 
     def recorded(self, douts):
         grads = backward(self, douts)
-        made.extend(grad.data_ptr() for of in grads for grad in of.values())
+        made.extend(grad.data_ptr() for by_layer in grads for grad in by_layer.values())
         return grads
 
     monkeypatch.setattr(DetachedWeights, "backward", recorded)

@@ -236,8 +236,8 @@ def test_formulas_of_group_norm(kind, act):
     assert check(GroupNormActFunction.apply, (x, None, 4, *each, *arguments[5:]))
 
     def convolved(x, residual, *parameters):
-        of = CONVS, 4, 1e-3, act, reference, x, residual
-        return GroupNormActConvFunction.apply(*of, *parameters, None, None)
+        args = CONVS, 4, 1e-3, act, reference, x, residual
+        return GroupNormActConvFunction.apply(*args, *parameters, None, None)
 
     assert check(convolved, (x, residual, weight, bias, *weights))
 

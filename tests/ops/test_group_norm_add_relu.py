@@ -173,14 +173,14 @@ def test_gradients_of_any_stride(name, device, kind):
     """Of no strides as from sum(), a slice as from cat, in the other memory format: the same bits
     as of a dense one."""
     x, residual, dy = (strided(maps((2, 8, 5, 5), seed=s), kind).to(device) for s in (0, 3, 5))
-    of = 4, *(p.to(device) for p in affine(8))
+    args = 4, *(p.to(device) for p in affine(8))
     with bitkern.use_backend(name):
         for gradient in (
             torch.ones((), device=device).expand(x.shape),
             *(strided(dy, other).to(device) for other in ("slice", "transposed", *FORMATS)),
         ):
             found = [
-                run(ops.group_norm_add_relu, x, residual, *of, each)
+                run(ops.group_norm_add_relu, x, residual, *args, each)
                 for each in (gradient, strided(gradient, kind))
             ]
             assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
@@ -235,11 +235,11 @@ def test_the_same_bits_again_and_in_a_batch(name, device, kind):
         x, residual, dy = (
             strided(maps(shape, torch.bfloat16, seed), kind).to(device) for seed in (0, 7, 9)
         )
-        of = 32, *(p.to(device) for p in affine(shape[1]))
+        args = 32, *(p.to(device) for p in affine(shape[1]))
 
-        def results(*maps, of=of):
+        def results(*maps, args=args):
             with bitkern.use_backend(name):
-                return run(ops.group_norm_add_relu, *maps[:2], *of, maps[2])
+                return run(ops.group_norm_add_relu, *maps[:2], *args, maps[2])
 
         first = results(x, residual, dy)
         for _ in range(5):
@@ -262,13 +262,13 @@ def test_autocast_keeps_the_dtype(name, device):
 def test_functional_transforms(samples):
     """Through the reference, which they can see into."""
     x, residual = (torch.randn(3, 2, 3, 3, 8).permute(0, 1, 4, 2, 3) for _ in range(2))
-    of = 4, *affine(8, samples=samples)
-    y = torch.vmap(lambda a, b: ops.group_norm_add_relu(a, b, *of))(x, residual)
+    args = 4, *affine(8, samples=samples)
+    y = torch.vmap(lambda a, b: ops.group_norm_add_relu(a, b, *args))(x, residual)
     for i in range(3):
-        torch.testing.assert_close(y[i], ops.group_norm_add_relu(x[i], residual[i], *of))
+        torch.testing.assert_close(y[i], ops.group_norm_add_relu(x[i], residual[i], *args))
 
     def loss(a):
-        return ops.group_norm_add_relu(a, residual[0], *of).square().sum()
+        return ops.group_norm_add_relu(a, residual[0], *args).square().sum()
 
     leaf = x[0].clone().requires_grad_()
     loss(leaf).backward()
@@ -296,13 +296,13 @@ def test_opcheck(name, device, kind):
 def test_compile(name, device):
     x, residual = (maps((2, 8, 6, 6), seed=seed).to(device) for seed in (0, 1))
     x = x.contiguous(memory_format=torch.channels_last)
-    of = 4, *(p.to(device) for p in affine(8)), torch.randn_like(x)
+    args = 4, *(p.to(device) for p in affine(8)), torch.randn_like(x)
     # Of the reference Inductor would make code, which takes long.
     backend = "aot_eager" if name == "reference" else "inductor"
     with bitkern.use_backend(name):
-        eager = run(ops.group_norm_add_relu, x, residual, *of)
+        eager = run(ops.group_norm_add_relu, x, residual, *args)
         compiled = torch.compile(ops.group_norm_add_relu, fullgraph=True, backend=backend)
-        compiled = run(compiled, x, residual, *of)
+        compiled = run(compiled, x, residual, *args)
     for key in eager:
         torch.testing.assert_close(compiled[key], eager[key])
         assert compiled[key].stride() == eager[key].stride() or name == "reference", key

@@ -209,6 +209,6 @@ def test_weight_standardize_sgd_is_a_step_of_pytorch(options):
     buffers = [torch.randn_like(w) for w in case.weights]
     expected = [case.stepped(i, torch.float64, b, options) for i, b in enumerate(buffers)]
     stats = reference.filter_statistics(case.weights, case.variant)
-    of = buffers, case.scales, stats, case.variant, options
-    reference.weight_standardize_sgd(case.douts, case.weights, *of)
+    args = buffers, case.scales, stats, case.variant, options
+    reference.weight_standardize_sgd(case.douts, case.weights, *args)
     torch.testing.assert_close([*zip(case.weights, buffers, strict=True)], expected)

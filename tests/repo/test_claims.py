@@ -113,8 +113,8 @@ def lines_of(claim, number):
         for seed in range(claim.seeds):
             numbers = {
                 name: number(cell, seed)
-                for cell, (of, name) in claim.cells.items()
-                if of == condition
+                for cell, (shown_in, name) in claim.cells.items()
+                if shown_in == condition
             }
             yield about | {"condition": condition, "seed": seed, "numbers": numbers}
 

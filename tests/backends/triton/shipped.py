@@ -105,9 +105,9 @@ def group_norm_adds(dtype, channels_last, shapes, groups=32):
         x = torch.empty(128, channels, size, size, device="meta", dtype=dtype)
         x = x.contiguous(memory_format=FORMATS[channels_last])
         stats = torch.empty(128, groups, device="meta")
-        of = groups, weight, weight
-        group_norm_add_relu.group_norm_add_relu_forward(x, x, *of, 1e-5)
-        backward = (x, x, x, *of, stats, stats, True, True, True)
+        args = groups, weight, weight
+        group_norm_add_relu.group_norm_add_relu_forward(x, x, *args, 1e-5)
+        backward = (x, x, x, *args, stats, stats, True, True, True)
         group_norm_add_relu.group_norm_add_relu_backward(*backward)
 
 
@@ -148,10 +148,11 @@ def sgd_steps(channels_last, shapes, variant):
         for layout in channels_last
     )
     stats = torch.empty(2, sum(s[0] for s in shapes), device="meta")
+    scales = [1.0] * len(shapes)
     for nesterov in (False, True):
         options = SgdOptions(0.1, 0.9, 0.0, 1e-4, nesterov)
-        of = douts, weights, weights, [1.0] * len(shapes), stats, Variant(1e-10, *variant), options
-        weight_standardize.weight_standardize_sgd(*of)
+        args = douts, weights, weights, scales, stats, Variant(1e-10, *variant), options
+        weight_standardize.weight_standardize_sgd(*args)
 
 
 def shipped(everything):

@@ -73,10 +73,10 @@ class Problem:
         assert mean.shape == rstd.shape == (self.x.shape[0], self.groups)
         assert mean.dtype == rstd.dtype == torch.float32
         saved = self.x if total is None else total
-        of = self.groups, self.weight, self.bias, mean, rstd, self.act
-        recomputed = kernels.group_norm_act_recompute(saved, *of)
+        args = self.groups, self.weight, self.bias, mean, rstd, self.act
+        recomputed = kernels.group_norm_act_recompute(saved, *args)
         gradients = kernels.group_norm_act_backward(
-            self.dy, self.dtotal, saved, *of, need_dx, need_dparams
+            self.dy, self.dtotal, saved, *args, need_dx, need_dparams
         )
         assert (total is None) == (self.residual is None)
         for out in (total, y, recomputed, gradients[0]):

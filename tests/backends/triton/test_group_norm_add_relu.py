@@ -33,11 +33,11 @@ class Problem:
         self.weight, self.bias = (p.to(device) for p in affine(shape[1], dtype))
 
     def ours(self, **needs):
-        of = self.groups, self.weight, self.bias
-        y, mean, rstd = kernels.group_norm_add_relu_forward(self.x, self.residual, *of, EPS)
+        args = self.groups, self.weight, self.bias
+        y, mean, rstd = kernels.group_norm_add_relu_forward(self.x, self.residual, *args, EPS)
         needs = {f"need_{name}": needs.get(name, True) for name in ("dx", "dresidual", "dparams")}
         gradients = kernels.group_norm_add_relu_backward(
-            self.dy, self.x, y, *of, mean, rstd, **needs
+            self.dy, self.x, y, *args, mean, rstd, **needs
         )
         for out in (y, *gradients[:2]):
             assert out is None or out.stride() == self.x.stride()
@@ -87,10 +87,10 @@ def test_gradients_not_needed(way, device):
     """Those that are may differ by roundings: other code computes them."""
     case = Problem(device, SHAPE, 2, format="channels_last")
     every = case.ours()
-    of = {"dx": ["dx"], "dresidual": ["dresidual"], "dparams": ["dweight", "dbias"]}
+    produced = {"dx": ["dx"], "dresidual": ["dresidual"], "dparams": ["dweight", "dbias"]}
     for wanted in (["dx"], ["dresidual"], ["dparams"]):
-        found = case.ours(**{need: need in wanted for need in of})
-        for need, names in of.items():
+        found = case.ours(**{need: need in wanted for need in produced})
+        for need, names in produced.items():
             for name in names:
                 assert (found[name] is None) == (need not in wanted)
                 if found[name] is not None:

@@ -53,24 +53,24 @@ class Case:
         group_norm_act.group_norm_act_forward(self.x, self.residual, 32, *self.affine, 1e-5, "relu")
 
     def recompute(self):
-        of = 32, *self.affine, *self.statistics, "relu"
-        group_norm_act.group_norm_act_recompute(self.x, *of)
+        args = 32, *self.affine, *self.statistics, "relu"
+        group_norm_act.group_norm_act_recompute(self.x, *args)
 
     def backward(self):
-        of = 32, *self.affine, *self.statistics, "relu", True, True
-        group_norm_act.group_norm_act_backward(self.x, self.residual, self.x, *of)
+        args = 32, *self.affine, *self.statistics, "relu", True, True
+        group_norm_act.group_norm_act_backward(self.x, self.residual, self.x, *args)
 
 
 class AddCase(Case):
     """Of group_norm_add_relu."""
 
     def forward(self):
-        of = 32, *self.affine, 1e-5
-        group_norm_add_relu.group_norm_add_relu_forward(self.x, self.x, *of)
+        args = 32, *self.affine, 1e-5
+        group_norm_add_relu.group_norm_add_relu_forward(self.x, self.x, *args)
 
     def backward(self):
-        of = 32, *self.affine, *self.statistics, True, True, True
-        group_norm_add_relu.group_norm_add_relu_backward(self.x, self.x, self.x, *of)
+        args = 32, *self.affine, *self.statistics, True, True, True
+        group_norm_add_relu.group_norm_add_relu_backward(self.x, self.x, self.x, *args)
 
 
 class Weights:

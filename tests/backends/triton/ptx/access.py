@@ -123,7 +123,7 @@ def _store(instruction, kernel):
 
     def store(group, mask):
         lanes = group.lanes(mask)
-        values = np.stack([group.whole(of(group))[lanes] for of in sources], 1)
+        values = np.stack([group.whole(read(group))[lanes] for read in sources], 1)
         threads, addresses = group.threads[lanes], address(group)[lanes]
         with _lanes(lanes):
             memory, at = _locate(group, space, addresses, size * count, threads, reading=False)
@@ -257,8 +257,8 @@ def _store_matrix(instruction, kernel):
         check_together(mask, len(group.tid), "stmatrix")
         lanes, threads, at = _rows(group, address, count)
         matrices = np.empty((len(group.tid) // WARP, count, 8, 8), np.uint16)
-        for i, of in enumerate(sources):
-            pair = np.ascontiguousarray(group.whole(of(group))).view(np.uint16)
+        for i, read in enumerate(sources):
+            pair = np.ascontiguousarray(group.whole(read(group))).view(np.uint16)
             pair = pair.reshape(-1, WARP, 2)
             for j in (0, 1):
                 matrices[:, i, _ROW, _COLUMN + j] = pair[:, :, j]

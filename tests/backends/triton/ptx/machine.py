@@ -92,8 +92,8 @@ class Group:
 
 def _part(copy: access.Copy, threads: np.ndarray) -> access.Copy:
     keep = np.isin(copy.threads, threads)
-    of = (copy.threads[keep], copy.to[keep], copy.source[keep], copy.nbytes, copy.reads[keep])
-    return access.Copy(*of)
+    fields = (copy.threads[keep], copy.to[keep], copy.source[keep], copy.nbytes, copy.reads[keep])
+    return access.Copy(*fields)
 
 
 Step = Callable[[Group, np.ndarray | None], "list[Group] | None"]
@@ -110,10 +110,10 @@ def decode(instruction: Instruction, kernel: Kernel) -> Step:
     sources = [source(operand, kind, relaxed=name == "cvt") for operand, kind in pairs]
 
     def compute(group, mask):
-        group.write(to, function(*[of(group) for of in sources]), mask)
+        group.write(to, function(*[read(group) for read in sources]), mask)
 
     def compute_two(group, mask):
-        values = function(*[of(group) for of in sources])
+        values = function(*[read(group) for read in sources])
         for register, value in zip(to.split("|"), values, strict=True):
             group.write(register, value, mask)
 
@@ -125,25 +125,25 @@ def _move(instruction, kernel):
     to, value = instruction.operands
     if to.startswith("{"):
         parts = members(to)
-        of, part = source(value, kind), UNSIGNED[SIZES[kind] // len(parts)]
+        read, part = source(value, kind), UNSIGNED[SIZES[kind] // len(parts)]
 
         def unpack(group, mask):
-            pieces = np.ascontiguousarray(of(group)).view(part).reshape(-1, len(parts))
+            pieces = np.ascontiguousarray(read(group)).view(part).reshape(-1, len(parts))
             for register, piece in zip(parts, pieces.T, strict=True):
                 group.write(register, np.ascontiguousarray(piece), mask)
 
         return unpack
     if value.startswith("{"):
         parts = members(value)
-        of = [source(p, f"b{8 * SIZES[kind] // len(parts)}") for p in parts]
+        reads = [source(p, f"b{8 * SIZES[kind] // len(parts)}") for p in parts]
 
         def pack(group, mask):
-            pieces = np.stack(np.broadcast_arrays(*(f(group) for f in of)), 1)
+            pieces = np.stack(np.broadcast_arrays(*(f(group) for f in reads)), 1)
             group.write(to, np.ascontiguousarray(pieces).view(UNSIGNED[SIZES[kind]])[:, 0], mask)
 
         return pack
-    of = source(value, kind)
-    return lambda group, mask: group.write(to, of(group), mask)
+    read = source(value, kind)
+    return lambda group, mask: group.write(to, read(group), mask)
 
 
 def _branch(instruction, kernel):
