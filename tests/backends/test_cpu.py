@@ -1,4 +1,4 @@
-"""What the CPU kernels owe their caller: the same bits on any number of threads, in any process."""
+"""The CPU kernels give the same bits on any number of threads and in any process."""
 
 import multiprocessing
 import os
@@ -33,7 +33,7 @@ def restore_threads():
 
 
 def group_norm(shape, format, dtype=torch.float32):
-    """Outputs and gradients."""
+    """Return outputs and gradients."""
     x, residual, dy, dtotal = (
         maps(shape, seed=seed).to(dtype, memory_format=FORMATS[format]) for seed in range(4)
     )
@@ -91,7 +91,7 @@ def test_any_number_of_threads():
 @pytest.mark.parametrize("variant", standardization.VARIANTS)
 @pytest.mark.parametrize("options", standardization.SGD)
 def test_a_step_of_sgd(variant, options):
-    """On one thread or several; unaligned and single elements, and other layouts of gradients."""
+    """Covers one thread or several, unaligned and single elements, other layouts of gradients."""
     how = standardization.VARIANTS[variant] | {"gain": False}
     shapes = [(70, 65, 3, 3), (3, 520, 3, 3), (5, 3, 7, 7), (40, 64, 1, 1), (4, 1, 1, 1)]
     shapes = shapes[: -1 if variant == "original" else None]
@@ -116,7 +116,7 @@ def test_called_by_several_threads_at_once():
 
 
 def test_after_fork():
-    """A data-loader worker: OpenMP's threads do not survive a fork, and must not be waited for.
+    """In a data-loader worker, OpenMP's threads did not survive the fork: do not wait for them.
 
     Only the kernels run in the child, for PyTorch's own operators do wait there.
     """

@@ -32,8 +32,8 @@ def test_operators(poison, name, device, dtype, act):
 
 
 def alone(name, device, act, z):
-    """act(z) and act'(z), by launchers: the statistics given leave z alone, and with one pixel the
-    gradient of the bias is that of z."""
+    """Return act(z) and act'(z), by launchers: the statistics leave z unchanged, and with one
+    pixel the gradient of the bias is that of z."""
     z = z.to(device).reshape(1, -1, 1)
     bias, mean, rstd = z.new_zeros(z.shape[1]), z.new_zeros(1, 1), z.new_ones(1, 1)
     run = launchers(name, "group_norm_act")

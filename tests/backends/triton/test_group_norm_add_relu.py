@@ -45,7 +45,7 @@ class Problem:
         return dict(zip(names, (y, *gradients), strict=True))
 
     def of(self, g, dtype):
-        """By autograd of PyTorch's normalization in ``dtype``, into which g comes."""
+        """Compute with PyTorch's normalization and autograd in ``dtype``, for the gradient g."""
         inputs = {"dx": self.x, "dweight": self.weight, "dbias": self.bias}
         inputs = {
             name: t.to(dtype).detach().requires_grad_()
@@ -84,7 +84,7 @@ def test_group_sizes(way, device, format, size, pixels):
 
 @ways
 def test_gradients_not_needed(way, device):
-    """Those that are may differ by roundings: other code computes them."""
+    """Needed gradients may differ by roundings when others are not: other code computes them."""
     case = Problem(device, SHAPE, 2, format="channels_last")
     every = case.ours()
     produced = {"dx": ["dx"], "dresidual": ["dresidual"], "dparams": ["dweight", "dbias"]}
@@ -99,7 +99,7 @@ def test_gradients_not_needed(way, device):
 
 @ways
 def test_not_finite(way, device):
-    """x spoils its group, the residual its place; where y is NaN dy passes."""
+    """NaN in x spoils its group, in the residual only its place; where y is NaN dy passes."""
     case = Problem(device, SHAPE, 2, format="channels_last")
     clean = case.ours()
     case.x[0, 0, 4, 6] = float("inf")

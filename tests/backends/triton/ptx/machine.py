@@ -20,7 +20,7 @@ from tests.backends.triton.ptx.parser import SIZES, Instruction, Kernel, members
 
 
 class LaunchFault(AssertionError):
-    """What a launch did wrong: kernel, program, thread, instruction, line of the source."""
+    """A fault of a launch, with kernel, program, thread, instruction and source line."""
 
 
 class Group:
@@ -44,7 +44,7 @@ class Group:
         self.threads = self.ctaid.astype(np.int64) * threads + self.tid
 
     def part(self, keep: np.ndarray, at: int) -> "Group":
-        """Some of the programs, to go on at an instruction."""
+        """Split off some of the programs, to continue at an instruction."""
         new = Group(self.launch, self.programs[keep])
         lanes = np.repeat(keep, self.launch.kernel.threads)
         new.registers = {
@@ -70,7 +70,7 @@ class Group:
         self.registers[register] = value
 
     def meet(self) -> None:
-        """Let those run that are furthest behind."""
+        """Run the threads that are furthest behind."""
         if self.at in self.waiting:
             self.active = self.active | self.waiting.pop(self.at)
             self.blocked.discard(self.at)
@@ -84,7 +84,7 @@ class Group:
         return self.waiting.keys() - self.blocked
 
     def resume(self) -> None:
-        """Take up others, such as wait for nobody if there are any."""
+        """Resume other threads, first those that wait for nobody."""
         self.at = min(self.ready() or self.waiting)
         self.active = self.waiting.pop(self.at)
         self.blocked.discard(self.at)
@@ -100,7 +100,7 @@ Step = Callable[[Group, np.ndarray | None], "list[Group] | None"]
 
 
 def decode(instruction: Instruction, kernel: Kernel) -> Step:
-    """What an instruction does; raises UnknownOpcode."""
+    """Return the step of an instruction; raises UnknownOpcode."""
     name = instruction.opcode.partition(".")[0]
     if name in SPECIAL:
         return SPECIAL[name](instruction, kernel)
@@ -201,7 +201,7 @@ def _return(instruction, kernel):
 
 
 def _barrier(instruction, kernel):
-    """Threads wait for those of their program, or of their warp."""
+    """Make threads wait for those of their program, or of their warp."""
     expect(instruction.opcode in ("bar.sync", "bar.warp.sync"), instruction)
     of_warp = instruction.opcode == "bar.warp.sync"
     expect(instruction.operands == (("-1",) if of_warp else ("0",)), instruction)
@@ -246,7 +246,7 @@ class Launch:
         self.memory.write_back()
 
     def _run(self, group: Group) -> list[Group]:
-        """Until they leave, or part."""
+        """Run programs until they leave, or diverge into several groups."""
         steps, code = self.program.steps, self.kernel.code
         while True:
             if group.waiting:

@@ -1,4 +1,4 @@
-"""What stands in for hours of training and a network, wherever a page's code runs Python.
+"""Stand-ins for hours of training and for a network, wherever a page's code runs Python.
 
 - R50x1 and R101x1 have a block or two in each stage, and half the width; also in timm, for what
   ``bitkern export`` writes. A model that timm itself makes is whole.
