@@ -1,4 +1,4 @@
-"""Models of other libraries with weights that find faults, and how far two models are apart."""
+"""Models of other libraries with weights that find faults, and distances between models."""
 
 import timm
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def randomize(model, seed=0):
-    """Affine parameters, gains and biases of either sign, nothing left at 0 or 1."""
+    """Draw affine parameters, gains and biases of either sign; leave none at 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -17,14 +17,14 @@ def randomize(model, seed=0):
 
 
 def small_timm(**options):
-    """A BiT of timm's: two stages, three blocks, one of them with a stride and a projection."""
+    """Make a BiT of timm: two stages, three blocks, one with a stride and a projection."""
     torch.manual_seed(0)
     options = {"stem_type": "fixed", "num_classes": 5} | options
     return randomize(ResNetV2(layers=[2, 1], channels=(128, 256), stem_chs=64, **options))
 
 
 def small_bit(**options):
-    """transformers' BiT with two stages."""
+    """Make transformers' BiT with two stages."""
     from transformers import BitConfig, BitForImageClassification
 
     torch.manual_seed(0)
@@ -33,7 +33,7 @@ def small_bit(**options):
 
 
 def small_dpt():
-    """transformers' DPT-hybrid: a BiT backbone with dynamic padding, then a transformer."""
+    """Make transformers' DPT-hybrid: a BiT backbone with dynamic padding, a transformer."""
     from transformers import BitConfig, DPTConfig, DPTForSemanticSegmentation
 
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def outputs(model, x):
 
 
 def gradients(model, x, amp=None, forward=None):
-    """Logits and {name: gradient} of a loss that weighs every logit differently."""
+    """Return logits and {name: gradient} of a loss that weighs every logit differently."""
     model.zero_grad()
     with torch.autocast("cpu", amp, enabled=amp is not None):
         y = outputs(model if forward is None else forward, x)
@@ -86,14 +86,14 @@ def gradients(model, x, amp=None, forward=None):
 
 
 def relative(got, expected):
-    """Relative L2 distance of two tensors."""
+    """Return the relative L2 distance of two tensors."""
     assert got.shape == expected.shape
     got, expected = got.detach().double(), expected.detach().double()
     return float((got - expected).norm() / expected.norm())
 
 
 def distance(got, expected):
-    """Relative L2 distance of whole gradients."""
+    """Return the relative L2 distance of whole gradients."""
     assert got.keys() == expected.keys()
     pairs = [(got[n].double(), expected[n].double()) for n in expected]
     error = sum((a - b).square().sum() for a, b in pairs)

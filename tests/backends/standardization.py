@@ -1,4 +1,4 @@
-"""Weight standardization by a backend's launchers, against float64."""
+"""Compare weight standardization by a backend's launchers with float64."""
 
 import torch
 
@@ -24,8 +24,8 @@ class Problem:
         out_format="oihw", dout_format=None, dout_dtype=None, gain=False, scale=1.0, eps=1e-10,
         eps_outside=False, unbiased=False,
     ):  # fmt: skip
-        def tensor(shape, format, dtype, of):
-            t = of(shape).to(device, dtype)
+        def tensor(shape, format, dtype, make):
+            t = make(shape).to(device, dtype)
             return t.contiguous(memory_format=FORMATS[format]) if len(shape) == 4 else t
 
         def weight(shape):  # means far from zero, scales that differ by filter
@@ -47,7 +47,7 @@ class Problem:
         self.variant = Variant(eps, eps_outside, unbiased)
 
     def ours(self):
-        """(out, dweight, dgain or None) of each layer."""
+        """Return (out, dweight, dgain or None) for each layer."""
         outs, stats = self.launchers.weight_standardize_forward(
             self.weights, self.gains, self.scales, self.variant, self.out_dtype,
             self.out_format == "channels_last",
@@ -64,7 +64,7 @@ class Problem:
         return list(zip(outs, dweights, dgains or [None] * len(outs), strict=True))
 
     def of(self, layer, dtype):
-        """The same in PyTorch's operations, computed in ``dtype``."""
+        """Compute the same with PyTorch's operations in ``dtype``."""
         inputs = [self.weights[layer]] + ([self.gains[layer]] if self.gains else [])
         inputs = [t.to(dtype).detach().requires_grad_() for t in inputs]
         eps, eps_outside, unbiased = self.variant
@@ -87,7 +87,7 @@ class Problem:
         return ours
 
     def stepped(self, layer, dtype, buffer, options):
-        """PyTorch's step from the gradient in ``dtype``: (weight, buffer)."""
+        """Return (weight, buffer) after PyTorch's step from the gradient in ``dtype``."""
         weight = self.weights[layer].to(dtype, copy=True)
         weight.grad, buffer = self.of(layer, dtype)[1], buffer.to(dtype, copy=True)
         optimizer = torch.optim.SGD([weight], **options._asdict())
@@ -96,7 +96,7 @@ class Problem:
         return weight, buffer
 
     def check_sgd(self, options):
-        """A step in one pass with backward."""
+        """Check a step taken in one pass with backward."""
         buffers = [torch.randn_like(w) for w in self.weights]
         exact, near = (
             [self.stepped(i, dtype, b, options) for i, b in enumerate(buffers)]
@@ -123,7 +123,7 @@ SGD = {
 
 
 def check_no_variance(case, value):
-    """Constant filters, which 1 and 2 become, have the value zero and a finite gradient."""
+    """Check that constant filters (1 and 2 here) give zero and have a finite gradient."""
     for weight in case.weights:
         weight[1] = value
         weight[2] = 0.0
@@ -138,7 +138,7 @@ def check_no_variance(case, value):
 
 
 def check_not_finite_stays_in_its_filter(case, filters):
-    """One filter of each of two layers is spoilt."""
+    """Spoil one filter of each of two layers: no other filter may change."""
     clean = case.ours()
     case.weights[0][filters[0], 3] = float("nan")
     case.weights[1][filters[1], 3, 1, 1] = float("inf")

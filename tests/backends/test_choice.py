@@ -99,12 +99,12 @@ assert Toy.calls == 2
 torch.testing.assert_close(y, reference.group_norm_act(x, 4))
 print(*explain("group_norm_act", x.double()), sep=": ")
 print(explain("weight_standardize", x).name == bare.name)
-of = x, x, 4
-torch.testing.assert_close(ops.group_norm_add_relu(*of), reference.group_norm_add_relu(*of))
+args = x, x, 4
+torch.testing.assert_close(ops.group_norm_add_relu(*args), reference.group_norm_add_relu(*args))
 print(explain("group_norm_add_relu", x, x).name == bare.name)
 try:
     with use_backend("toy"):
-        ops.group_norm_add_relu(*of)
+        ops.group_norm_add_relu(*args)
 except RuntimeError as error:
     print(error)
 before = Toy.calls
@@ -184,7 +184,7 @@ def test_info_names_every_operator():
 
 
 class _Nested(torch.autograd.Function):
-    """Autograd goes into another thread where backward passes are nested deeply."""
+    """Nests backward passes so deeply that autograd continues in another thread."""
 
     @staticmethod
     def forward(ctx, x, depth, seen):
@@ -203,7 +203,7 @@ class _Nested(torch.autograd.Function):
 
 @pytest.mark.parametrize("name", ["reference", "auto"])
 def test_use_backend_holds_in_the_threads_of_backward(name):
-    """A GPU's backward pass runs in one, and with checkpoints forward passes do."""
+    """A GPU's backward pass runs in another thread; with checkpoints so do forward passes."""
     seen = []
     with bitkern.use_backend(name):
         _Nested.apply(torch.ones(1, requires_grad=True), 70, seen).sum().backward()
@@ -217,7 +217,7 @@ def test_use_backend_holds_in_the_threads_of_backward(name):
 
 
 def test_triton_that_does_not_start_says_why(monkeypatch):
-    """It needs a C compiler when it first talks to a GPU."""
+    """Triton needs a C compiler when it first talks to a GPU."""
 
     class Driver:
         @property

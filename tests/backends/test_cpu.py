@@ -1,4 +1,4 @@
-"""What the CPU kernels owe their caller: the same bits on any number of threads, in any process."""
+"""The CPU kernels give the same bits on any number of threads and in any process."""
 
 import multiprocessing
 import os
@@ -33,7 +33,7 @@ def restore_threads():
 
 
 def group_norm(shape, format, dtype=torch.float32):
-    """Outputs and gradients."""
+    """Return outputs and gradients."""
     x, residual, dy, dtotal = (
         maps(shape, seed=seed).to(dtype, memory_format=FORMATS[format]) for seed in range(4)
     )
@@ -91,7 +91,7 @@ def test_any_number_of_threads():
 @pytest.mark.parametrize("variant", standardization.VARIANTS)
 @pytest.mark.parametrize("options", standardization.SGD)
 def test_a_step_of_sgd(variant, options):
-    """On one thread or several; unaligned and single elements, and other layouts of gradients."""
+    """Covers one thread or several, unaligned and single elements, other layouts of gradients."""
     how = standardization.VARIANTS[variant] | {"gain": False}
     shapes = [(70, 65, 3, 3), (3, 520, 3, 3), (5, 3, 7, 7), (40, 64, 1, 1), (4, 1, 1, 1)]
     shapes = shapes[: -1 if variant == "original" else None]
@@ -100,8 +100,8 @@ def test_a_step_of_sgd(variant, options):
         for threads in (1, 3):
             torch.set_num_threads(threads)
             torch.manual_seed(0)
-            of = cpu, "cpu", shapes
-            case = standardization.Problem(*of, format=format, dout_format="channels_last", **how)
+            args = cpu, "cpu", shapes
+            case = standardization.Problem(*args, format=format, dout_format="channels_last", **how)
             weights, buffers = case.check_sgd(standardization.SGD[options])
             stepped.append(weights + buffers)
         assert_equal(*stepped)
@@ -116,7 +116,7 @@ def test_called_by_several_threads_at_once():
 
 
 def test_after_fork():
-    """A data-loader worker: OpenMP's threads do not survive a fork, and must not be waited for.
+    """In a data-loader worker, OpenMP's threads did not survive the fork: do not wait for them.
 
     Only the kernels run in the child, for PyTorch's own operators do wait there.
     """
@@ -126,8 +126,8 @@ def test_after_fork():
 
     def run():
         _, y, mean, rstd = cpu.group_norm_act_forward(x, None, 8, weight, bias, 1e-5, "relu")
-        of = 8, weight, bias, mean, rstd, "relu"
-        return y, *cpu.group_norm_act_backward(dy, None, x, *of, True, True)
+        args = 8, weight, bias, mean, rstd, "relu"
+        return y, *cpu.group_norm_act_backward(dy, None, x, *args, True, True)
 
     expected = run()
     context = multiprocessing.get_context("fork")

@@ -2,7 +2,7 @@
 
 
 def nodes(y):
-    """The names of the nodes of an autograd graph."""
+    """Return the names of the nodes of an autograd graph."""
     found, queue = [], [y.grad_fn]
     seen = set()
     while queue:
@@ -15,7 +15,7 @@ def nodes(y):
 
 
 def fused(module, *args, **kwargs):
-    """How many norms run with activation and convolutions as one, and how many with the former."""
+    """Count norms fused with activation and convolutions, and those with activation alone."""
     names = nodes(module(*args, **kwargs))
     return (
         names.count("GroupNormActConvFunctionBackward"),

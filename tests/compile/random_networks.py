@@ -18,7 +18,7 @@ TOLERANCE = 1e-12
 
 
 class VarMeanConv(nn.Conv2d):
-    """As big_transfer writes it."""
+    """Weight standardization as big_transfer writes it."""
 
     def forward(self, x):
         w = self.weight
@@ -27,7 +27,7 @@ class VarMeanConv(nn.Conv2d):
 
 
 class OuterEpsConv(nn.Conv2d):
-    """As mmcv writes it, with a gain."""
+    """Weight standardization as mmcv writes it, with a gain."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -42,14 +42,14 @@ class OuterEpsConv(nn.Conv2d):
 
 
 class ScaledConv(nn.Conv2d):
-    """Computed from parameters, but no weight standardization."""
+    """Convolution whose weight is computed from parameters, but not standardized."""
 
     def forward(self, x):
         return self._conv_forward(x, self.weight * self.weight.abs().mean(), self.bias)
 
 
 class InstanceNorm(nn.InstanceNorm2d):
-    """In the eager network as a group norm: PyTorch's loses digits in channels_last."""
+    """InstanceNorm that is a group norm in eager mode: PyTorch's loses digits in channels_last."""
 
     by_groups = False
 
@@ -138,7 +138,7 @@ OTHERS = {
 
 
 class Network(nn.Module):
-    """A straight line of steps, each from maps made before to a new one."""
+    """A sequence of steps, each of which makes a new map from earlier ones."""
 
     def __init__(self, seed):
         super().__init__()
@@ -210,7 +210,7 @@ class Network(nn.Module):
 
 
 def outcome(call, network, x, grad):
-    """Results, gradients and buffers; or the error."""
+    """Return results, gradients and buffers, or the error."""
     x = x.clone().requires_grad_(grad)
     network.zero_grad()
     with torch.set_grad_enabled(grad):
@@ -225,7 +225,7 @@ def outcome(call, network, x, grad):
 
 
 def check(seed, backend="bitkern"):
-    """Compare a network with itself compiled; whether it could be, for eager code may fail."""
+    """Compare a network with itself compiled; return False if eager code fails already."""
     torch._dynamo.reset()
     network = Network(seed).double()
     choose = random.Random(-seed)

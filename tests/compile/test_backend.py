@@ -167,7 +167,7 @@ def test_weights_first_needed_without_gradients():
 @pytest.mark.parametrize("where", ["outside", "inside"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(where, dtype):
-    """As converted: a norm keeps its input's dtype."""
+    """A norm keeps its input's dtype, as in a converted network."""
 
     class Inside(nn.Module):
         def __init__(self, module):

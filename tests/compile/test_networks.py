@@ -20,7 +20,7 @@ from tests.peers import distance, from_timm, gradients, randomize, relative
 
 
 class StdConv2d(nn.Conv2d):
-    """As BiT's authors standardize weights in PyTorch."""
+    """Weight standardization as BiT's authors write it in PyTorch."""
 
     def forward(self, x):
         var, mean = torch.var_mean(self.weight, (1, 2, 3), unbiased=False, keepdim=True)
@@ -29,7 +29,7 @@ class StdConv2d(nn.Conv2d):
 
 
 class PreActBlock(nn.Module):
-    """As BiT's authors write a bottleneck in PyTorch: one in-place ReLU, a shortcut if any."""
+    """Bottleneck as BiT's authors write it in PyTorch: one in-place ReLU, a shortcut if any."""
 
     def __init__(self, channels, out, stride=1):
         super().__init__()
@@ -62,14 +62,14 @@ def big_transfer(depths=(2, 1), width=128, classes=5):
 
 
 class Autoencoder(diffusers.AutoencoderKL):
-    """The answer alone, of the mean and not of a sample."""
+    """Returns the output alone, decoded from the mean and not from a sample."""
 
     def forward(self, x):
         return super().forward(x).sample
 
 
 class Denoiser(diffusers.UNet2DConditionModel):
-    """Of fixed times and texts."""
+    """Denoises with fixed times and texts."""
 
     def forward(self, x):
         texts = torch.linspace(-1, 1, 4 * x.shape[0] * 32, dtype=x.dtype).view(-1, 4, 32)
@@ -185,7 +185,7 @@ def test_results_and_gradients(name):
 
 
 def kept(model, x):
-    """Bytes that a forward under bfloat16 autocast keeps for backward, parameters apart."""
+    """Return the bytes that a forward keeps under bfloat16 autocast, without parameters."""
     found = {}
     for own in (*model.parameters(), *model.buffers()):
         found[own.untyped_storage().data_ptr()] = 0, own

@@ -1,4 +1,4 @@
-"""Which activations and instance norms convert takes, and what only looks like one it leaves."""
+"""Activations and instance norms that convert takes, and look-alikes that it leaves."""
 
 import copy
 import pickle

@@ -73,7 +73,7 @@ def trained(model, x):
 
 
 def test_lora():
-    """PEFT's: adapters of standardized convolutions are standardized convolutions."""
+    """PEFT's adapters of standardized convolutions are standardized convolutions."""
     results = []
     for convert in (bitkern.convert, lambda model: model):
         torch.manual_seed(0)
@@ -89,7 +89,7 @@ def test_lora():
 
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
 def test_offloading(offload, tmp_path):
-    """accelerate's: weights are on meta until their layer is called."""
+    """accelerate keeps weights on meta until their layer is called."""
     model = small_timm().eval()
     with torch.no_grad():
         expected = model(X)
@@ -104,7 +104,7 @@ def test_offloading(offload, tmp_path):
 
 
 def test_layerwise_casting():
-    """diffusers': weights are kept in float8 and cast when their layer is called."""
+    """diffusers keeps weights in float8 and casts them when their layer is called."""
     results = []
     for convert in (bitkern.convert, lambda model: model):
         model = convert(small_timm().eval())
@@ -138,7 +138,7 @@ BATCHES = [(X[:1], torch.tensor([0])), (X, torch.tensor([1, 0])), (X[1:], torch.
 
 
 def stepped():
-    """What an optimizer step of plain PyTorch makes of the network."""
+    """Return the network's state after an optimizer step of plain PyTorch."""
     model = initialized()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for x, y in BATCHES:

@@ -16,7 +16,7 @@ X = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(3)) + 0.5
 
 
 class TheirConv(nn.Conv2d):
-    """As many papers write it: Bessel's correction, eps beside the root."""
+    """Weight standardization as in many papers: Bessel's correction, eps beside the root."""
 
     factor = 1.0
 

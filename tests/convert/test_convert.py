@@ -147,7 +147,7 @@ def test_save_pretrained(tmp_path):
 
 
 def hooked(model, x):
-    """Names of the modules whose hooks fire, in order, and whether their outputs are there."""
+    """Return the modules whose hooks fire, in order, and whether their outputs are there."""
     seen, handles = {}, []
     for name, module in model.named_modules():
 
@@ -173,7 +173,7 @@ def test_hooks_on_every_module_fire(make):
 
 @pytest.mark.parametrize("where", ["stages", "stages.0.blocks", "stages.0.blocks.1.norm1.act"])
 def test_hooks_on_one_module_fire(where):
-    """On containers and inside fused layers, where a fused path could jump over them."""
+    """Hooks on containers and inside fused layers, which a fused path could skip."""
     model, x = small_timm().eval(), torch.randn(2, 3, 40, 40)
     expected, seen = model(x), []
     bitkern.convert(model)
@@ -199,7 +199,7 @@ class Traced(nn.Module):
     ["blocks.1", "blocks.0.downsample", "blocks.1.conv2", "blocks.1.norm3", "blocks.1.drop_path"],
 )
 def test_a_module_wrapped_afterwards(where):
-    """By something that a fused path must not jump over."""
+    """A fused path must not skip the wrapper."""
     model, x = small_timm().eval(), torch.randn(2, 3, 40, 40)
     expected = gradients(model, x)[0]
     bitkern.convert(model)

@@ -41,16 +41,16 @@ TRANSFORMERS = {
 
 
 def assert_near(got, peer, exact):
-    """Relative L2: no further from float64 than twice the peer, plus a rounding of the result.
+    """Assert a relative L2 distance from float64 of at most twice the peer's, plus a rounding.
 
-    Not by the largest element: of a handful of logits that is chance, as is a rounding of float32.
+    The largest of a handful of logits would be chance, as is a rounding of float32.
     """
     tiny = max(1e-6, torch.finfo(got.dtype).eps)
     assert relative(got, exact) <= 2 * relative(peer, exact) + tiny
 
 
 def check(model, x, convs, norms, smooth):
-    """Converted as near to float64 as the peer at float32; in float64, equal to the last digits."""
+    """Check a converted model: float32 as near to float64 as the peer, float64 equal to it."""
     model.eval()
     peer = copy.deepcopy(model)
     assert bitkern.convert(model) is model
@@ -111,7 +111,7 @@ def test_blocks_with_odd_sizes(options, amp, memory_format):
 
 @pytest.mark.parametrize("make", [small_timm, small_bit])
 def test_one_launch_and_one_node_per_pair(make, monkeypatch):
-    """What the fused path is for: standardization once, nothing kept but sums and conv outputs."""
+    """The fused path standardizes once, and keeps nothing but sums and conv outputs."""
     model = bitkern.convert(make())
     launches = []
     launch = bitkern.ops.weight_standardize_all

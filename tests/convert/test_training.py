@@ -23,7 +23,7 @@ from tests.peers import distance, gradients, outputs, randomize, relative, small
 
 @pytest.fixture(params=[small_timm, small_bit], ids=["timm", "transformers"])
 def pair(request):
-    """A converted model and the same one as it was. SiLU, whose gradient has no jumps."""
+    """Return a converted model and its original, with SiLU, whose gradient has no jumps."""
     silu = {"act_layer": nn.SiLU} if request.param is small_timm else {"hidden_act": "silu"}
     peer = request.param(**silu)
     return bitkern.convert(copy.deepcopy(peer)), peer
@@ -38,7 +38,7 @@ def assert_same(got, expected):
 
 
 def test_scaled_fp16(pair):
-    """GradScaler: a step too far for fp16 is skipped, the others are those of autocast."""
+    """GradScaler skips a step too large for fp16; the others are those of autocast."""
     results = []
     for model in pair:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
@@ -104,7 +104,7 @@ def test_one_standardization_per_step(pair):
 
 
 def test_a_part_without_gradients(pair):
-    """What was standardized under no_grad does not serve a part that is trained."""
+    """A weight standardized under no_grad is not used in a part that is trained."""
     model, peer = pair
 
     @contextlib.contextmanager
@@ -123,7 +123,7 @@ def test_a_part_without_gradients(pair):
 
 
 def test_pruned_weights(pair):
-    """A hook that makes the weight anew before each forward is not overtaken by the pool."""
+    """The pool does not replace a weight that a hook computes before each forward."""
     for model in pair:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
@@ -209,7 +209,7 @@ def test_jit_trace():
 
 
 def test_weights_of_two_dtypes_in_one_pool():
-    """Autocast switched off for a part: the pool's weight is not of the dtype this part wants."""
+    """With autocast off for a part, the pool's weight does not have the dtype it needs."""
     model = bitkern.convert(small_timm())
     stage = model.stages[1].forward
 

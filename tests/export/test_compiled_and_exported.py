@@ -14,7 +14,7 @@ from tests.peers import distance, gradients, outputs, randomize, relative, small
 
 
 def tiny():
-    """One of each: both kinds of convolution, a fused norm and a fused container."""
+    """Make a network with both kinds of convolution, a fused norm and a fused container."""
     torch.manual_seed(0)
     conv, norm = timm.StdConv2d(3, 8, 3, stride=2), timm.GroupNormAct(8, 4)
     own = nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8), nn.SiLU()

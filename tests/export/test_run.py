@@ -29,7 +29,7 @@ CROP = 40
 
 
 def finished(folder, architecture, multi_label=False):
-    """A run whose norms matter, and with filters so small that eps does."""
+    """Make a run whose norms matter, with filters so small that eps matters too."""
     torch.manual_seed(0)
     model = create_model(architecture, num_classes=len(CLASSES), zero_head=False)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def assert_same_logits(run, images, logits):
 
 
 def photograph(tmp_path):
-    """An image file, and what a run makes of it."""
+    """Return an image file, and what a run computes from it."""
     pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
     image = Image.fromarray(pixels).resize((130, 90), Image.Resampling.BICUBIC)
     image.save(tmp_path / "photo.png")

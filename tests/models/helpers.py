@@ -14,7 +14,7 @@ PEER_EPS = 1e-8  # of weight standardization in timm and transformers; ours is B
 
 @torch.no_grad()
 def randomize(model, seed=0):
-    """Every parameter away from its start; filters with a mean, and of very different scales."""
+    """Move every parameter from its start; filters get a mean and very different scales."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
@@ -44,7 +44,7 @@ def timm_bit(name, output_stride=32):
 
 
 def with_eps(model, eps):
-    """Another eps of weight standardization, so that peers can be compared to the last digits."""
+    """Set another eps of weight standardization, to compare peers to the last digits."""
     for module in model.modules():
         if isinstance(module, WSConv2d):
             module.eps = eps

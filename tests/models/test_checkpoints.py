@@ -39,7 +39,7 @@ def blank(num_classes=7, **kwargs):
 
 
 def bit_arrays(num_classes, generator):
-    """An R26x0.5 as the official files are: keys, order of axes and shapes from their table."""
+    """Make an R26x0.5 like the official files: keys, axis order and shapes from their table."""
 
     def kernel(*shape):
         return generator.standard_normal(shape, dtype=np.float32)
@@ -158,7 +158,7 @@ def test_transformers_checkpoints(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """name -> path of a file of the right ending and the wrong contents."""
+    """Return {name: path of a file with the right suffix and the wrong contents}."""
     model = small()
     save_npz(model, tmp_path / "good.npz")
     save_safetensors(model, tmp_path / "good.safetensors")

@@ -12,7 +12,7 @@ from tests.models.helpers import randomize, small
 
 
 def textbook(model, x):
-    """The network as papers draw it: modules one by one, sums where they are."""
+    """Run the network as papers draw it: module by module, sums where they are."""
     x = model.stem(x)
     for stage in model.stages:
         for block in stage.blocks:
@@ -36,7 +36,7 @@ def gradients(model, x, forward, amp=False):
 
 
 def assert_equal(model, x, got, expected, exact):
-    """As near to float64 as the textbook way at the same precision."""
+    """Assert results as near to float64 as the textbook way's at the same precision."""
     assert got.keys() == expected.keys() == exact.keys()
     for name, grad in got.items():
         assert_accurate(grad, expected[name], exact[name], name)
@@ -90,7 +90,7 @@ def test_hooks_inside_a_block_fire():
 
 
 def kept_bytes(forward, model, x):
-    """Bytes of the storages that autograd keeps besides the parameters."""
+    """Count the bytes of the storages that autograd keeps besides the parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
     hooks = torch.autograd.graph.saved_tensors_hooks(
@@ -103,7 +103,7 @@ def kept_bytes(forward, model, x):
 
 
 def necessary_bytes(model, x):
-    """Sums, outputs of conv1 and conv2, what the stem keeps, and the standardized weights."""
+    """Count sums, outputs of conv1 and conv2, the stem's tensors and standardized weights."""
     total = 0
 
     def count(*tensors):
@@ -135,7 +135,7 @@ def necessary_bytes(model, x):
 
 
 def test_bytes_kept_for_backward():
-    """R50x1, batch 4 at 224, bf16 autocast. docs/memory.md quotes this."""
+    """docs/memory.md quotes this: R50x1, batch 4 at 224, bf16 autocast."""
     x = torch.randn(4, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     model = bitkern.create_model("R50x1", num_classes=1000)
     peer = timm.create_model("resnetv2_50x1_bit", num_classes=1000)

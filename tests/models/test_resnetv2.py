@@ -32,7 +32,7 @@ def test_size(name):
 
 
 def assert_gradients_agree(ours, theirs, x, theirs_of_ours=lambda name: name):
-    """In float64 and with the same eps: only a different network can differ by more than 1e-11."""
+    """In float64 and with the same eps, only another network differs by more than 1e-11."""
     ours, theirs = with_eps(ours, PEER_EPS).double(), theirs.double()
     xs = [x.double().requires_grad_() for _ in range(2)]
     logits = [model(x) for model, x in zip((ours, theirs), xs, strict=True)]

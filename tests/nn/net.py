@@ -7,7 +7,7 @@ from bitkern.nn import GroupNormAct, WSConv2d
 
 
 def net():
-    """Layers of four kinds: plain, with gain, another eps and scale, frozen."""
+    """Return a network with four kinds of layers: plain, gain, another eps and scale, frozen."""
     torch.manual_seed(0)
     return nn.Sequential(
         WSConv2d(3, 8, 3, padding=1, bias=False),

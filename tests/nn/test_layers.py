@@ -16,7 +16,7 @@ from bitkern.testing import affine, assert_accurate, maps
 
 @pytest.mark.parametrize("ours, theirs", [(WSConv2d, nn.Conv2d), (GroupNormAct, nn.GroupNorm)])
 def test_signature_begins_as_torchs(ours, theirs):
-    """Ours adds keyword-only arguments; so may newer versions of theirs."""
+    """bitkern adds keyword-only arguments; newer versions of PyTorch may too."""
 
     def positional(layer):
         parameters = inspect.signature(layer).parameters.values()
@@ -70,7 +70,7 @@ def test_group_norm_state_dict_and_result():
 
 
 def modulated(norm, x, scale, shift):
-    """Operation by operation."""
+    """Compute a modulated norm operation by operation."""
     parameters = (None if p is None else p.to(x.dtype) for p in (norm.weight, norm.bias))
     z, pixels = F.group_norm(x, norm.num_groups, *parameters, norm.eps), [1] * (x.ndim - 2)
     z = z if scale is None else z * (1 + scale.reshape(*x.shape[:2], *pixels))

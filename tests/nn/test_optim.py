@@ -1,4 +1,4 @@
-"""SGD in one pass with standardization's backward, against the same in separate steps."""
+"""Compare SGD in one pass with standardization's backward to the same in separate steps."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ FUSED = {(3, 8, 3), (8, 8, 3), (8, 4, 1)}  # in, out, kernel of the layers that 
 
 
 def groups(model):
-    """Two groups, and weights that no optimizer has."""
+    """Return two parameter groups, which leave out some weights."""
     weights = [p for name, p in model.named_parameters() if p.ndim > 1 and name[0] != "2"]
     rest = [p for p in model.parameters() if p.ndim == 1]
     return [{"params": weights, "weight_decay": 0.01}, {"params": rest, "lr": 0.001}]
@@ -54,7 +54,7 @@ def state(model, optimizer):
 
 
 def copied(model, optimizer):
-    """The model, and PyTorch's optimizer in the state of ours, which it loads."""
+    """Copy the model; return it with PyTorch's optimizer, which loads the state of ours."""
     model = copy.deepcopy(model)
     theirs = optimizer_of(model, torch.optim.SGD)
     theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -67,7 +67,7 @@ def assert_equal(a, b):
 
 @pytest.fixture
 def fused(monkeypatch):
-    """How often each shape of weight took the pass."""
+    """Count how often each shape of weight took the pass."""
     counts, sgd = Counter(), DetachedWeights.sgd
 
     def counted(self, douts, buffers, options):
@@ -142,7 +142,7 @@ def test_states_are_interchangeable_and_a_resumed_run_has_the_same_bits():
 
 
 def test_weights_may_change_between_steps():
-    """Loaded, averaged, or written past autograd: nothing of them is kept."""
+    """Weights are loaded, averaged, or written past autograd: no old one is used."""
     model = net()
     optimizer = optimizer_of(model)
     step(model, optimizer, 0)
@@ -278,7 +278,7 @@ def test_an_error_in_the_block_takes_no_step():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_scaler_is_refused(fused):
-    """Its loss is scaled, and the step is taken with what comes of that."""
+    """The scaler raises: the block has taken its step with gradients of a scaled loss."""
     model = net()
     optimizer, scaler = optimizer_of(model, fused=fused), torch.amp.GradScaler("cpu")
     with standardized(model, optimizer=optimizer):

@@ -63,7 +63,7 @@ def test_micro_batches_in_float32_and_bfloat16(backend, batches):
 
 @pytest.mark.parametrize("context", [nothing, per_forward, standardized])
 def test_a_layer_whose_result_nobody_uses_has_no_gradient(context, batches):
-    """None, not zeros, by which weight decay would change it."""
+    """The gradient is None, not zeros, with which weight decay would change the weight."""
     model = nn.ModuleList([WSConv2d(3, 8, 1), WSConv2d(3, 8, 3)])
     with context(model):
         model[0](batches[0])
@@ -287,7 +287,7 @@ def test_a_weight_that_is_handed_in_is_used(context, batches):
 
 @pytest.mark.parametrize("context", [per_forward, standardized])
 def test_a_weight_that_its_layer_brings_is_not_read_before(context, batches):
-    """As accelerate's offloading does, and diffusers' layerwise casting."""
+    """Layers load their weight when called, as accelerate's offloading and diffusers do."""
     model, expected = net(), net()
     for kind, conv in (("forward", model[2]), ("forward", model[4]), ("meta", model[6])):
         stored, forward = conv.weight.data.clone(), conv.forward
@@ -309,7 +309,7 @@ def test_a_weight_that_its_layer_brings_is_not_read_before(context, batches):
 
 
 def test_a_weight_changed_between_layers_is_standardized_anew(batches):
-    """By a hook of a module around it, that the shared weights do not know."""
+    """A hook of an outer module changes the weight; the shared weights do not know it."""
     model, expected = net(), net()
 
     def change(module, args):
@@ -329,7 +329,7 @@ def test_gradients_are_not_copied_on_their_way(batches, monkeypatch):
 
     def recorded(self, douts):
         grads = backward(self, douts)
-        made.extend(grad.data_ptr() for of in grads for grad in of.values())
+        made.extend(grad.data_ptr() for by_layer in grads for grad in by_layer.values())
         return grads
 
     monkeypatch.setattr(DetachedWeights, "backward", recorded)

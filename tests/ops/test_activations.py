@@ -32,14 +32,14 @@ def test_operators(poison, name, device, dtype, act):
 
 
 def alone(name, device, act, z):
-    """act(z) and act'(z), by launchers: the statistics given leave z alone, and with one pixel the
-    gradient of the bias is that of z."""
+    """Return act(z) and act'(z), by launchers: the statistics leave z unchanged, and with one
+    pixel the gradient of the bias is that of z."""
     z = z.to(device).reshape(1, -1, 1)
     bias, mean, rstd = z.new_zeros(z.shape[1]), z.new_zeros(1, 1), z.new_ones(1, 1)
     run = launchers(name, "group_norm_act")
     y = run.group_norm_act_recompute(z, 1, None, bias, mean, rstd, act)
-    of = None, z, 1, None, bias, mean, rstd, act
-    return y.flatten(), run.group_norm_act_backward(torch.ones_like(z), *of, False, True)[2]
+    args = None, z, 1, None, bias, mean, rstd, act
+    return y.flatten(), run.group_norm_act_backward(torch.ones_like(z), *args, False, True)[2]
 
 
 def pytorch(act, z):
@@ -58,8 +58,8 @@ def test_from_one_end_of_float32_to_the_other(name, device, act):
         z = torch.logspace(*ends.tolist(), 4001) * (1 if high > -low else -1)
         if low < 0 < high:
             z = torch.linspace(low, high, 4001)
-        of = alone(name, device, act, z), pytorch(act, z), pytorch(act, z.double())
-        for what, results in zip(("act", "act'"), zip(*of, strict=True), strict=True):
+        computed = alone(name, device, act, z), pytorch(act, z), pytorch(act, z.double())
+        for what, results in zip(("act", "act'"), zip(*computed, strict=True), strict=True):
             assert_accurate(*results, f"{what} from {low} to {high}")
 
 

@@ -37,7 +37,7 @@ def node_without_sum(x, residual, *parameters):
 
 
 def of_samples(weight, bias):
-    """Parameters of each of the two samples."""
+    """Return parameters for each of the two samples."""
     return torch.stack([weight, bias]), torch.stack([bias, weight])
 
 
@@ -64,7 +64,7 @@ operators = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATOR
 
 
 def inputs(format=torch.contiguous_format):
-    """x, residual, weight, bias, and weights of convolutions."""
+    """Return x, residual, weight, bias, and weights of convolutions."""
     x = maps((2, 8, 4, 3), seed=0, shift=0.5, constant=False)
     residual = maps((2, 8, 4, 3), seed=4, shift=-0.5, constant=False)
     weights = torch.randn(6, 8, 1, 1), torch.randn(4, 4, 3, 3)
@@ -72,7 +72,7 @@ def inputs(format=torch.contiguous_format):
 
 
 def smooth(outputs):
-    """A number whose derivatives of any order are not zero."""
+    """Return a number whose derivatives of any order are not zero."""
     return sum((o.flatten() * torch.linspace(-1, 1, o.numel()).to(o)).sin().sum() for o in outputs)
 
 
@@ -90,7 +90,7 @@ def by_grad(fn, leaves):
 
 
 def by_grad_of_each(fn, leaves):
-    """One at a time, as a penalty on the input's gradient and a meta-learner's step are."""
+    """Differentiate each gradient alone, as gradient penalties and meta-learners do."""
     total = penalty(fn, leaves)
     each = (
         torch.autograd.grad(total, leaf, retain_graph=True, allow_unused=True)[0] for leaf in leaves
@@ -109,7 +109,7 @@ def by_backward_of_inputs(fn, leaves):
 
 
 def by_backward_twice(fn, leaves):
-    """``.backward(create_graph=True)`` first."""
+    """Call ``.backward(create_graph=True)`` first."""
     smooth(fn(*leaves)).backward(create_graph=True)
     first = used(leaf.grad for leaf in leaves)
     return used(torch.autograd.grad(sum(g.sin().sum() for g in first), leaves, allow_unused=True))
@@ -167,7 +167,7 @@ def by_vectorized_jacobian(fn, leaves):
 
 
 def by_forward_over_backward(fn, leaves):
-    """The graph is an ordinary one; forward mode sees its backward pass alone."""
+    """Apply forward mode to the backward pass of an ordinary graph."""
     outputs = fn(*leaves)
     with forward_ad.dual_level():
         dys = [
@@ -236,8 +236,8 @@ def test_formulas_of_group_norm(kind, act):
     assert check(GroupNormActFunction.apply, (x, None, 4, *each, *arguments[5:]))
 
     def convolved(x, residual, *parameters):
-        of = CONVS, 4, 1e-3, act, reference, x, residual
-        return GroupNormActConvFunction.apply(*of, *parameters, None, None)
+        args = CONVS, 4, 1e-3, act, reference, x, residual
+        return GroupNormActConvFunction.apply(*args, *parameters, None, None)
 
     assert check(convolved, (x, residual, weight, bias, *weights))
 
@@ -277,7 +277,7 @@ def test_a_constant_filter_has_finite_second_derivatives():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @operators
 def test_first_order_under_create_graph(operator, dtype, name, device):
-    """Gradients that nobody differentiates again: as close as those without a graph."""
+    """Gradients that nobody differentiates again are as close as those without a graph."""
     tensors = [t.to(device) for t in inputs(torch.channels_last)]
     results = []
     for create_graph in (False, True):
@@ -293,7 +293,7 @@ def test_first_order_under_create_graph(operator, dtype, name, device):
 
 
 def test_registered_operators_too():
-    """What an exported program calls."""
+    """Exported programs call the registered operators."""
     registered = torch.ops.bitkern
     pairs = [
         (
@@ -346,7 +346,7 @@ def test_transforms_under_the_compiler(transform):
 
 
 def test_a_compiled_graph_is_never_silently_wrong():
-    """With AOTAutograd behind it: right, or PyTorch's error."""
+    """With AOTAutograd the derivatives are right, or PyTorch raises its error."""
     x, _, _, _, weight, _ = (t.requires_grad_() for t in inputs())
     rows = torch.linspace(-1, 1, 3 * x.numel()).view(3, *x.shape)
 

@@ -33,7 +33,7 @@ kernels = implementations("group_norm_act", reference=False)
 
 
 def run(fn, x, residual, num_groups, weight, bias, act, grads, eps=1e-5):
-    """Outputs and gradients of one call, by name."""
+    """Return outputs and gradients of one call, by name."""
     leaves = {"dx": x, "dresidual": residual, "dweight": weight, "dbias": bias}
     leaves = {
         k: t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
@@ -54,7 +54,7 @@ def run(fn, x, residual, num_groups, weight, bias, act, grads, eps=1e-5):
 
 
 def pytorch_group_norm_act(x, num_groups, weight, bias, eps, act):
-    """What one would write in PyTorch, at the dtype of x."""
+    """Compute the operator as one would write it in PyTorch, in the dtype of x."""
     return reference.ACTIVATIONS[act](pytorch_group_norm(x, num_groups, weight, bias, eps))
 
 
@@ -64,7 +64,7 @@ def pytorch_add_group_norm_act(x, residual, *args):
 
 
 def summed(x, num_groups, weight, bias, act, dy):
-    """The sums of absolute values of the terms of dweight and dbias."""
+    """Return sums of absolute values of the terms of dweight and dbias."""
     normalized = reference.group_norm_act(x, num_groups, act="none")
     every = torch.ones_like(x)
     ones = [1] * (x.ndim - 2)
@@ -143,7 +143,7 @@ def test_layouts(poison, name, device, kind, dtype):
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_recompute(poison, name, device, format, dtype):
-    """y again, from the statistics that the forward returned."""
+    """Recomputes y from the statistics that the forward returned."""
     implementation = launchers(name, "group_norm_act")
     for shape, samples in (((0, 6, 3, 3), ()), ((3, 6, 7, 5), (3,)), ((1, 64, 61, 59), ())):
         x = maps(shape, dtype).to(device, memory_format=format)
@@ -212,7 +212,7 @@ def test_mean_far_from_zero(name, device, shift):
 
 @every_implementation
 def test_many_channels(name, device):
-    """More than a block of the CPU's has elements."""
+    """There are more channels than a block on the CPU has elements."""
     compare(name, device, maps((2, 40000)), None, 4, None, None, "none")
 
 
@@ -257,7 +257,7 @@ def test_empty_batch(poison, name, device):
 
 @every_implementation
 def test_gradients_of_any_stride(name, device):
-    """Zero-stride gradients from sum(), and a loss on one of the two outputs only."""
+    """Covers zero-stride gradients from sum(), and a loss on one of the two outputs only."""
     x, residual = maps((2, 8, 5, 5)).to(device), maps((2, 8, 5, 5), seed=3).to(device)
     weight, bias = (p.to(device) for p in affine(8))
 

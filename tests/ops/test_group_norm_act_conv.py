@@ -1,4 +1,4 @@
-"""The node that keeps its input alone, against norm, activation and convolution one by one."""
+"""Compare the node that keeps only its input with norm, activation and convolution apart."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def node(x, residual, weight, bias, *weights):
 
 
 def run(fn, tensors, wanted=None):
-    """Outputs, and the gradients of the wanted inputs (all that exist by default)."""
+    """Return outputs, and gradients of the wanted inputs (default: all that exist)."""
     leaves = [None if t is None else t.detach() for t in tensors]
     for i, leaf in enumerate(leaves):
         if leaf is not None and (wanted is None or i in wanted):

@@ -19,7 +19,7 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 def run(fn, x, residual, num_groups, weight, bias, dy):
-    """The output and the gradients of one call, by name."""
+    """Return the output and the gradients of one call, by name."""
     leaves = {"dx": x, "dresidual": residual, "dweight": weight, "dbias": bias}
     leaves = {
         k: t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
@@ -33,7 +33,7 @@ def run(fn, x, residual, num_groups, weight, bias, dy):
 
 
 def group_norm(x, num_groups, weight, bias, g, dtype):
-    """PyTorch's group normalization in a dtype, and its gradients for g."""
+    """Compute PyTorch's group normalization in a dtype, and its gradients for g."""
     names = "norm", "dx", "dweight", "dbias"
     leaves = [
         None if t is None else t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)
@@ -46,7 +46,7 @@ def group_norm(x, num_groups, weight, bias, g, dtype):
 
 
 def compare(name, device, x, residual, num_groups, weight, bias):
-    """y is accurate; dresidual is dy where y says so; the others are group_norm's for dresidual.
+    """Assert that y is accurate, dresidual is dy where y > 0, the others are group_norm's for it.
 
     So PyTorch's y, which is 0 where two rounded summands cancel, excuses no gradient of ours.
     """
@@ -98,7 +98,7 @@ def test_layouts(poison, name, device, kind, of_residual):
 @uninterpreted
 @pytest.mark.parametrize("kind", FORMATS)
 def test_large_maps(poison, name, device, kind):
-    """Several blocks of work, none of them full."""
+    """There are several blocks of work, none of them full."""
     for shape in ((2, 48, 61, 59), (1, 6, 190, 181)):
         x, residual = (strided(maps(shape, torch.bfloat16, seed), kind) for seed in (0, 7))
         compare(name, device, x, residual, 3, *affine(shape[1]))
@@ -129,7 +129,10 @@ def test_mean_far_from_zero(name, device, kind):
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_inf(name, device, kind, bad):
-    """Of x they stay in their group, of the residual in their place; where y is NaN dy passes."""
+    """NaN and inf in x stay in their group, in the residual in their place.
+
+    Where y is NaN, dy passes.
+    """
     clean = [maps((3, 8, 6, 6), seed=seed) for seed in (0, 7)]
     parameters = [p.to(device) for p in affine(8)]
     dy = torch.ones(3, 8, 6, 6, device=device)
@@ -170,17 +173,19 @@ def test_empty_batch(poison, name, device, kind):
 @kernels
 @pytest.mark.parametrize("kind", FORMATS)
 def test_gradients_of_any_stride(name, device, kind):
-    """Of no strides as from sum(), a slice as from cat, in the other memory format: the same bits
-    as of a dense one."""
+    """Gradients give the same bits as a dense one, whatever their strides.
+
+    They have zero strides as from sum(), are a slice as from cat, or have the other memory format.
+    """
     x, residual, dy = (strided(maps((2, 8, 5, 5), seed=s), kind).to(device) for s in (0, 3, 5))
-    of = 4, *(p.to(device) for p in affine(8))
+    args = 4, *(p.to(device) for p in affine(8))
     with bitkern.use_backend(name):
         for gradient in (
             torch.ones((), device=device).expand(x.shape),
             *(strided(dy, other).to(device) for other in ("slice", "transposed", *FORMATS)),
         ):
             found = [
-                run(ops.group_norm_add_relu, x, residual, *of, each)
+                run(ops.group_norm_add_relu, x, residual, *args, each)
                 for each in (gradient, strided(gradient, kind))
             ]
             assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
@@ -189,7 +194,7 @@ def test_gradients_of_any_stride(name, device, kind):
 @every_implementation
 @pytest.mark.parametrize("kind", FORMATS)
 def test_only_wanted_gradients(name, device, kind):
-    """Each alone and some together are, bit for bit, what they are among all."""
+    """Gradients asked for alone, or some together, have the same bits as when all are."""
     tensors = [strided(maps((2, 8, 5, 5), seed=seed), kind) for seed in (0, 7)]
     tensors = [t.to(device) for t in (*tensors, *affine(8))]
 
@@ -209,7 +214,7 @@ def test_only_wanted_gradients(name, device, kind):
 
 @kernels
 def test_what_is_kept(name, device):
-    """x, y and what is small: not the residual."""
+    """Backward keeps x, y and small tensors, not the residual."""
     x, residual = (maps((2, 8, 5, 5), seed=seed).to(device).requires_grad_() for seed in (0, 7))
     kept = []
 
@@ -235,11 +240,11 @@ def test_the_same_bits_again_and_in_a_batch(name, device, kind):
         x, residual, dy = (
             strided(maps(shape, torch.bfloat16, seed), kind).to(device) for seed in (0, 7, 9)
         )
-        of = 32, *(p.to(device) for p in affine(shape[1]))
+        args = 32, *(p.to(device) for p in affine(shape[1]))
 
-        def results(*maps, of=of):
+        def results(*maps, args=args):
             with bitkern.use_backend(name):
-                return run(ops.group_norm_add_relu, *maps[:2], *of, maps[2])
+                return run(ops.group_norm_add_relu, *maps[:2], *args, maps[2])
 
         first = results(x, residual, dy)
         for _ in range(5):
@@ -260,15 +265,15 @@ def test_autocast_keeps_the_dtype(name, device):
 
 @pytest.mark.parametrize("samples", [(), (2,)], ids=str)
 def test_functional_transforms(samples):
-    """Through the reference, which they can see into."""
+    """Transforms use the reference, which they can see into."""
     x, residual = (torch.randn(3, 2, 3, 3, 8).permute(0, 1, 4, 2, 3) for _ in range(2))
-    of = 4, *affine(8, samples=samples)
-    y = torch.vmap(lambda a, b: ops.group_norm_add_relu(a, b, *of))(x, residual)
+    args = 4, *affine(8, samples=samples)
+    y = torch.vmap(lambda a, b: ops.group_norm_add_relu(a, b, *args))(x, residual)
     for i in range(3):
-        torch.testing.assert_close(y[i], ops.group_norm_add_relu(x[i], residual[i], *of))
+        torch.testing.assert_close(y[i], ops.group_norm_add_relu(x[i], residual[i], *args))
 
     def loss(a):
-        return ops.group_norm_add_relu(a, residual[0], *of).square().sum()
+        return ops.group_norm_add_relu(a, residual[0], *args).square().sum()
 
     leaf = x[0].clone().requires_grad_()
     loss(leaf).backward()
@@ -296,13 +301,13 @@ def test_opcheck(name, device, kind):
 def test_compile(name, device):
     x, residual = (maps((2, 8, 6, 6), seed=seed).to(device) for seed in (0, 1))
     x = x.contiguous(memory_format=torch.channels_last)
-    of = 4, *(p.to(device) for p in affine(8)), torch.randn_like(x)
+    args = 4, *(p.to(device) for p in affine(8)), torch.randn_like(x)
     # Of the reference Inductor would make code, which takes long.
     backend = "aot_eager" if name == "reference" else "inductor"
     with bitkern.use_backend(name):
-        eager = run(ops.group_norm_add_relu, x, residual, *of)
+        eager = run(ops.group_norm_add_relu, x, residual, *args)
         compiled = torch.compile(ops.group_norm_add_relu, fullgraph=True, backend=backend)
-        compiled = run(compiled, x, residual, *of)
+        compiled = run(compiled, x, residual, *args)
     for key in eager:
         torch.testing.assert_close(compiled[key], eager[key])
         assert compiled[key].stride() == eager[key].stride() or name == "reference", key

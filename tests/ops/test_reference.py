@@ -1,4 +1,4 @@
-"""The reference against formulas written out once more, and against its own second derivative."""
+"""Compare the reference with formulas written out once more, and with its own derivatives."""
 
 from itertools import product
 
@@ -135,7 +135,7 @@ def test_ws_conv2d_formula():
 
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 def test_group_norm_act_launcher_formulas(format):
-    """The explicit forward and backward, against autograd of the plain function."""
+    """Compare the explicit forward and backward with autograd of the plain function."""
     x = maps((3, 8, 5, 4), torch.float64).contiguous(memory_format=format).requires_grad_()
     r = torch.randn_like(x, requires_grad=True)
     dtotal, dy = torch.randn_like(x), torch.randn_like(x)
@@ -209,6 +209,6 @@ def test_weight_standardize_sgd_is_a_step_of_pytorch(options):
     buffers = [torch.randn_like(w) for w in case.weights]
     expected = [case.stepped(i, torch.float64, b, options) for i, b in enumerate(buffers)]
     stats = reference.filter_statistics(case.weights, case.variant)
-    of = buffers, case.scales, stats, case.variant, options
-    reference.weight_standardize_sgd(case.douts, case.weights, *of)
+    args = buffers, case.scales, stats, case.variant, options
+    reference.weight_standardize_sgd(case.douts, case.weights, *args)
     torch.testing.assert_close([*zip(case.weights, buffers, strict=True)], expected)

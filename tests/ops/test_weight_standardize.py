@@ -1,4 +1,4 @@
-"""weight_standardize, of one layer and of many, on every implementation."""
+"""weight_standardize for one layer and for many, on every implementation."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ uninterpreted = implementations("weight_standardize")
 
 
 def filters(shape, dtype=torch.float32, seed=0):
-    """Weights of a small std and a shifted mean that differs by filter; one filter constant."""
+    """Make weights with a small std and a mean that differs by filter; one filter is constant."""
     w = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02
     w = w + torch.linspace(-0.5, 1, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
     w[shape[0] // 2] = 0.25
@@ -25,7 +25,7 @@ def filters(shape, dtype=torch.float32, seed=0):
 
 
 def pytorch(weight, eps=1e-10, *, gain=None, scale=1.0, eps_outside=False, unbiased=False, dtype):
-    """The formula as one would write it in PyTorch, in float32."""
+    """Compute the formula as one would write it in PyTorch, in float32."""
     w = weight.float().flatten(1)
     c = w - w.mean(1, keepdim=True)
     var = c.square().sum(1, keepdim=True) / (w.shape[1] - unbiased)
@@ -108,7 +108,7 @@ def test_layouts(poison, name, device, kind, out_channels_last):
 
 @every_implementation
 def test_many_layers_equal_one_by_one(name, device):
-    """To the bit, but for Triton: a layer alone is summed by as many warps as suit it."""
+    """Bits are equal, except with Triton, where the number of warps suits a layer alone."""
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if name == "triton" else {"rtol": 0, "atol": 0}
     shapes = [(7, 3, 7, 7), (16, 8, 1, 1), (5, 4, 3, 3), (33, 2, 3, 3)]
     weights = [filters(s, seed=i).to(device).requires_grad_() for i, s in enumerate(shapes)]

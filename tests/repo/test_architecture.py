@@ -1,4 +1,4 @@
-"""Rules of the tree that import-linter and ruff, set up in pyproject.toml, cannot hold."""
+"""Rules of the tree that import-linter and ruff (see pyproject.toml) cannot check."""
 
 import ast
 import re
@@ -19,12 +19,12 @@ PRIVATE_NAME = re.compile(r"_[a-zA-Z]\w*")
 
 
 def hidden_imports(text):
-    """Imports by name, unless of what is below the importer or of another package."""
+    """Find imports by name, except from parts below the importer and other packages."""
     return HIDDEN_IMPORT.findall(text)
 
 
 def test_imports_by_name_point_down():
-    """The extension is below all; the facade is above."""
+    """The extension is below all parts, the facade above them."""
     found = {
         str(path.relative_to(PACKAGE))
         for path in PACKAGE.rglob("*.py")
@@ -49,7 +49,7 @@ def test_an_import_by_name_is_found(line):
 
 
 def hidden_private_names(tree):
-    """Private names of other packages in imports, and in the strings of getattr and of keys."""
+    """Find private names of other packages in imports, and in strings of getattr and keys."""
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.ImportFrom) and not node.module.startswith("bitkern"):

@@ -244,7 +244,7 @@ def test_gate_stops_a_wrong_model(monkeypatch, fresh_gate, kind, dtype):
 
 
 class Benchmark:
-    """As much of pytest-benchmark's fixture as a race needs."""
+    """The part of pytest-benchmark's fixture that a race needs."""
 
     def pedantic(self, target, setup, rounds):
         self.stats = SimpleNamespace(iterations=1)
@@ -266,7 +266,7 @@ def out_of_memory():
 
 
 def raced(contenders, together=True, **options):
-    """The timings, and the contenders timed whenever there was progress."""
+    """Return the timings, and the contenders timed whenever there was progress."""
     race = measure.Race(Benchmark(), contenders, "cpu", seconds=0, **options)
     seen = []
     start = race.together if together else race.alone
@@ -357,7 +357,7 @@ def test_record_is_whole_after_every_row(tmp_path):
 
 
 def test_the_gate_of_kernels_lets_signs_near_zero_pass():
-    """In millions of elements ReLU takes some for positive that others take for negative."""
+    """Near zero, ReLU sees another sign in other implementations for some of many elements."""
     z = torch.linspace(-1, 1, 2001)
     exact = (z > 0) * 5.0
     ours = exact.clone()

@@ -1,4 +1,4 @@
-"""The claims in miniature: their statistics, their runs, what is said of them."""
+"""The claims in miniature: their statistics, their runs, their page."""
 
 import json
 import math
@@ -107,20 +107,20 @@ def test_a_torn_line_is_dropped(tmp_path):
 
 
 def lines_of(claim, number):
-    """Made-up lines; ``number(cell, seed)`` is what a cell shows."""
+    """Make up lines; ``number(cell, seed)`` is the value of a cell."""
     about = {"claim": claim.name, "seconds": 1.0, "torch": "2", "commit": "c0ffee"}
     for condition in claim.conditions:
         for seed in range(claim.seeds):
             numbers = {
                 name: number(cell, seed)
-                for cell, (of, name) in claim.cells.items()
-                if of == condition
+                for cell, (shown_in, name) in claim.cells.items()
+                if shown_in == condition
             }
             yield about | {"condition": condition, "seed": seed, "numbers": numbers}
 
 
 def test_summary_pairs_seeds():
-    """What seeds have in common is no uncertainty of their difference."""
+    """Variation that a seed adds to both sides does not make their difference uncertain."""
     claim = CLAIMS["transfer"]
     rows = {"WS + GroupNorm": 0.5, "BatchNorm": 0.2}
     lines = list(lines_of(claim, lambda cell, seed: rows[cell[0]] + 0.1 * seed + 0.001 * seed**2))

@@ -79,7 +79,7 @@ def test_blocks_say_what_they_are(page):
 
 @pytest.mark.parametrize("page", BLOCKS)
 def test_links_lead_to_files(page):
-    """Those to headings, and from a page to a page, are also checked as the site is built."""
+    """Links name files that exist; building the site also checks headings and pages."""
     folder = (ROOT / page).parent
     for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
         if not link.startswith(("https://", "#")):
@@ -87,7 +87,7 @@ def test_links_lead_to_files(page):
 
 
 def documented():
-    """The names on the pages of the reference."""
+    """Yield the names on the pages of the reference."""
     text = "\n".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
     for path in re.findall(r"^::: (\S+)", text, re.M):
         named = pkgutil.resolve_name(path)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Written files are complete or do not exist."""
 
 import os
 
@@ -21,7 +21,7 @@ def test_atomic_leaves_old_or_new_but_nothing_between(tmp_path):
 
 
 def test_content_and_name_outlive_a_power_cut(tmp_path, monkeypatch):
-    """Synced before it is renamed, and the folder after."""
+    """The file is synced before it is renamed, the folder after."""
     calls = []
     fsync, replace = os.fsync, os.replace
 

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh, which goes on whatever fails, and walks through all of it without a GPU."""
+"""Run all of benchmarks/gpu.sh without a GPU; it continues whatever fails."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_gpu_script_names_its_steps():
 @pytest.mark.sweep
 @pytest.mark.parametrize("step", ["kernels", "sweep", "sanitize"])
 def test_gpu_script_runs_without_a_gpu(step, tmp_path):
-    """The step "full" is what ``pytest benchmarks/ --tiny`` goes through, and the test below."""
+    """The test below and ``pytest benchmarks/ --tiny`` cover the step "full"."""
     stub = tmp_path / "python"  # all but the build, and numbers that the interpreter does not know
     left_out = '*setup.py*|*"--stages "[24]*|*"--maxnreg 255"*'
     run = f'exec {sys.executable} "$@"'
@@ -94,7 +94,7 @@ def test_profile_of_a_step(tmp_path):
 
 
 def test_gpu_tests_need_no_optional_packages(tmp_path):
-    """A machine with a GPU may lack them; a file that cannot be imported stops all tests."""
+    """A machine with a GPU may lack such packages, and one failed import stops all tests."""
     script = (ROOT / "benchmarks/gpu.sh").read_text()
     named = re.search(r"^with_gpu_tests=\((.*)\)$", script, re.M)[1]
     files = subprocess.run(["bash", "-c", f"echo {named}"], capture_output=True, text=True).stdout

@@ -75,7 +75,7 @@ def test_the_library_takes_what_describes_it(folder):
 
 
 def test_imports(folder):
-    """Relative ones; of others the standard library, PyTorch, and Triton which comes with it."""
+    """Imports are relative, or of the standard library, PyTorch, and the Triton it brings."""
     files = list(folder.rglob("*.py"))
     assert len(files) > 80
     for path in files:
@@ -114,7 +114,7 @@ PEERS = {
 
 
 def results(function, dtype):
-    """Outputs and gradients of a function of the operators' inputs."""
+    """Return outputs and gradients of a function of the operators' inputs."""
     inputs = maps((2, 8, 5, 5)), maps((2, 8, 5, 5), seed=2), *affine(8), maps((4, 8, 3, 3), seed=3)
     inputs = [x.to(dtype).requires_grad_() for x in inputs]
     outs = function(*inputs)
@@ -156,7 +156,7 @@ class Conv(nn.Conv2d):
 
 
 class Beside(nn.Sequential):
-    """Layers that all have the same input."""
+    """Runs layers side by side on the same input."""
 
     def forward(self, x):
         return [layer(x) for layer in self]
@@ -245,7 +245,7 @@ def test_kernelize(folder):
 
 
 def two_builds(folder, other):
-    """Each computes what it was written to, the first one after the second was loaded too."""
+    """Check that each build computes its own result, also after the other is loaded."""
     x = torch.ones(1, 2, 4)
     first, second = (kernels.get_local_kernel(Path(path)) for path in (folder, other))
     assert first.__name__ != second.__name__
@@ -269,7 +269,7 @@ def test_two_builds_in_a_process(folder, tmp_path):
 
 
 def in_the_old_place(folder):
-    """The kernel is the same where older versions of the library look for it."""
+    """Check that older versions of the library find the same kernel in their place."""
     kernel = kernels.get_local_kernel(Path(folder), backend="cpu")
     path = Path(folder) / "build/torch-cpu/bitkern/__init__.py"
     spec = importlib.util.spec_from_file_location("bitkern_of_an_old_version", path)

@@ -44,7 +44,7 @@ def install(source, target, **env):
 
 
 def run(site, code):
-    """What a program prints, and its warnings, where only this installation can be found."""
+    """Run code that sees only this installation; return its output and its warnings."""
     alone = (
         "import sys\n"
         # An editable install of the checkout would supply the extension that is missing here.
@@ -85,7 +85,7 @@ def test_without_a_compiler(checkout, tmp_path):
 
 
 def test_each_failed_build_leaves_its_own_reason(checkout, tmp_path):
-    """And nothing of an earlier build, made from other sources."""
+    """A failed build leaves nothing of an earlier build from other sources."""
     missing = checkout / "bitkern" / "_C.missing"
     earlier = checkout / "bitkern" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     earlier.touch()
@@ -155,7 +155,7 @@ def test_one_version_everywhere():
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler on this machine")
 @pytest.mark.skipif(not find_spec("auditwheel"), reason="auditwheel is not installed")
 def test_from_source_archive_to_wheel_to_installation(archive, tmp_path):
-    """With the kernels for the CPU, nothing of CUDA, and PyTorch's OpenMP instead of a second."""
+    """The wheel has the CPU kernels, nothing of CUDA, and uses PyTorch's OpenMP."""
     wheel = [
         sys.executable,
         "-m",

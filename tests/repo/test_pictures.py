@@ -1,4 +1,4 @@
-"""The pictures of the documentation: as the script draws them, from what they show."""
+"""The documentation's pictures are those that the script draws from their data."""
 
 import subprocess
 import sys

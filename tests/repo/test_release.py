@@ -1,4 +1,4 @@
-"""What a release says of itself."""
+"""The notes of a release."""
 
 import runpy
 

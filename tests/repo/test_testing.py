@@ -1,4 +1,4 @@
-"""The bar itself must fail what is wrong."""
+"""The error bounds themselves must reject wrong results."""
 
 import pytest
 import torch

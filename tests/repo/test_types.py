@@ -1,4 +1,4 @@
-"""What a type checker, and so an editor, knows of the package."""
+"""Types that a type checker, and so an editor, knows from the package."""
 
 import os
 import re
@@ -13,7 +13,7 @@ ERROR = re.compile(r"(?P<file>[^:]+):(?P<line>\d+): error: .*\[(?P<code>[\w-]+)\
 
 
 def test_users_scripts_under_mypy_strict(tmp_path):
-    """Silent where all is right; where it is not, an error of the kind that the line names."""
+    """mypy is silent on right code, and reports the error that each wrong line names."""
     scripts = [TYPING / "right.py", TYPING / "wrong.py"]
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--no-pretty"]
     # As of an installed package, of whose own errors a user hears nothing.

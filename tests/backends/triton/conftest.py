@@ -1,5 +1,5 @@
-"""On a GPU, under Triton's interpreter, or, compiled, on the machine of ``ptx``, which runs these
-tests in processes of its own. ``test_compiled.py`` uses other processes too.
+"""The kernels run on a GPU, under Triton's interpreter, or compiled on the machine of ``ptx``,
+which runs these tests in separate processes. ``test_compiled.py`` uses other processes too.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ interpreter.switch_on()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """On a GPU all tests of kernels are such as need one."""
+    """Mark all tests of kernels as ``gpu`` on a machine with one."""
     if torch.cuda.is_available():
         for item in items:
             if item.path.parent == HERE and "device" in getattr(item, "fixturenames", ()):
@@ -31,7 +31,7 @@ def interpreted(monkeypatch):
 
 @pytest.fixture(scope="session", params=["installed", "3.6.0"])
 def other_triton(request):
-    """Whether to take the Triton of PyTorch 2.11 and not the installed one."""
+    """Return True to use the Triton of PyTorch 2.11, False for the installed one."""
     if request.param == "3.6.0" and not tritons.OTHER.exists():
         pytest.skip("no build/triton-3.6.0, which make test installs")
     return request.param == "3.6.0"
@@ -44,7 +44,7 @@ def device():
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Every launch: (name of the kernel, programs, constants)."""
+    """Record every launch as (name of the kernel, programs, constants)."""
     from bitkern.backends.triton import group_norm_act, weight_standardize
     from bitkern.backends.triton.launch import launch
 

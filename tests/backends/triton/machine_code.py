@@ -1,4 +1,4 @@
-"""What a cubin's machine code says: registers, spills, and the memory traffic of its loops."""
+"""Registers, spills and the memory traffic of loops, read from a cubin's machine code."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ MULTIPROCESSORS |= {90: (2048, 228), 100: (2048, 228), 120: (1536, 100)}
 
 
 class Loop(NamedTuple):
-    """An innermost loop that loads from global memory; of a kernel without one, all of it."""
+    """An innermost loop that loads from global memory, or all of a kernel that has none."""
 
     repeats: bool
     loads: int  # of 16 bytes, of which
@@ -41,7 +41,7 @@ def _dump(cubin: bytes, what: str) -> str:
 
 
 def registers_and_spills(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread; bytes of spills: a stack frame is nothing else in our kernels."""
+    """Return registers of a thread and bytes of spills: in our kernels, all of a stack frame."""
     text = _dump(cubin, "--dump-resource-usage")
     numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text).groups()
     registers, stack, local = map(int, numbers)
@@ -56,14 +56,14 @@ def programs_per_multiprocessor(capability: int, registers: int, warps: int, sha
 
 
 def instructions(cubin: bytes) -> list[tuple[int, str]]:
-    """(address, text without predicate)"""
+    """Return instructions as (address, text without predicate)."""
     lines = _dump(cubin, "--dump-sass").splitlines()
     found = (re.match(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", line) for line in lines)
     return [(int(m[1], 16), re.sub(r"^@!?U?P\d+\s+", "", m[2])) for m in found if m]
 
 
 def _bodies(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
-    """(first, last) address of the innermost loops with loads."""
+    """Return the (first, last) addresses of the innermost loops with loads."""
     bodies = []
     for address, text in code:
         target = re.match(r"BRA(?:\.\S+)?\s+.*?0x([0-9a-f]+)", text)
@@ -115,5 +115,5 @@ def loops(code: list[tuple[int, str]]) -> list[Loop]:
 
 
 def wide_accesses(code: list[tuple[int, str]]) -> int:
-    """Loads and asynchronous copies of 16 bytes, anywhere."""
+    """Count loads and asynchronous copies of 16 bytes, anywhere."""
     return sum(bool(re.match(r"LDG(STS)?\.E\.(\S*\.)?128", text)) for _, text in code)

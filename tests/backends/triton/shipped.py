@@ -45,7 +45,7 @@ FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
 
 
 def argument(value):
-    """Triton's name for the type of a kernel's argument."""
+    """Return Triton's name for the type of a kernel's argument."""
     if isinstance(value, torch.Tensor):
         return "*" + TYPES[value.dtype]
     if isinstance(value, tuple):
@@ -66,7 +66,7 @@ class Recorder:
 
 
 def maps(width, image):
-    """(channels, height) of the maps that GroupNorms of a BiT of this width see."""
+    """Return (channels, height) of the GroupNorm inputs of a BiT of this width."""
     sizes = [-(-image // step) for step in (4, 8, 16, 32)]
     found = {(64 * width, sizes[0])}
     for stage, size in enumerate(sizes):
@@ -80,7 +80,7 @@ def maps(width, image):
 def group_norms(
     dtype, channels_last, shapes, affine=torch.float32, act="relu", groups=32, per_sample=False
 ):
-    """All launchers, at batch 1 and at one that fills the device, with and without residual."""
+    """Call all launchers, at batch 1 and one that fills the device, with and without residual."""
     for channels, size in shapes:
         for batch in (1, 128):
             sizes = (batch, channels) if per_sample else (channels,)
@@ -99,20 +99,20 @@ def group_norms(
 
 
 def group_norm_adds(dtype, channels_last, shapes, groups=32):
-    """The launchers of group_norm_add_relu: launches of the same kernels, with an addend."""
+    """Call the launchers of group_norm_add_relu: the same kernels, with an addend."""
     for channels, size in shapes:
         weight = torch.empty(channels, device="meta")
         x = torch.empty(128, channels, size, size, device="meta", dtype=dtype)
         x = x.contiguous(memory_format=FORMATS[channels_last])
         stats = torch.empty(128, groups, device="meta")
-        of = groups, weight, weight
-        group_norm_add_relu.group_norm_add_relu_forward(x, x, *of, 1e-5)
-        backward = (x, x, x, *of, stats, stats, True, True, True)
+        args = groups, weight, weight
+        group_norm_add_relu.group_norm_add_relu_forward(x, x, *args, 1e-5)
+        backward = (x, x, x, *args, stats, stats, True, True, True)
         group_norm_add_relu.group_norm_add_relu_backward(*backward)
 
 
 def weights(width):
-    """Shapes of a BiT's standardized weights."""
+    """Return the shapes of a BiT's standardized weights."""
     found = {(64 * width, 3, 7, 7)}
     for stage in range(4):
         middle, out = 64 * width << stage, 256 * width << stage
@@ -148,14 +148,15 @@ def sgd_steps(channels_last, shapes, variant):
         for layout in channels_last
     )
     stats = torch.empty(2, sum(s[0] for s in shapes), device="meta")
+    scales = [1.0] * len(shapes)
     for nesterov in (False, True):
         options = SgdOptions(0.1, 0.9, 0.0, 1e-4, nesterov)
-        of = douts, weights, weights, [1.0] * len(shapes), stats, Variant(1e-10, *variant), options
-        weight_standardize.weight_standardize_sgd(*of)
+        args = douts, weights, weights, scales, stats, Variant(1e-10, *variant), options
+        weight_standardize.weight_standardize_sgd(*args)
 
 
 def shipped(everything):
-    """What to compile: all that BiT leads to, or a selection that has each kernel in each way."""
+    """Return the launches to compile: all of BiT, or a selection with each kernel in each way."""
     recorder = Recorder()
     group_norm_act.launch = weight_standardize.launch = recorder
     torch.Tensor.data_ptr = lambda self: 0  # meta tensors have none
@@ -208,7 +209,8 @@ def compiled(kernel, types, constants, warps, target):
 
 
 def resources(binary, warps):
-    """Registers, bytes of spills, shared memory; of PROVEN, what goes on on a multiprocessor."""
+    """Return registers, bytes of spills, shared memory; for PROVEN also what a multiprocessor
+    does."""
     found = {"shared": binary.metadata.shared}
     if binary.metadata.target.backend == "cuda":
         cubin, capability = binary.asm["cubin"], binary.metadata.target.arch
@@ -240,8 +242,8 @@ EVERY = {"few": (0, 8, 0, 0), "many": (6, 6, 6, 24), "all": (1, 1, 1, 1)}
 
 
 def selected(extent):
-    """(launch, target): "few" of a selection of sizes, "many" of it, or "all" of every width and
-    image size of BiT for every target."""
+    """Yield (launch, target): "few" or "many" from a selection of sizes, or "all", which is every
+    width and image size of BiT for every target."""
     seen = Counter()
     for entry in shipped(extent == "all"):
         number = seen[entry[0]]

@@ -62,7 +62,7 @@ def many(other_triton):
 
 
 def faults(line):
-    """In words, what would keep a kernel from using the memory's bandwidth."""
+    """Describe what would keep a kernel from using the memory's bandwidth."""
     if line["spills"]:
         yield f"spills {line['spills']} bytes"
     if line["target"] not in shipped.PROVEN or line["kernel"].endswith("_pointers"):
@@ -106,7 +106,7 @@ def test_machine_code(many):
 
 
 def test_accesses_are_wide(few):
-    """In channels_last, whose channels are multiples of 8 in BiT: 16 bytes at a time."""
+    """Accesses take 16 bytes in channels_last, where BiT's channels are multiples of 8."""
     maps = [
         line
         for line in few
@@ -120,7 +120,7 @@ def test_accesses_are_wide(few):
 
 
 def test_alignment_is_claimed_of_what_is_aligned(few):
-    """Of addresses that come out of a table, by which tile is taken."""
+    """The tile says whether addresses from a table are claimed to be aligned."""
     tables = [line for line in few if line["kernel"].endswith("ward_all")]
     aligned = {bool(line["claims"]) for line in tables if len(line["constants"][-1]) > 1}
     unaligned = {bool(line["claims"]) for line in tables if len(line["constants"][-1]) == 1}
@@ -129,7 +129,7 @@ def test_alignment_is_claimed_of_what_is_aligned(few):
 
 
 def test_faults_are_found():
-    """The criteria themselves, on what 559d16e compiled to under Triton 3.6."""
+    """The criteria reject what 559d16e compiled to under Triton 3.6."""
     loop = {"repeats": True, "loads": 4, "outstanding": 1, "copies": 0, "narrow": 0}
     loop |= {"shuffles": 128, "divisions": 2, "instructions": 493}
     line = {"target": "sm_90", "kernel": "group_norm_act_forward_whole", "spills": 4}

@@ -33,7 +33,7 @@ def test_plans_cover_every_element_once():
 
 
 def test_accesses_are_wide():
-    """16 bytes and rows of 32 bytes at least, wherever the sizes allow it."""
+    """Accesses take 16 bytes, in rows of at least 32, wherever the sizes allow it."""
     for channels, pixels, groups, itemsize, channels_last, _, plan in plans():
         if channels_last:
             assert plan.unit * itemsize >= 16

@@ -28,7 +28,7 @@ def cases():
 
 
 def fraction(problem, device, **options):
-    """Of the two-pass floor."""
+    """Return the predicted speed as a fraction of the two-pass floor."""
     code, backward = options.get("code", SHIPPED), options.get("backward", False)
     launches = cost.group_norm_act(*problem, device, **options)
     seconds = sum(cost.seconds(launch, code, device) for launch in launches)
@@ -44,7 +44,10 @@ def test_large_maps_reach_the_two_pass_floor():
 
 
 def test_enough_is_under_way():
-    """Of large maps read twice. Those that stay on chip are held to their time alone."""
+    """Large maps that are read twice have enough bytes in flight.
+
+    For maps that stay on chip only the predicted time counts.
+    """
     for case, problem, plan in cases():
         name, channels, size, batch, backward = case
         launches = cost.group_norm_act(*problem, DEVICES[name], backward=backward)
@@ -60,7 +63,7 @@ def test_enough_is_under_way():
 
 
 def test_small_maps_fill_the_device_or_are_short():
-    """Every multiprocessor works, or every byte is under way, or it takes as long as to launch."""
+    """All multiprocessors work, all bytes are in flight, or it takes no longer than a launch."""
     for case, problem, _ in cases():
         name, channels, size, batch, backward = case
         if batch * channels * size * size * 2 < 32 * MB:
@@ -95,7 +98,7 @@ BEFORE = {
 
 @pytest.mark.parametrize("name", BEFORE)
 def test_what_was_slow_is_predicted_slow(name):
-    """0.2 to 0.4 of the single-read floor, as an estimate without this model had it."""
+    """The model predicts 0.2 to 0.4 of the single-read floor, as another estimate did."""
     (samples, channels, height), backward, under_way, instructions, *tile = BEFORE[name]
     pixels, block, tiles, in_l2, launches = tile
     device, tensors = DEVICES["H100"], 1 + backward
@@ -112,7 +115,7 @@ def test_what_was_slow_is_predicted_slow(name):
 
 
 def test_norms_of_others_are_predicted():
-    """RMSNorm of cuDNN in bf16 on an H200: 3.7 to 3.8 TB/s; rows of 16 KB, a program for each."""
+    """RMSNorm of cuDNN in bf16 has 3.7 to 3.8 TB/s on an H200: a program per row of 16 KB."""
     size = 64 * MB
     launch = [Pass(size >> 14, 1 << 14, 1, 1, size, size)]
     seconds = cost.seconds(launch, Code(8, 1.0, 200, False), DEVICES["H200"])

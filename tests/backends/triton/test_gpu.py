@@ -1,4 +1,4 @@
-"""What only a GPU can show: real sizes, streams, CUDA graphs, memory, the sanitizers."""
+"""Tests that need a GPU: real sizes, streams, CUDA graphs, memory, the sanitizers."""
 
 import shutil
 import subprocess
@@ -50,7 +50,7 @@ def equal(a, b):
 
 
 def runs(batch=64):
-    """Callables that return tensors: every way through the kernels."""
+    """Return callables that return tensors, for every way through the kernels."""
     for _, channels, size in MAPS:
         for format in FORMATS:
             shape = (batch if size < 100 else 4, channels, size, size)
@@ -72,7 +72,7 @@ def test_repeats_are_equal():
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("case", MAPS, ids=str)
 def test_a_sample_alone(case, format):
-    """Batch 1 takes other launches than a batch that fills the device."""
+    """Batch 1 uses other launches than a batch that fills the device."""
     _, channels, size = case
     x, dy = torch.randn(2, 40, channels, size, size, device="cuda").bfloat16() + 0.5
     x, dy = (t.contiguous(memory_format=FORMATS[format]) for t in (x, dy))
@@ -119,7 +119,7 @@ def test_nothing_synchronizes():
 
 
 def test_streams():
-    """On the current stream: behind what was put there before."""
+    """Kernels run on the current stream, after earlier work."""
     x = torch.randn(64, 256, 56, 56, device="cuda")
     expected = group_norm_act.group_norm_act_forward(x, None, 32, None, None, EPS, "relu")[1]
     stream, late = torch.cuda.Stream(), torch.zeros_like(x)
@@ -134,7 +134,7 @@ def test_streams():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_another_device():
-    """Launched where the tensors are, whatever the current device."""
+    """Kernels run on the device of the tensors, whatever the current device."""
     for make in (
         lambda device: problem(device, (8, 64, 28, 28), 32, torch.bfloat16, "channels_last"),
         lambda device: Weights(device, [(64, 64, 3, 3), (256, 64, 1, 1)]),
@@ -146,7 +146,7 @@ def test_another_device():
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("shape", [(1400, 512, 56, 56), (1, 64, 6000, 6000)], ids=str)
 def test_more_than_2_to_31_elements(shape, format):
-    """Against the same on a part: the last sample, or the last group of channels."""
+    """Compares with the same on a part: the last sample, or the last group of channels."""
     x = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=FORMATS[format])
     assert x.numel() > 2**31
     x.normal_(mean=1.0)
@@ -172,7 +172,7 @@ def test_more_than_2_to_31_elements(shape, format):
 
 @pytest.mark.parametrize("size", [7, 56, 120])
 def test_memory(size):
-    """Beside the outputs: statistics and partial sums, a hundredth of the tensor at most."""
+    """Statistics and partial sums take at most a hundredth of the tensor beside the outputs."""
     case = problem("cuda", (32, 256, size, size), 32, torch.bfloat16, "channels_last")
     case.ours()
     torch.cuda.synchronize()

@@ -25,7 +25,7 @@ tiled = pytest.mark.parametrize("way", ["whole", "split"], indirect=True)
 
 
 def set_way(monkeypatch, way):
-    """Make plans at these small sizes as they are for large ones."""
+    """Make the plans for these small sizes the same as for large ones."""
     # A resident map has a few tiles only.
     tile = {"on_chip": 1 << 20, "whole": 2048, "split": 1024}[way]
     monkeypatch.setattr(config, "TILE_BYTES", tile)
@@ -35,7 +35,7 @@ def set_way(monkeypatch, way):
 
 
 def kinds(launches):
-    """Which kernels of forward and backward were launched."""
+    """Return the kernels of forward and backward that were launched."""
     names = {name for name, _, _ in launches}
     kinds = {name.partition("ward_")[2] for name in names if "ward_" in name}
     assert all(f"group_norm_act_{way}ward_{kind}" in names for kind in kinds for way in WAYS)
@@ -44,7 +44,7 @@ def kinds(launches):
 
 @pytest.fixture
 def way(request, monkeypatch, launches):
-    """Each way through the kernels; that it was taken is asserted after the test."""
+    """Set each way through the kernels; after the test, assert that it was taken."""
     set_way(monkeypatch, request.param)
     yield request.param
     config.group_norm_plan.cache_clear()
@@ -52,7 +52,7 @@ def way(request, monkeypatch, launches):
 
 
 class Problem:
-    """Inputs of forward and backward, and their results three times: ours, PyTorch's, exact."""
+    """Inputs of forward and backward, with three results: ours, PyTorch's and the exact one."""
 
     def __init__(self, x, groups, weight, bias, act, residual=None, seed=5):
         self.x, self.residual, self.groups, self.act = x, residual, groups, act
@@ -74,10 +74,10 @@ class Problem:
         assert mean.dtype == rstd.dtype == torch.float32
         self.rstd = rstd
         saved = self.x if total is None else total
-        of = self.groups, self.weight, self.bias, mean, rstd, self.act
-        recomputed = kernels.group_norm_act_recompute(saved, *of)
+        args = self.groups, self.weight, self.bias, mean, rstd, self.act
+        recomputed = kernels.group_norm_act_recompute(saved, *args)
         gradients = kernels.group_norm_act_backward(
-            self.dy, self.dtotal, saved, *of, need_dx, need_dparams
+            self.dy, self.dtotal, saved, *args, need_dx, need_dparams
         )
         assert (total is None) == (self.residual is None)
         for out in (total, y, recomputed, gradients[0]):
@@ -86,7 +86,7 @@ class Problem:
         return dict(zip(names, (total, y, recomputed, *gradients), strict=True))
 
     def of(self, dtype):
-        """The same by PyTorch's autograd, all of it in ``dtype``."""
+        """Compute the same with PyTorch's autograd, all of it in ``dtype``."""
         total = self.x if self.residual is None else self.x + self.residual
         inputs = {"dx": total, "dweight": self.weight, "dbias": self.bias}
         inputs = {
@@ -105,7 +105,7 @@ class Problem:
         return results
 
     def check(self, **needs):
-        """Our results; each is as near to the exact one as PyTorch's at the inputs' dtype."""
+        """Return our results; assert that each is as near to the exact one as PyTorch's."""
         ours, exact = self.ours(**needs), self.of(torch.float64)
         peers = {}
         for name, value in ours.items():
@@ -122,7 +122,7 @@ def problem(
     device, shape, groups, dtype=torch.float32, format="nchw", act="relu", residual=False,
     parameters=torch.float32, shift=3.0,
 ):  # fmt: skip
-    """Hostile maps. The parameters are exact in the dtype of x, which PyTorch wants for them."""
+    """Make hostile maps; parameters are exact in x's dtype, since PyTorch needs them in it."""
 
     def tensor(seed):
         x = maps(shape, dtype, seed=seed, shift=shift).to(device)
@@ -199,7 +199,7 @@ def test_parameters_of_each_sample(way, device, format):
 
 @ways
 def test_gradients_not_needed(way, device):
-    """Those that are may differ by roundings: other code computes them."""
+    """Needed gradients may differ by roundings when others are not: other code computes them."""
     case = problem(device, (2, 24, 7, 9), 4, residual=True)
     every = case.ours()
     without_dx = case.ours(need_dx=False)
@@ -214,7 +214,7 @@ def test_gradients_not_needed(way, device):
 @formats
 @ways
 def test_mean_far_from_zero(way, device, format):
-    """1000 standard deviations. Not ReLU: it turns an error of z near 0 into one of dx by dy."""
+    """The mean is 1000 standard deviations. ReLU would turn an error of z into one of dy in dx."""
     x = (torch.randn(2, 24, 9, 9) + 1e3).to(device).contiguous(memory_format=FORMATS[format])
     weight, bias = (p.to(device) for p in affine(24))
     Problem(x, 4, weight, bias, "silu").check()
@@ -236,7 +236,7 @@ def test_rstd_where_the_mean_is_far_from_zero(way, device, format):
 @formats
 @ways
 def test_first_value_is_an_outlier(way, device, format):
-    """What a sum is shifted by may itself be far from the mean."""
+    """The value by which a sum is shifted may itself be far from the mean."""
     case = problem(device, (2, 24, 9, 9), 4, format=format, act="none", shift=0.0)
     case.x[:, :, 0, 0] = 1e4
     case.check()
@@ -277,7 +277,7 @@ def test_not_finite(way, device, format):
 @formats
 @ways
 def test_samples_are_independent(way, device, format):
-    """The same bits alone and in a batch."""
+    """A sample has the same bits alone and in a batch."""
     case = problem(device, (2, 24, 9, 9), 4, torch.bfloat16, format, residual=True)
     together = case.ours()
     x, residual, dy, dtotal = (t[1:].clone() for t in (case.x, case.residual, case.dy, case.dtotal))
@@ -289,7 +289,7 @@ def test_samples_are_independent(way, device, format):
 
 
 def test_unaligned_addresses(device):
-    """Tensors that start anywhere in their storage, which rules the widest accesses out."""
+    """Tensors start anywhere in their storage, which rules out the widest accesses."""
     case = problem(device, (2, 16, 5, 5), 4, torch.bfloat16, "nchw")
 
     def shifted(t):

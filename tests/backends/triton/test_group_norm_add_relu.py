@@ -33,11 +33,11 @@ class Problem:
         self.weight, self.bias = (p.to(device) for p in affine(shape[1], dtype))
 
     def ours(self, **needs):
-        of = self.groups, self.weight, self.bias
-        y, mean, rstd = kernels.group_norm_add_relu_forward(self.x, self.residual, *of, EPS)
+        args = self.groups, self.weight, self.bias
+        y, mean, rstd = kernels.group_norm_add_relu_forward(self.x, self.residual, *args, EPS)
         needs = {f"need_{name}": needs.get(name, True) for name in ("dx", "dresidual", "dparams")}
         gradients = kernels.group_norm_add_relu_backward(
-            self.dy, self.x, y, *of, mean, rstd, **needs
+            self.dy, self.x, y, *args, mean, rstd, **needs
         )
         for out in (y, *gradients[:2]):
             assert out is None or out.stride() == self.x.stride()
@@ -45,7 +45,7 @@ class Problem:
         return dict(zip(names, (y, *gradients), strict=True))
 
     def of(self, g, dtype):
-        """By autograd of PyTorch's normalization in ``dtype``, into which g comes."""
+        """Compute with PyTorch's normalization and autograd in ``dtype``, for the gradient g."""
         inputs = {"dx": self.x, "dweight": self.weight, "dbias": self.bias}
         inputs = {
             name: t.to(dtype).detach().requires_grad_()
@@ -84,13 +84,13 @@ def test_group_sizes(way, device, format, size, pixels):
 
 @ways
 def test_gradients_not_needed(way, device):
-    """Those that are may differ by roundings: other code computes them."""
+    """Needed gradients may differ by roundings when others are not: other code computes them."""
     case = Problem(device, SHAPE, 2, format="channels_last")
     every = case.ours()
-    of = {"dx": ["dx"], "dresidual": ["dresidual"], "dparams": ["dweight", "dbias"]}
+    produced = {"dx": ["dx"], "dresidual": ["dresidual"], "dparams": ["dweight", "dbias"]}
     for wanted in (["dx"], ["dresidual"], ["dparams"]):
-        found = case.ours(**{need: need in wanted for need in of})
-        for need, names in of.items():
+        found = case.ours(**{need: need in wanted for need in produced})
+        for need, names in produced.items():
             for name in names:
                 assert (found[name] is None) == (need not in wanted)
                 if found[name] is not None:
@@ -99,7 +99,7 @@ def test_gradients_not_needed(way, device):
 
 @ways
 def test_not_finite(way, device):
-    """x spoils its group, the residual its place; where y is NaN dy passes."""
+    """NaN in x spoils its group, in the residual only its place; where y is NaN dy passes."""
     case = Problem(device, SHAPE, 2, format="channels_last")
     clean = case.ours()
     case.x[0, 0, 4, 6] = float("inf")

@@ -1,4 +1,4 @@
-"""What Triton's real launcher gives the driver: a fake one, since no GPU is here."""
+"""Launches by Triton's real launcher, recorded by a fake driver, since no GPU is here."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def launches(other_triton):
-    """{(repeat, case, call): ([kernel …], [module …])}; the arguments were checked as they came."""
+    """Return {(repeat, case, call): ([kernel …], [module …])}; arguments are already checked."""
     printed = json.loads(fake_driver.run("launches", other_triton))
     assert not other_triton or printed["triton"] == "3.6.0"
     return {
@@ -57,7 +57,7 @@ def test_numbers_of_every_type(other_triton):
 
 
 def test_warm_calls_are_captured(other_triton):
-    """In a CUDA graph, also where tensors begin at odd addresses; others are refused."""
+    """CUDA graphs capture warm calls, also at odd addresses; other calls are refused."""
     refused = json.loads(fake_driver.run("capture", other_triton))["result"]
     assert refused == [[False, 0], [False, 1], [False, 2]]
 

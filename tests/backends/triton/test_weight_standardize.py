@@ -39,7 +39,7 @@ def test_lengths(device, length, variant):
 
 @variants
 def test_many_layers_are_one_launch(device, variant, launches):
-    """The bits are those of the layers alone, where their tiles are the same."""
+    """Layers have the same bits as alone, where their tiles are the same."""
     many = Problem(device, SHAPES, out_dtype=torch.bfloat16, **VARIANTS[variant])
     if variant == "original":  # the unbiased variance of one element is not a number
         many.weights, many.douts, many.scales = many.weights[:4], many.douts[:4], many.scales[:4]
@@ -49,7 +49,7 @@ def test_many_layers_are_one_launch(device, variant, launches):
 
 
 def test_many_layers_with_other_gradients(device):
-    """Gradients summed in 32 bits, in another layout than the weights'."""
+    """Gradients are summed in 32 bits and have another layout than the weights."""
     shapes = [(2, 24, 3, 3), (2, 5, 3, 2), (3, 8, 1, 1)] * 30  # several lots of addresses
     Problem(
         device, shapes, out_dtype=torch.bfloat16, dout_dtype=torch.float32, format="channels_last",
@@ -104,7 +104,7 @@ def test_no_filters(device):
 
 
 def test_tables_are_made_once(device):
-    """What would synchronize, and cannot be captured in a CUDA graph, is done the first time."""
+    """Only the first call does what synchronizes and cannot be captured in a CUDA graph."""
     case = Problem(device, [(2, 24, 3, 3), (2, 5, 3, 2)])
     kernels._layer_tables.cache_clear()
     for _ in range(3):

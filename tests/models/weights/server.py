@@ -12,7 +12,7 @@ import numpy as np
 
 
 def npz(seed, size=50_000):
-    """The bytes of a small ``.npz``."""
+    """Return the bytes of a small ``.npz``."""
     file = io.BytesIO()
     np.savez(file, x=np.random.default_rng(seed).standard_normal(size, np.float32))
     return file.getvalue()
@@ -35,7 +35,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.over = threading.Event()
 
     def handle_error(self, request, client_address):
-        """A client that leaves is no news."""
+        """Ignore a client that leaves."""
 
     def stop(self):
         self.over.set()

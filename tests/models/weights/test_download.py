@@ -49,7 +49,7 @@ def error_of(server, path, *plan):
 
 
 def parts(path):
-    """Sizes of what is there beside the lock."""
+    """Return the sizes of the files beside the lock."""
     return [p.stat().st_size for p in path.parent.iterdir() if p.suffix != ".lock"]
 
 

@@ -1,4 +1,4 @@
-"""Which weights there are, where, and what create_model makes of their names."""
+"""Names of weights, their places, and what create_model makes of them."""
 
 import builtins
 import importlib.util

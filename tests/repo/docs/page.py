@@ -1,4 +1,4 @@
-"""Blocks of code of a page: ``python -m tests.repo.docs.page PAGE`` runs them in order.
+"""Code blocks of a page; ``python -m tests.repo.docs.page PAGE`` runs them in order.
 
 Python blocks share a namespace, sh blocks are run by ``bash -e``. A text block holds the output of
 the block before it, where ``...`` stands for anything. A block with a title is a file. The comment
@@ -21,7 +21,7 @@ LOOSELY = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 class Block(NamedTuple):
-    """``line`` is that of its first line of code, counted from 1; ``reason`` why it is not run."""
+    """``line`` is that of the first line of code, from 1; ``reason`` says why it is not run."""
 
     language: str
     title: str | None

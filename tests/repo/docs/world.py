@@ -1,4 +1,4 @@
-"""The files that a page's code finds in its folder, and released weights in the caches."""
+"""Files that a page's code finds in its folder, and released weights in the caches."""
 
 import os
 import shutil
@@ -111,7 +111,7 @@ INPUTS = {
 
 
 def prepare(text):
-    """Make what the text of a page names, in the current folder."""
+    """Make the files that the text of a page names, in the current folder."""
     torch.manual_seed(0)
     for name, make in INPUTS.items():
         if name in text:

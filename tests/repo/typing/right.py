@@ -1,4 +1,4 @@
-"""A user's script, of which a strict type checker has nothing to say."""
+"""A user's script in which a strict type checker finds no error."""
 
 from pathlib import Path
 

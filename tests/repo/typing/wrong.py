@@ -1,4 +1,4 @@
-"""A user's mistakes, each of which a strict type checker finds: on the lines that say so."""
+"""A user's mistakes; a strict type checker finds each on the line that says so."""
 
 import torch
 from torch import nn

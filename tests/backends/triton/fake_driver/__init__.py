@@ -16,7 +16,7 @@ COMPILER = os.environ.get("CC", "gcc")
 
 
 def build():
-    """The folder of libcuda.so.1."""
+    """Build libcuda.so.1 and return its folder."""
     include = Path(triton.__file__).parent / "backends/nvidia/include"
     BUILD.mkdir(parents=True, exist_ok=True)
     compiler = [COMPILER, "-shared", "-fPIC", "-O1", f"-I{include}"]
@@ -25,7 +25,7 @@ def build():
 
 
 def run(what, other_triton):
-    """What ``python -m tests.backends.triton.fake_driver`` prints, under one of the two Tritons."""
+    """Run ``python -m tests.backends.triton.fake_driver`` with a Triton; return what it prints."""
     folder = str(build())
     environment = tritons.environment(other_triton)
     environment |= {"LD_LIBRARY_PATH": folder, "TRITON_LIBCUDA_PATH": folder}

@@ -1,4 +1,4 @@
-"""Our launchers on CPU tensors under the fake driver, which never touches what they hold.
+"""Run our launchers on CPU tensors under the fake driver, which never touches their contents.
 
 ``python -m tests.backends.triton.fake_driver launches | numbers | capture | time | step`` prints
 JSON: every launch of each case; which types of numbers gave a wrong launch; what was refused while
@@ -39,7 +39,7 @@ real_launch = launch.launch
 
 
 class Case:
-    """The tensors of a map in channels_last, none of which is ever written to."""
+    """Tensors of a channels_last map; nothing ever writes to them."""
 
     def __init__(self, samples, channels, size, residual=False, dtype=torch.bfloat16, offset=0):
         count = samples * channels * size * size
@@ -53,24 +53,24 @@ class Case:
         group_norm_act.group_norm_act_forward(self.x, self.residual, 32, *self.affine, 1e-5, "relu")
 
     def recompute(self):
-        of = 32, *self.affine, *self.statistics, "relu"
-        group_norm_act.group_norm_act_recompute(self.x, *of)
+        args = 32, *self.affine, *self.statistics, "relu"
+        group_norm_act.group_norm_act_recompute(self.x, *args)
 
     def backward(self):
-        of = 32, *self.affine, *self.statistics, "relu", True, True
-        group_norm_act.group_norm_act_backward(self.x, self.residual, self.x, *of)
+        args = 32, *self.affine, *self.statistics, "relu", True, True
+        group_norm_act.group_norm_act_backward(self.x, self.residual, self.x, *args)
 
 
 class AddCase(Case):
-    """Of group_norm_add_relu."""
+    """Tensors and calls of group_norm_add_relu."""
 
     def forward(self):
-        of = 32, *self.affine, 1e-5
-        group_norm_add_relu.group_norm_add_relu_forward(self.x, self.x, *of)
+        args = 32, *self.affine, 1e-5
+        group_norm_add_relu.group_norm_add_relu_forward(self.x, self.x, *args)
 
     def backward(self):
-        of = 32, *self.affine, *self.statistics, True, True, True
-        group_norm_add_relu.group_norm_add_relu_backward(self.x, self.x, self.x, *of)
+        args = 32, *self.affine, *self.statistics, True, True, True
+        group_norm_add_relu.group_norm_add_relu_backward(self.x, self.x, self.x, *args)
 
 
 class Weights:
@@ -102,7 +102,7 @@ CASES = {
 
 
 def expected(pointers, numbers):
-    """The lower 4 bytes of each parameter."""
+    """Return the lower 4 bytes of each parameter."""
     numbers = [
         struct.unpack("I", struct.pack("f" if isinstance(n, float) else "i", n))[0] for n in numbers
     ]
@@ -110,7 +110,7 @@ def expected(pointers, numbers):
 
 
 def checked_launch(kernel, programs, pointers, numbers, constants, warps):
-    """The real one; that the driver got what was meant."""
+    """Launch, and check that the driver got the intended parameters."""
     # Of a tuple, the addresses of many layers, the driver keeps too few to compare them.
     meant = expected(pointers, [] if tuple in map(type, numbers) else numbers)
     ctypes.c_long.in_dll(cuda, "fake_parameters").value = len(meant)
@@ -124,7 +124,7 @@ def checked_launch(kernel, programs, pointers, numbers, constants, warps):
 
 
 def launches():
-    """Twice each, so that the first is Triton's and the second ours: (name, module) of each."""
+    """Run each call twice, first by Triton's launch, then by ours; return names and modules."""
     for module in (group_norm_act, weight_standardize):
         module.launch = checked_launch
     done = []
@@ -148,7 +148,7 @@ def launches():
 
 
 def numbers():
-    """Of each type first, then of the others: the driver gets what was meant."""
+    """Launch with numbers of each type first, then of the others; return what went wrong."""
     for module in (group_norm_act, weight_standardize):
         module.launch = checked_launch
     given = {"int": (0, 1), "float": (1e-5, 0.5), "numpy": (np.float32(1e-4), np.float64(2.0))}
@@ -173,7 +173,7 @@ def numbers():
 
 
 def capture():
-    """Of warmed-up calls none is refused, wherever their tensors begin; of others all are."""
+    """Return the refused calls: none that is warmed up, at any address, and all others."""
     refused = []
     for warm in (True, False):
         for offset in (0, 1, 2):
@@ -189,7 +189,7 @@ def capture():
 
 
 def per_call(function, seconds=0.5):
-    """Microseconds, the least of five."""
+    """Return the microseconds of a call, the least of five."""
     for _ in range(20):
         function()
     best = float("inf")
@@ -217,7 +217,7 @@ def times():
 
 
 def norms(image):
-    """(channels, size, residual) of every GroupNorm of R50x1, in order."""
+    """Return (channels, size, residual) for every GroupNorm of R50x1, in order."""
     found, size = [], image // 4
     for stage, blocks in enumerate((3, 4, 6, 3)):
         middle = 64 << stage
@@ -231,7 +231,7 @@ def norms(image):
 
 
 def step():
-    """A training step's operators: forward, recomputed in backward, and backward."""
+    """Call a training step's operators: forward, recomputation in backward, and backward."""
     done = []
     for image, batch in ((224, 32), (224, 128), (448, 32)):
         cases = [Case(batch, *norm) for norm in norms(image)]

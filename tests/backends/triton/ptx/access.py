@@ -12,7 +12,7 @@ from tests.backends.triton.ptx.parser import SIZES, members, width
 
 
 class Copy(NamedTuple):
-    """An asynchronous copy under way: of lanes with these threads."""
+    """An asynchronous copy in flight, for lanes with these threads."""
 
     threads: np.ndarray
     to: np.ndarray  # of shared memory
@@ -22,11 +22,11 @@ class Copy(NamedTuple):
 
 
 class Apart(Fault):
-    """Some threads of those that must do it together."""
+    """Some of the threads that must do something together did not."""
 
 
 def check_together(mask, size, what):
-    """That all of ``size`` threads do it, or none."""
+    """Raise Apart unless all of ``size`` threads do it, or none."""
     if mask is None:
         return
     parts = mask.reshape(-1, size)
@@ -38,14 +38,14 @@ def check_together(mask, size, what):
 
 
 def _address(operand, kind):
-    """A function of the group: addresses, as int64, of all lanes."""
+    """Return a function from a group to the addresses of all lanes, as int64."""
     found = re.fullmatch(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\d+))?\s*\]", operand)
     base, offset = source(found[1], kind), np.int64(found[2] or 0)
     return lambda group: group.whole(base(group).astype(np.int64) + offset)
 
 
 def _shape(opcode, *, stores):
-    """Space, how many registers, bytes of each."""
+    """Parse the space, the number of registers and the bytes of each."""
     name = "st" if stores else "ld"
     found = re.fullmatch(rf"{name}\.(\w+)(?:::cta)?(?:\.v([24]))?\.([busf]\d+)", opcode)
     if not found:
@@ -91,7 +91,7 @@ def _fetch(group, space, lanes, addresses, size, count):
 
 
 def _locate(group, space, addresses, size, threads, reading):
-    """The memory of a space and where addresses are in it; what is global is counted."""
+    """Return the memory of a space and the places of addresses in it; count global accesses."""
     if space == "shared":
         return group.launch.shared, group.launch.shared.locate(addresses, size, threads)
     memory = group.launch.memory
@@ -101,7 +101,7 @@ def _locate(group, space, addresses, size, threads, reading):
 
 
 class _lanes:
-    """Faults in a selection of lanes become faults of the lanes."""
+    """Context manager that maps a fault in a selection of lanes to the lane itself."""
 
     def __init__(self, lanes):
         self.lanes = lanes
@@ -123,7 +123,7 @@ def _store(instruction, kernel):
 
     def store(group, mask):
         lanes = group.lanes(mask)
-        values = np.stack([group.whole(of(group))[lanes] for of in sources], 1)
+        values = np.stack([group.whole(read(group))[lanes] for read in sources], 1)
         threads, addresses = group.threads[lanes], address(group)[lanes]
         with _lanes(lanes):
             memory, at = _locate(group, space, addresses, size * count, threads, reading=False)
@@ -183,7 +183,7 @@ def _commit(group, mask):
 
 
 def _finish(group, copy):
-    """As late as may be."""
+    """Perform a copy, as late as its wait allows."""
     values = np.zeros((len(copy.to), copy.nbytes // 4), np.uint32)
     memory = group.launch.memory
     values[copy.reads] = memory.peek(copy.source[copy.reads], 4, copy.nbytes // 4)
@@ -208,7 +208,7 @@ def _shuffle(instruction, kernel):
 
 
 def _matrix(opcode):
-    """How many 8x8 matrices of 16 bits, and whether transposed."""
+    """Parse the number of 8x8 matrices of 16 bits, and whether they are transposed."""
     found = re.fullmatch(r"(?:ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16",
                          opcode)  # fmt: skip
     if not found:
@@ -222,7 +222,7 @@ _ROW, _COLUMN = np.arange(WARP) // 4, 2 * (np.arange(WARP) % 4)
 
 
 def _rows(group, address, count):
-    """Lanes and addresses of the rows of all warps."""
+    """Return lanes, threads and addresses of the rows of all warps."""
     lanes = (np.arange(0, len(group.tid), WARP)[:, None] + np.arange(8 * count)).reshape(-1)
     threads = group.threads[lanes]
     with _lanes(lanes):
@@ -257,8 +257,8 @@ def _store_matrix(instruction, kernel):
         check_together(mask, len(group.tid), "stmatrix")
         lanes, threads, at = _rows(group, address, count)
         matrices = np.empty((len(group.tid) // WARP, count, 8, 8), np.uint16)
-        for i, of in enumerate(sources):
-            pair = np.ascontiguousarray(group.whole(of(group))).view(np.uint16)
+        for i, read in enumerate(sources):
+            pair = np.ascontiguousarray(group.whole(read(group))).view(np.uint16)
             pair = pair.reshape(-1, WARP, 2)
             for j in (0, 1):
                 matrices[:, i, _ROW, _COLUMN + j] = pair[:, :, j]

@@ -1,4 +1,4 @@
-"""What instructions compute: for each opcode the types of its sources, and a function of them.
+"""The arithmetic of PTX: for each opcode the types of its sources, and a function of them.
 
 Values are bits, in unsigned NumPy arrays; ``decode`` and ``encode`` give them a type. Where PTX
 promises an approximation the result is drawn at random inside the documented error, a function of
@@ -39,7 +39,7 @@ class Arithmetic(NamedTuple):
 
 
 def decode(bits: np.ndarray, kind: str) -> np.ndarray:
-    """bf16 and f16 become float64, in which their sums and products are exact."""
+    """Decode bits; bf16 and f16 become float64, where their sums and products are exact."""
     if kind == "bf16":
         return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if kind == "f16":
@@ -48,7 +48,7 @@ def decode(bits: np.ndarray, kind: str) -> np.ndarray:
 
 
 def encode(values: np.ndarray, kind: str) -> np.ndarray:
-    """Rounded to nearest even, once."""
+    """Encode values, rounded once, to nearest even."""
     if kind == "bf16":
         return _round_to_bf16(values)
     if kind == "pred":
@@ -69,7 +69,7 @@ def _round_to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def _typed(function, *kinds):
-    """A function of bits: ``kinds`` of the sources and, last, of the result."""
+    """Wrap a function for bits; ``kinds`` are the types of the sources and, last, the result."""
     *sources, result = kinds
 
     def run(*bits):
@@ -80,7 +80,7 @@ def _typed(function, *kinds):
 
 
 def _packed(function, kind, arity):
-    """Of two numbers in each register; a comparison has two results."""
+    """Wrap a function for two numbers in each register; a comparison has two results."""
     part = UNSIGNED[SIZES[kind]]
 
     def run(*bits):
@@ -95,12 +95,12 @@ def _packed(function, kind, arity):
 
 
 def _fma(a, b, c):
-    """One rounding, but for the few sums that are a tie in 53 bits."""
+    """Multiply and add with one rounding, except for the few sums that are a tie in 53 bits."""
     return (a.astype(np.float64) * b + c).astype(a.dtype)
 
 
 def _quotient(a, b):
-    """Toward zero. Divided by zero it is unspecified: -1 here, as in hardware."""
+    """Divide toward zero. PTX leaves division by zero open: -1 here, as in hardware."""
     a, b = a.astype(np.int64), b.astype(np.int64)
     magnitude = np.abs(a) // np.maximum(np.abs(b), 1)
     return np.where(b == 0, -1, np.where((a < 0) != (b < 0), -magnitude, magnitude))
@@ -123,7 +123,7 @@ def _shift_right(a, n):
 
 
 def _extract(a, first, length):
-    """Bits of a field, whose sign a signed type extends."""
+    """Extract the bits of a field; a signed type extends their sign."""
     spare = np.int64(64) - length
     field = (a.astype(np.int64) >> first) << spare
     if a.dtype.kind == "u":
@@ -133,7 +133,7 @@ def _extract(a, first, length):
 
 
 def _permute(a, b, selectors):
-    """Bytes of a and b; the highest bit of a selector replicates a sign."""
+    """Select bytes of a and b; the highest bit of a selector replicates the sign."""
     a, b, selectors = np.broadcast_arrays(a, b, selectors)
     both = np.ascontiguousarray(np.stack([a, b], 1)).view(np.uint8)
     out = np.empty((len(a), 4), np.uint8)
@@ -145,7 +145,7 @@ def _permute(a, b, selectors):
 
 
 def _approximate(exact: np.ndarray, error: float, *arguments: np.ndarray) -> np.ndarray:
-    """float32 within a relative error of ``exact``; 0, 1 and what is not finite stay."""
+    """Return float32 within a relative error of ``exact``; 0, 1 and nonfinite values stay."""
     hashed = np.full(exact.shape, 0x9E3779B97F4A7C15 + SEED, np.uint64)
     for argument in arguments:
         hashed = (hashed ^ argument.view(np.uint32)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -161,7 +161,7 @@ _EXACT = {
 
 
 def _flush(x):
-    """Subnormal numbers to zero."""
+    """Flush subnormal numbers to zero."""
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
 
 

@@ -1,4 +1,4 @@
-"""Bytes that kernels read and write, as the machine counts them, against those of the cost model.
+"""Compare the bytes that kernels read and write on the machine with the cost model's.
 
 ``test_kernels.py`` runs this, in a process where kernels are executed.
 """

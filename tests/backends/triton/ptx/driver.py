@@ -28,7 +28,7 @@ _in_tables: list = []  # of the next launch for many layers
 
 
 def _stop_at_ptx(*arguments):
-    """Triton's hook on the stages of a compilation; without arguments it is asked for its name."""
+    """Hook for Triton's stages of a compilation; without arguments, return its name."""
     if not arguments:
         return "ptx", "ptx"
     _, stages, *_ = arguments
@@ -41,7 +41,7 @@ def _program(image):
 
 
 def _extent(tensor):
-    """Address and bytes, from the first element to the last."""
+    """Return the address and the number of bytes from the first element to the last."""
     if tensor.numel() == 0:
         return tensor.data_ptr(), 0
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -83,7 +83,7 @@ def _told_pointers(real):
 
 
 def install(capability):
-    """For the rest of the process, for CPU tensors; before launchers are imported."""
+    """Install for the rest of the process, for CPU tensors; call before importing launchers."""
     triton.knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
     driver = CudaDriver()
     driver.get_current_device = driver.get_current_stream = lambda *_: 0

@@ -20,7 +20,7 @@ from tests.backends.triton.ptx.parser import SIZES, Instruction, Kernel, members
 
 
 class LaunchFault(AssertionError):
-    """What a launch did wrong: kernel, program, thread, instruction, line of the source."""
+    """A fault of a launch, with kernel, program, thread, instruction and source line."""
 
 
 class Group:
@@ -44,7 +44,7 @@ class Group:
         self.threads = self.ctaid.astype(np.int64) * threads + self.tid
 
     def part(self, keep: np.ndarray, at: int) -> "Group":
-        """Some of the programs, to go on at an instruction."""
+        """Split off some of the programs, to continue at an instruction."""
         new = Group(self.launch, self.programs[keep])
         lanes = np.repeat(keep, self.launch.kernel.threads)
         new.registers = {
@@ -70,7 +70,7 @@ class Group:
         self.registers[register] = value
 
     def meet(self) -> None:
-        """Let those run that are furthest behind."""
+        """Run the threads that are furthest behind."""
         if self.at in self.waiting:
             self.active = self.active | self.waiting.pop(self.at)
             self.blocked.discard(self.at)
@@ -84,7 +84,7 @@ class Group:
         return self.waiting.keys() - self.blocked
 
     def resume(self) -> None:
-        """Take up others, such as wait for nobody if there are any."""
+        """Resume other threads, first those that wait for nobody."""
         self.at = min(self.ready() or self.waiting)
         self.active = self.waiting.pop(self.at)
         self.blocked.discard(self.at)
@@ -92,15 +92,15 @@ class Group:
 
 def _part(copy: access.Copy, threads: np.ndarray) -> access.Copy:
     keep = np.isin(copy.threads, threads)
-    of = (copy.threads[keep], copy.to[keep], copy.source[keep], copy.nbytes, copy.reads[keep])
-    return access.Copy(*of)
+    fields = (copy.threads[keep], copy.to[keep], copy.source[keep], copy.nbytes, copy.reads[keep])
+    return access.Copy(*fields)
 
 
 Step = Callable[[Group, np.ndarray | None], "list[Group] | None"]
 
 
 def decode(instruction: Instruction, kernel: Kernel) -> Step:
-    """What an instruction does; raises UnknownOpcode."""
+    """Return the step of an instruction; raises UnknownOpcode."""
     name = instruction.opcode.partition(".")[0]
     if name in SPECIAL:
         return SPECIAL[name](instruction, kernel)
@@ -110,10 +110,10 @@ def decode(instruction: Instruction, kernel: Kernel) -> Step:
     sources = [source(operand, kind, relaxed=name == "cvt") for operand, kind in pairs]
 
     def compute(group, mask):
-        group.write(to, function(*[of(group) for of in sources]), mask)
+        group.write(to, function(*[read(group) for read in sources]), mask)
 
     def compute_two(group, mask):
-        values = function(*[of(group) for of in sources])
+        values = function(*[read(group) for read in sources])
         for register, value in zip(to.split("|"), values, strict=True):
             group.write(register, value, mask)
 
@@ -125,25 +125,25 @@ def _move(instruction, kernel):
     to, value = instruction.operands
     if to.startswith("{"):
         parts = members(to)
-        of, part = source(value, kind), UNSIGNED[SIZES[kind] // len(parts)]
+        read, part = source(value, kind), UNSIGNED[SIZES[kind] // len(parts)]
 
         def unpack(group, mask):
-            pieces = np.ascontiguousarray(of(group)).view(part).reshape(-1, len(parts))
+            pieces = np.ascontiguousarray(read(group)).view(part).reshape(-1, len(parts))
             for register, piece in zip(parts, pieces.T, strict=True):
                 group.write(register, np.ascontiguousarray(piece), mask)
 
         return unpack
     if value.startswith("{"):
         parts = members(value)
-        of = [source(p, f"b{8 * SIZES[kind] // len(parts)}") for p in parts]
+        reads = [source(p, f"b{8 * SIZES[kind] // len(parts)}") for p in parts]
 
         def pack(group, mask):
-            pieces = np.stack(np.broadcast_arrays(*(f(group) for f in of)), 1)
+            pieces = np.stack(np.broadcast_arrays(*(f(group) for f in reads)), 1)
             group.write(to, np.ascontiguousarray(pieces).view(UNSIGNED[SIZES[kind]])[:, 0], mask)
 
         return pack
-    of = source(value, kind)
-    return lambda group, mask: group.write(to, of(group), mask)
+    read = source(value, kind)
+    return lambda group, mask: group.write(to, read(group), mask)
 
 
 def _branch(instruction, kernel):
@@ -201,7 +201,7 @@ def _return(instruction, kernel):
 
 
 def _barrier(instruction, kernel):
-    """Threads wait for those of their program, or of their warp."""
+    """Make threads wait for those of their program, or of their warp."""
     expect(instruction.opcode in ("bar.sync", "bar.warp.sync"), instruction)
     of_warp = instruction.opcode == "bar.warp.sync"
     expect(instruction.operands == (("-1",) if of_warp else ("0",)), instruction)
@@ -246,7 +246,7 @@ class Launch:
         self.memory.write_back()
 
     def _run(self, group: Group) -> list[Group]:
-        """Until they leave, or part."""
+        """Run programs until they leave, or diverge into several groups."""
         steps, code = self.program.steps, self.kernel.code
         while True:
             if group.waiting:

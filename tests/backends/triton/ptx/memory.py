@@ -1,4 +1,4 @@
-"""Global and shared memory, and what was last done to each part of it, by whom and when.
+"""Global and shared memory, with the last access to each part: by which thread and when.
 
 Two threads that touch the same place, one of them to write, must have a barrier between: one of
 their program, or of their warp if they share it. Nothing orders threads of different programs.
@@ -21,7 +21,7 @@ FILL = 0xFF  # of memory that nobody wrote: NaN
 
 
 class Fault(Exception):
-    """What no kernel may do, and the index of the lane that did it."""
+    """An access that no kernel may make, and the index of the lane that made it."""
 
     def __init__(self, lane, what):
         super().__init__(what)
@@ -29,7 +29,7 @@ class Fault(Exception):
 
 
 class Clock(NamedTuple):
-    """Counts barriers."""
+    """Time, counted in barriers."""
 
     now: int = 1
     program: int = 1  # at its last barrier
@@ -37,7 +37,7 @@ class Clock(NamedTuple):
 
 
 def _where(kind, number, threads):
-    """Warp and program of a mark; -1 for several."""
+    """Return the warp and the program of a mark; -1 for several."""
     warps = threads // WARP
     warp = np.where(kind == ONE, number // WARP, np.where(kind == OF_A_WARP, number, -1))
     program = np.where(kind == OF_A_PROGRAM, number, np.where(kind == OF_ALL, -1, warp // warps))
@@ -56,7 +56,7 @@ class Space:
         return at[:, None] // GRAIN + np.arange(size // GRAIN)
 
     def _ordered(self, marks, threads, clock):
-        """Whether what the marks say comes before what ``threads`` do now."""
+        """Return True where the marked accesses come before what ``threads`` do now."""
         time, kind, number = marks >> _TIME, (marks >> _KIND) & 3, marks & _LOWER
         warp, program = _where(kind, number, self.threads)
         itself = (kind == ONE) & (number == threads)
@@ -76,7 +76,7 @@ class Space:
             raise Fault(lane, f"race: {who} {what} the same place, with no barrier between")
 
     def load(self, at, size, count, threads, clock):
-        """[lanes, count] of ``size`` bytes."""
+        """Load [lanes, count] values of ``size`` bytes."""
         cells, threads = self._cells(at, size * count), threads[:, None]
         if self.copying.any() and self.copying[cells].any():
             lane = np.flatnonzero(self.copying[cells].any(1))[0]
@@ -110,7 +110,7 @@ class Space:
                 np.maximum.at(self.readers, cells[lane, column], marked)
 
     def store(self, at, values, size, threads, clock, copying=False):
-        """values: [lanes, count] of ``size`` bytes."""
+        """Store [lanes, count] values of ``size`` bytes."""
         count = values.shape[1]
         cells, threads = self._cells(at, size * count), threads[:, None]
         self._check(self.writers[cells], threads, clock, "wrote")
@@ -136,14 +136,14 @@ class Space:
 
 
 class Shared(Space):
-    """That of all programs."""
+    """Shared memory of all programs."""
 
     def __init__(self, size: int, programs: int, threads: int):
         self.size, self.stride = size, -(-size // 16) * 16
         super().__init__(self.stride * programs, threads)
 
     def locate(self, addresses, nbytes, threads):
-        """Indices, and whether they are a program's own and aligned."""
+        """Return indices; raises Fault unless they are aligned and the program's own."""
         _check_alignment(addresses, nbytes, "shared")
         outside = (addresses < 0) | (addresses + nbytes > self.size)
         if outside.any():
@@ -179,7 +179,7 @@ class Global(Space):
             self.bytes[place : place + int(end - start)] = _view(start, end)
 
     def locate(self, addresses, nbytes, threads):
-        """Indices, and the tensors that they are in."""
+        """Return indices, and the tensors that they are in."""
         _check_alignment(addresses, nbytes, "global")
         tensor = np.searchsorted(self.starts, addresses, "right") - 1
         outside = (tensor < 0) | (addresses + nbytes > self.ends[tensor])
@@ -202,7 +202,7 @@ class Global(Space):
 
 
 def _merged(tensors):
-    """Starts and ends of what they cover."""
+    """Merge tensors that overlap into ranges; return their starts and ends."""
     starts, ends = [], []
     for start, nbytes in sorted((start, nbytes) for start, nbytes in tensors if nbytes):
         if starts and start < ends[-1]:

@@ -1,4 +1,4 @@
-"""Operands of instructions that are read."""
+"""Operands that instructions read."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def expect(known, instruction):
 
 
 def source(operand: str, kind: str, relaxed: bool = False) -> Callable:
-    """A function of the group: an operand's bits; ``relaxed``, the lower ones of a register."""
+    """Return a function from a group to an operand's bits; ``relaxed`` takes the lower ones."""
     size = SIZES[kind]
     dtype = np.bool_ if kind == "pred" else UNSIGNED[size]
     if operand in ("%tid.x", "%ctaid.x"):

@@ -36,22 +36,22 @@ class Kernel(NamedTuple):
 
 
 def width(register: str, kernel: Kernel) -> int:
-    """Bytes."""
+    """Return the bytes of a register."""
     return kernel.widths[register.rstrip("0123456789")]
 
 
 def split_operands(text: str) -> tuple[str, ...]:
-    """At the commas that are not within brackets."""
+    """Split at the commas that are not within brackets."""
     return tuple(part.strip() for part in re.split(r",(?![^{\[]*[}\]])", text) if part.strip())
 
 
 def members(operand: str) -> list[str]:
-    """``{a, b}`` or ``a``"""
+    """List the members of ``{a, b}``, or of ``a`` alone."""
     return [part.strip() for part in operand.strip("{} ").split(",")]
 
 
 def parse(text: str) -> Kernel:
-    """The only kernel of a module."""
+    """Parse the only kernel of a module."""
     (entry,) = re.finditer(r"\.entry\s+(\w+)\s*\(([^)]*)\)([^{]*)\{(.*?)^\}", text, re.S | re.M)
     name, parameters, directives, body = entry.groups()
     threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", directives)

@@ -17,5 +17,5 @@ def pytest_report_header():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """By kernel: launches, instructions, bytes read and written."""
+    """Print launches, instructions, bytes read and written for each kernel."""
     terminalreporter.write_line(f"{EXECUTED}{json.dumps(driver.executed)}")

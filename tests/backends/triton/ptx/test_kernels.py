@@ -31,7 +31,7 @@ SELECTION = (
 
 
 def execute(files, tests, target, triton):
-    """What the kernels did, by name."""
+    """Run tests on the machine; return what the kernels did, by name."""
     if triton == "3.6.0" and not tritons.OTHER.exists():
         pytest.skip("no build/triton-3.6.0, which make test installs")
     folder = str(fake_driver.build())

@@ -1,4 +1,4 @@
-"""The machine itself, on small programs: what they compute, and that wrong ones are named."""
+"""Small programs on the machine itself: their results, and the faults of wrong ones."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ MODULE = """
 
 
 def run(body, programs=2):
-    """x is 0, 1, …; returns y, and what was launched."""
+    """Run a body with x = 0, 1, …; return y and the launch."""
     x = np.arange(programs * THREADS, dtype=np.int32)
     y = np.full_like(x, -1)
     tensors = [(t.ctypes.data, t.nbytes) for t in (x, y)]
@@ -145,7 +145,7 @@ def test_what_is_wrong_is_named(fault):
 
 
 def test_threads_that_part_meet_again():
-    """Also where the code that some go through lies after that of all."""
+    """Covers code of some threads that lies after the code of all."""
     body = (
         EVEN
         + """
@@ -164,7 +164,7 @@ def test_threads_that_part_meet_again():
 
 
 def test_programs_that_part():
-    """A loop of as many turns as the program's number."""
+    """Each program runs a loop of as many turns as its number."""
     body = """
         mov.b32 %r4, 0;
         mov.u32 %r5, %ctaid.x;

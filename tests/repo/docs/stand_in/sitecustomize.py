@@ -1,4 +1,4 @@
-"""What stands in for hours of training and a network, wherever a page's code runs Python.
+"""Stand-ins for hours of training and for a network, wherever a page's code runs Python.
 
 - R50x1 and R101x1 have a block or two in each stage, and half the width; also in timm, for what
   ``bitkern export`` writes. A model that timm itself makes is whole.
@@ -18,18 +18,18 @@ from bitkern.models import registry, resnetv2
 SMALL = {"R50x1": ((1, 1, 1, 1), 0.5), "R101x1": ((1, 1, 2, 1), 0.5)}
 
 
-def train(model, train_set, rule, *, of=transfer.train, **options):
+def train(model, train_set, rule, *, original=transfer.train, **options):
     values = {"steps": 2, "warmup_steps": 1, "decay_steps": (), "batch_size": 4, "crop": 32}
     if rule.resize is not None:
         values["resize"] = 40
-    return of(model, train_set, dataclasses.replace(rule, **values), **options)
+    return original(model, train_set, dataclasses.replace(rule, **values), **options)
 
 
-def pretraining(preset, num_examples, *, of=transfer.pretraining, **values):
-    return of(preset, 1_281_167, **values)
+def pretraining(preset, num_examples, *, original=transfer.pretraining, **values):
+    return original(preset, 1_281_167, **values)
 
 
-def logits(run, out, images, *, of=bitkern.export.timm.logits):
+def logits(run, out, images, *, original=bitkern.export.timm.logits):
     import timm.models.resnetv2 as peer
 
     def small(name, *, create=peer._create_resnetv2_bit, **values):
@@ -37,7 +37,7 @@ def logits(run, out, images, *, of=bitkern.export.timm.logits):
         return create(name, **values | {"layers": depths, "width_factor": width})
 
     peer._create_resnetv2_bit = small
-    return of(run, out, images)
+    return original(run, out, images)
 
 
 for name, architecture in SMALL.items():
