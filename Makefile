@@ -30,8 +30,8 @@ lint: .venv/installed
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
-# The operator tests on an extension built with address and undefined-behaviour sanitizers, the CUDA
-# kernels with the same on the CPU, then the CPU kernels alone under the thread sanitizer.
+# The operator tests on an extension built with address and undefined-behaviour sanitizers, then the
+# CPU kernels alone under the thread sanitizer.
 SANITIZED := build/sanitize/lib
 SANITIZERS := address,undefined
 UNDER_SANITIZERS = ASAN_OPTIONS=detect_leaks=0 \
@@ -44,7 +44,6 @@ sanitize: .venv/installed
 	rm -rf $(SANITIZED)/tests && cp -r tests $(SANITIZED)
 	cd $(SANITIZED) && $(UNDER_SANITIZERS) tests/ops tests/backends/test_cpu.py \
 	  -k "cpu and not compile"
-	BITKERN_SANITIZE=$(SANITIZERS) $(UNDER_SANITIZERS) tests/backends/cuda_on_cpu
 	for kernel in group_norm_act weight_standardize; do \
 	  $(RACES) -fopenmp -DBITKERN_ISA=baseline -c csrc/cpu/$$kernel.cpp -o build/$$kernel.o || exit; \
 	done

@@ -155,6 +155,12 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
+}  // namespace
+
+#ifndef __CUDACC_RTC__  // NVRTC, which compiles kernels alone
+
+namespace {
+
 template <class W, class O, int CAPACITY>
 void launch_table(bool forward, const WeightStandardizeProblem& problem,
                   const WeightStandardizeLayer* layers, int64_t count, cudaStream_t stream) {
@@ -170,7 +176,7 @@ void launch_table(bool forward, const WeightStandardizeProblem& problem,
   if (filters == 0) return;
   const auto kernel = forward ? weight_standardize_forward<W, O, CAPACITY>
                               : weight_standardize_backward<W, O, CAPACITY>;
-  // Not <<<...>>>, which C++ cannot parse: tests/backends/cuda_on_cpu compiles this file for the CPU.
+  // Not <<<...>>>, which C++ cannot parse: tests/backends/cuda has this part compiled by g++.
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(filters));
   config.blockDim = dim3(THREADS);
@@ -221,5 +227,7 @@ void weight_standardize_backward(const WeightStandardizeProblem& problem,
                                  const WeightStandardizeLayers& layers, void* stream) {
   launch_any(false, problem, layers, stream);
 }
+
+#endif
 
 }  // namespace bitkern::cuda

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tests.backends.triton.ptx.arithmetic import UNSIGNED, UnknownOpcode
-from tests.backends.triton.ptx.memory import FILL, WARP, Fault
+from tests.backends.triton.ptx.memory import FILL, WARP, Fault, check_inside
 from tests.backends.triton.ptx.operands import expect, source
 from tests.backends.triton.ptx.parser import SIZES, members, width
 
@@ -37,40 +37,49 @@ def check_together(mask, size, what):
         raise Apart(lane, f"divergent {what}: {parts[part].sum()} of {size} threads")
 
 
-def _address(operand, kind):
+def _address(operand, kernel):
     """Return a function from a group to the addresses of all lanes, as int64."""
+    uniform = _uniform_address(operand, kernel)
+    return lambda group: group.whole(uniform(group))
+
+
+def _uniform_address(operand, kernel):
+    """Return a function to the addresses, or to one where it is the same for all lanes."""
     found = re.fullmatch(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\d+))?\s*\]", operand)
-    base, offset = source(found[1], kind), np.int64(found[2] or 0)
-    return lambda group: group.whole(base(group).astype(np.int64) + offset)
+    size = width(found[1], kernel) if found[1].startswith("%") else 8
+    base, offset = source(found[1], f"u{8 * size}"), np.int64(found[2] or 0)
+    return lambda group: base(group).astype(np.int64) + offset
 
 
 def _shape(opcode, *, stores):
-    """Parse the space, the number of registers and the bytes of each."""
+    """Parse the space, the number of registers and the type of each."""
     name = "st" if stores else "ld"
     found = re.fullmatch(rf"{name}\.(\w+)(?:::cta)?(?:\.v([24]))?\.([busf]\d+)", opcode)
     if not found:
         raise UnknownOpcode(opcode)
-    return found[1], int(found[2] or 1), SIZES[found[3]]
+    return found[1], int(found[2] or 1), found[3]
 
 
 def _load(instruction, kernel):
-    space, count, size = _shape(instruction.opcode, stores=False)
-    registers = members(instruction.operands[0])
+    space, count, kind = _shape(instruction.opcode, stores=False)
+    size, registers = SIZES[kind], members(instruction.operands[0])
+    expect(space in ("global", "shared", "param") and len(registers) == count, instruction)
     # A wider register is filled up with zeros, or with the sign.
     dtypes = [UNSIGNED[width(register, kernel)] for register in registers]
-    part = np.dtype(f"{'i' if instruction.opcode[-3] == 's' else 'u'}{size}")
+    part = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{size}")
     if space == "param":
-        name = instruction.operands[1].strip("[] ")
-        expect(name in dict(kernel.parameters) and count == 1, instruction)
-        expect(dict(kernel.parameters)[name] == size, instruction)
+        place = _uniform_address(instruction.operands[1], kernel)
 
         def parameter(group, mask):
-            value = np.full(1, group.launch.arguments[name], UNSIGNED[size])
-            group.write(registers[0], value.view(part).astype(dtypes[0]), mask)
+            at, arguments = place(group), group.launch.arguments
+            at = at if len(at) == 1 or mask is None else np.where(mask, at, 0)
+            check_inside(at, size * count, len(arguments), "the parameters")
+            for i, (register, dtype) in enumerate(zip(registers, dtypes, strict=True)):
+                value = arguments.view(part)[at // size + i]
+                group.write(register, value.astype(dtype), mask)
 
         return parameter
-    expect(space in ("global", "shared") and len(registers) == count, instruction)
-    address = _address(instruction.operands[1], "u64" if space == "global" else "u32")
+    address = _address(instruction.operands[1], kernel)
 
     def load(group, mask):
         lanes = group.lanes(mask)
@@ -115,11 +124,12 @@ class _lanes:
 
 
 def _store(instruction, kernel):
-    space, count, size = _shape(instruction.opcode, stores=True)
+    space, count, kind = _shape(instruction.opcode, stores=True)
     expect(space in ("global", "shared"), instruction)
+    size = SIZES[kind]
     sources = [source(r, f"b{8 * size}") for r in members(instruction.operands[1])]
     expect(len(sources) == count, instruction)
-    address = _address(instruction.operands[0], "u64" if space == "global" else "u32")
+    address = _address(instruction.operands[0], kernel)
 
     def store(group, mask):
         lanes = group.lanes(mask)
@@ -149,7 +159,7 @@ def _asynchronous(instruction, kernel):
 
         return wait
     expect(re.fullmatch(r"cp\.async\.c[ag]\.shared\.global", opcode), instruction)
-    to, origin = _address(operands[0], "u32"), _address(operands[1], "u64")
+    to, origin = _address(operands[0], kernel), _address(operands[1], kernel)
     nbytes = int(operands[2], 0)
     reads = source(operands[3] if len(operands) > 3 else operands[2], "u32")
 
@@ -192,13 +202,18 @@ def _finish(group, copy):
 
 def _shuffle(instruction, kernel):
     found = re.fullmatch(r"shfl\.sync\.(bfly|idx)\.b32", instruction.opcode)
-    expect(found and instruction.operands[3:] == ("31", "-1"), instruction)
+    expect(found, instruction)
     butterfly = found[1] == "bfly"
-    to, value, other = instruction.operands[:3]
-    value, other = source(value, "b32"), source(other, "u32")
+    to, *operands = instruction.operands
+    to, _, inside = to.partition("|")
+    value, other, last, takes_part = (source(operand, "b32") for operand in operands)
 
     def shuffle(group, mask):
         check_together(mask, WARP, "shuffle")
+        whole_warp = (last(group) == WARP - 1).all() and (takes_part(group) == 0xFFFFFFFF).all()
+        expect(whole_warp, instruction)
+        if inside:
+            group.write(inside, np.full(1, True), mask)
         values = group.whole(value(group)).reshape(-1, WARP)
         chosen = group.whole(other(group)).reshape(-1, WARP).astype(np.int64)
         lane = np.arange(WARP) ^ chosen if butterfly else chosen % WARP
@@ -231,7 +246,7 @@ def _rows(group, address, count):
 
 def _load_matrix(instruction, kernel):
     count, transposed = _matrix(instruction.opcode)
-    registers, address = members(instruction.operands[0]), _address(instruction.operands[1], "u32")
+    registers, address = members(instruction.operands[0]), _address(instruction.operands[1], kernel)
 
     def load(group, mask):
         check_together(mask, len(group.tid), "ldmatrix")
@@ -250,7 +265,7 @@ def _load_matrix(instruction, kernel):
 
 def _store_matrix(instruction, kernel):
     count, transposed = _matrix(instruction.opcode)
-    address = _address(instruction.operands[0], "u32")
+    address = _address(instruction.operands[0], kernel)
     sources = [source(r, "b32") for r in members(instruction.operands[1])]
 
     def store(group, mask):

@@ -254,6 +254,7 @@ _PATTERNS = [
      lambda op, t: _packed(_FLOAT[op][0], t, _FLOAT[op][1])),
     (r"(add|sub|mul\.lo|mad\.lo|neg|abs|max|min|div|rem)\.([su](?:16|32|64))",
      lambda op, t: _simple(_INTEGER, op, t)),
+    (r"cvta\.to\.global\.(u64)", lambda t: _typed(lambda address: address, t, t)),
     (r"(and|or|xor|not)\.(pred|b16|b32|b64)", lambda op, t: _simple(_LOGIC, op, t)),
     (r"mul\.wide\.([su])(16|32)", lambda k, n: _typed(
         lambda a, b: a.astype(DTYPES[f"{k}{2 * int(n)}"]) * b, k + n, k + n, f"{k}{2 * int(n)}")),

@@ -51,10 +51,8 @@ def _extent(tensor):
 def _execute(image, programs, threads, shared, parameters):
     program = _program(image)
     assert threads == program.kernel.threads
-    arguments = [
-        int.from_bytes(ctypes.string_at(parameters[i], size), "little")
-        for i, (_, size) in enumerate(program.kernel.parameters)
-    ]
+    sizes = [size for _, size in program.kernel.parameters]
+    arguments = [ctypes.string_at(parameters[i], size) for i, size in enumerate(sizes)]
     done = Launch(program, programs, shared, arguments, _tensors)
     memory = done.memory
     tensors = memory.ends - memory.starts, memory.bytes_read, memory.bytes_written

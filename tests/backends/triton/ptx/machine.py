@@ -16,7 +16,7 @@ from tests.backends.triton.ptx import access
 from tests.backends.triton.ptx.arithmetic import UNSIGNED, arithmetic
 from tests.backends.triton.ptx.memory import WARP, Clock, Fault, Global, Shared
 from tests.backends.triton.ptx.operands import UNWRITTEN, expect, source
-from tests.backends.triton.ptx.parser import SIZES, Instruction, Kernel, members
+from tests.backends.triton.ptx.parser import SIZES, Instruction, Kernel, members, padded
 
 
 class LaunchFault(AssertionError):
@@ -230,14 +230,16 @@ class Program(NamedTuple):
 
 
 class Launch:
-    """``programs`` of a kernel, with the tensors, (address, bytes), that they may touch."""
+    """``programs`` of a kernel, with the bytes of each argument and the tensors, (address, bytes),
+    that they may touch."""
 
     def __init__(self, program, programs, shared, arguments, tensors):
         self.program, self.kernel = program, program.kernel
-        names = (name for name, _ in self.kernel.parameters)
-        self.arguments = dict(zip(names, arguments, strict=True))
+        assert [len(a) for a in arguments] == [size for _, size in self.kernel.parameters]
+        arguments = b"".join(a.ljust(padded(len(a)), b"\xff") for a in arguments)
+        self.arguments = np.frombuffer(arguments, np.uint8)
         self.memory = Global(tensors, self.kernel.threads)
-        self.shared = Shared(shared, programs, self.kernel.threads)
+        self.shared = Shared(self.kernel.shared + shared, programs, self.kernel.threads)
         self.instructions = 0
         groups = [Group(self, np.arange(programs))]
         with np.errstate(all="ignore"):

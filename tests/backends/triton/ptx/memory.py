@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tests.backends.triton.ptx.arithmetic import UNSIGNED
+from tests.backends.triton.ptx.parser import padded
 
 GRAIN = 2  # bytes for which one mark is kept: the smallest elements
 WARP = 32
@@ -46,7 +47,7 @@ def _where(kind, number, threads):
 
 class Space:
     def __init__(self, size: int, threads: int):
-        self.bytes = np.full(-(-size // 16) * 16 + 16, FILL, np.uint8)
+        self.bytes = np.full(padded(size) + 16, FILL, np.uint8)
         self.threads = threads  # of a program
         self.writers = np.zeros(len(self.bytes) // GRAIN, np.int64)
         self.readers = np.zeros_like(self.writers)
@@ -139,18 +140,22 @@ class Shared(Space):
     """Shared memory of all programs."""
 
     def __init__(self, size: int, programs: int, threads: int):
-        self.size, self.stride = size, -(-size // 16) * 16
+        self.size, self.stride = size, padded(size)
         super().__init__(self.stride * programs, threads)
 
     def locate(self, addresses, nbytes, threads):
         """Return indices; raises Fault unless they are aligned and the program's own."""
-        _check_alignment(addresses, nbytes, "shared")
-        outside = (addresses < 0) | (addresses + nbytes > self.size)
-        if outside.any():
-            lane = np.flatnonzero(outside)[0]
-            at = int(addresses[lane])
-            raise Fault(lane, f"out of bounds: byte {at} of {self.size} of shared memory")
+        check_inside(addresses, nbytes, self.size, "shared memory")
         return threads // self.threads * self.stride + addresses
+
+
+def check_inside(addresses, nbytes, size, space):
+    """Raise Fault unless all accesses are within ``size`` bytes, and aligned."""
+    _check_alignment(addresses, nbytes, space)
+    outside = (addresses < 0) | (addresses + nbytes > size)
+    if outside.any():
+        lane = np.flatnonzero(outside)[0]
+        raise Fault(lane, f"out of bounds: byte {int(addresses[lane])} of {size} of {space}")
 
 
 def _check_alignment(addresses, nbytes, space):
@@ -158,7 +163,7 @@ def _check_alignment(addresses, nbytes, space):
     if odd.any():
         lane = np.flatnonzero(odd)[0]
         at = int(addresses[lane])
-        raise Fault(lane, f"misaligned: {nbytes} bytes at {at:#x} of {space} memory")
+        raise Fault(lane, f"misaligned: {nbytes} bytes at {at:#x} of {space}")
 
 
 class Global(Space):
@@ -180,7 +185,7 @@ class Global(Space):
 
     def locate(self, addresses, nbytes, threads):
         """Return indices, and the tensors that they are in."""
-        _check_alignment(addresses, nbytes, "global")
+        _check_alignment(addresses, nbytes, "global memory")
         tensor = np.searchsorted(self.starts, addresses, "right") - 1
         outside = (tensor < 0) | (addresses + nbytes > self.ends[tensor])
         if outside.any():

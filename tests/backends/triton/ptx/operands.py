@@ -36,9 +36,7 @@ def source(operand: str, kind: str, relaxed: bool = False) -> Callable:
             return value
 
         return register
-    if operand == "global_smem":
-        constant = 0
-    elif operand.startswith("0f"):
+    if operand.startswith("0f"):
         constant = int(operand[2:], 16)
     else:
         constant = int(operand.removesuffix("U"), 0)

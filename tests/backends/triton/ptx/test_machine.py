@@ -45,7 +45,8 @@ def run(body, programs=2):
     y = np.full_like(x, -1)
     tensors = [(t.ctypes.data, t.nbytes) for t in (x, y)]
     program = Program.of(parse(MODULE.format(threads=THREADS, body=body)))
-    return y, Launch(program, programs, 4 * THREADS, [start for start, _ in tensors], tensors)
+    arguments = [start.to_bytes(8, "little") for start, _ in tensors]
+    return y, Launch(program, programs, 4 * THREADS, arguments, tensors)
 
 
 COPY = "ld.global.b32 %r4, [ %rd1 + 0 ]; st.global.b32 [ %rd2 + 0 ], { %r4 };"
@@ -92,6 +93,8 @@ WRONG = {
                             "st.global.b32"),
     "shared out of bounds": ("st.shared.b32 [%r3+4], %r1;", "thread 63: out of bounds: byte 256 of"
                              " 256", "st.shared.b32"),
+    "parameter out of bounds": ("ld.param.b64 %rd1, [y+16];", "program 0, thread 0: out of bounds:"
+                                " byte 32 of 32 of the parameters", "ld.param.b64 %rd1, [y+16]"),
     "misaligned": ("ld.global.v2.b32 {%r4, %r5}, [%rd1+4];", "thread 0: misaligned: 8 bytes",
                    "ld.global.v2.b32"),
     "shared misaligned": ("st.shared.b32 [%r3+2], %r1;", "thread 0: misaligned", "st.shared.b32"),
