@@ -17,7 +17,7 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
     actions = parser.add_subparsers(required=True, metavar="list|clear", dest="action")
     listing = actions.add_parser("list", help="the entries, the most recently used first")
     listing.add_argument("--json", action="store_true", help="print JSON")
-    help = "delete entries: those named, or all and the indexes of shards"
+    help = "delete the named entries, or all and the indexes of shards"
     clearing = actions.add_parser("clear", help=help)
     clearing.add_argument("key", nargs="*", help="key of an entry, as in the list")
 
@@ -40,7 +40,9 @@ def run(args: argparse.Namespace) -> None:
         for path in index_folder().glob("*.npz"):
             path.unlink(missing_ok=True)
     for entry in kept:
-        raise ValueError(f"{entry.folder}: a process is filling it, or it may not be deleted")
+        raise ValueError(
+            f"{entry.folder}: cannot be deleted: another process is filling it, or it is read-only"
+        )
 
 
 def _row(entry: CacheEntry) -> dict[str, Any]:

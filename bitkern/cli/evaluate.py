@@ -27,10 +27,10 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
     parser = commands.add_parser("evaluate", help=help, description=f"{help}.", epilog=EXAMPLES)
     parser.add_argument("run", help="the folder of a run, or its model.safetensors")
     options.add_data(parser, "DIR/test/CLASS/*.jpg, or columns image, and label or labels")
-    help = "images computed at a time (default: 64)"
+    help = "images per batch (default: 64)"
     parser.group("speed and memory")("--batch-size", type=options.positive, default=64, help=help)
     options.add_device_options(parser)
-    options.add_cache(parser, "resized images on disk (default: auto, those that are there)")
+    options.add_cache(parser, "cache of resized images (default: auto, used if it exists)")
     output = parser.group("output")
     output("--json", action="store_true", help="print the numbers as JSON")
     help = "write a page, report.json and predictions.csv beside it"

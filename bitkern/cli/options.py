@@ -75,7 +75,7 @@ def add_device_options(parser: Parser) -> None:
     parser.group("data")(
         "--skip-corrupt",
         action="store_true",
-        help="leave out images that cannot be read; in training others take their place",
+        help="skip images that cannot be read; training replaces them by others",
     )
 
 

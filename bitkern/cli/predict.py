@@ -36,7 +36,7 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
     parser = commands.add_parser("predict", help=help, description=f"{help}.", epilog=EXAMPLES)
     parser.add_argument("run", help="the folder of a run, or its model.safetensors")
     parser.add_argument("images", nargs="+", metavar="image", help="image files or folders")
-    help = "images computed at a time (default: 64)"
+    help = "images per batch (default: 64)"
     parser.group("speed and memory")("--batch-size", type=options.positive, default=64, help=help)
     options.add_device_options(parser)
     output = parser.group("output")

@@ -40,8 +40,12 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
         choices=PRESETS,
         help="the published model whose schedule and loss to use",
     )
-    rule("--epochs", type=float, help="of training; scales the decays (default: 90, BiT-L 40)")
-    rule("--steps", type=options.positive, help="the same, in optimizer steps")
+    rule(
+        "--epochs",
+        type=float,
+        help="epochs of training; scales the decays (default: 90; BiT-L: 40)",
+    )
+    rule("--steps", type=options.positive, help="optimizer steps, instead of --epochs")
     help = "epochs after which the learning rate falls to a tenth"
     rule("--decay-epochs", type=float, nargs="*", metavar="EPOCH", help=help)
     help = "steps until the full learning rate (default: 5000)"

@@ -51,7 +51,8 @@ def add_options(parser: options.Parser) -> None:
         "--holdout",
         type=float,
         metavar="FRACTION",
-        help="evaluate on this part of train; with --keep best or --patience choose by it",
+        help="hold out this part of the training images for evaluation; --keep best and --patience "
+        "choose the model by it",
     )
     add_selection(parser)
     data("--seed", type=options.non_negative, default=0, help="random seed (default: 0)")
@@ -80,20 +81,20 @@ def add_options(parser: options.Parser) -> None:
         type=options.batch_split,
         default="auto",
         metavar="auto|N",
-        help="micro-batches per step, to save memory (default: auto, the fewest that fit, on a CPU "
-        "of up to 16 images each)",
+        help="micro-batches per step, to save memory (default: auto, as few as fit in memory; on a "
+        "CPU of at most 16 images)",
     )
     options.add_device_options(parser)
     options.add_cache(
         parser,
-        "where resized images are kept, so that each is decoded once (default: auto, where there "
-        "is room)",
+        "where to cache resized images, so that each is decoded once (default: auto, in memory or "
+        "on disk if there is room)",
     )
     memory(
         "--cuda-graph",
         choices=CUDA_GRAPH,
         default="auto",
-        help="replay steps as CUDA graphs, on one GPU (default: auto, off until it is measured)",
+        help="replay steps as CUDA graphs, on one GPU (default: auto, off for now)",
     )
     output("--out", required=True, metavar="DIR", help="folder of the results")
     output("--resume", action="store_true", help="continue the run in --out; needs no other option")
@@ -105,7 +106,7 @@ def add_options(parser: options.Parser) -> None:
 
 def add_selection(parser: options.Parser) -> None:
     add = parser.group("data")
-    help = "model to keep: the last, as published, or the best on images held out or in DIR/val"
+    help = "model to keep: the last, as published, or the best on images of --holdout or DIR/val"
     add("--keep", choices=KEEP, default="last", help=f"{help} (default: last)")
     add(
         "--metric", choices=METRICS, default="top1", help="metric of the best model (default: top1)"
@@ -133,7 +134,9 @@ def restore_arguments(argv: Sequence[str]) -> Sequence[str]:
     check_out(out, resume=True)
     began = shlex.split(read_checkpoint(out)["about"].get("command", f"bitkern {argv[0]}"))
     if began[1] != argv[0]:
-        raise ValueError(f"{out}: was started by bitkern {began[1]}; resume it with that")
+        raise ValueError(
+            f"{out}: was started by bitkern {began[1]}; resume it with the same command"
+        )
     return [*began[1:], *argv[1:]]
 
 
@@ -254,7 +257,9 @@ def run(
     selection = None
     if val_set is not None:
         selection = Selection(val_set, args.keep, args.metric, args.patience)
-        optimistic = ", also those of the test: so it is optimistic" * (val_set is eval_set)
+        optimistic = ""
+        if val_set is eval_set:
+            optimistic = ", which are also the test images, so the result is optimistic"
         print(f"{args.keep} model by {args.metric} on {len(val_set.images)} images{optimistic}")
     with _tensorboard(args) as on_record:
         result = train(

@@ -165,7 +165,9 @@ def predict_on_rank(
         logits = torch.cat(outputs) if outputs else torch.empty(0, len(data.classes))
     (readable,) = ranks.all_reduce_sum(len(logits))
     if not readable:
-        raise DataError(f"{data.images[0]}: cannot be read, nor can any other image; replace them")
+        raise DataError(
+            f"{data.images[0]}: cannot be read, and neither can any other image; replace them"
+        )
     return RankPredictions(data, rows[read], logits, int(readable))
 
 

@@ -103,9 +103,9 @@ class TrainLoop:
             memory += sum(images.cached.nbytes for images in sets if images.cached is not None)
         text = (
             f"estimate: {memory / 1e9:.1f} GB of {'GPU ' * (device.type == 'cuda')}memory, "
-            f"{format_duration(step)} a step, {format_duration(total)} in all ({len(left)} steps "
-            f"of {rule.batch_size} images of {rule.crop}x{rule.crop}, {setup.micro_batch} at a "
-            "time)"
+            f"{format_duration(step)} per step, {format_duration(total)} in total "
+            f"({len(left)} steps of {rule.batch_size} images of {rule.crop}x{rule.crop}, "
+            f"{setup.micro_batch} at a time)"
         )
         if device.type != "cpu" or total < LONG or not isinstance(rule, HyperRule):
             return text

@@ -63,7 +63,7 @@ class ResizedImages:
                 if not skip_corrupt:
                     raise DataError(f"{error}: {ADVICE}") from None
         raise DataError(
-            f"{self.images[index]}: cannot be read, nor can any other image; replace them"
+            f"{self.images[index]}: cannot be read, and neither can any other image; replace them"
         )
 
     def decode_all(

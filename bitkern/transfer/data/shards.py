@@ -231,7 +231,7 @@ def _cached_index(shards: Sequence[Shard]) -> _Index:
             np.savez(part, **index._asdict())
     except OSError as error:
         reason = error.strerror or error
-        print(f"{path}: the index of the shards is not kept: {reason}", file=sys.stderr)
+        print(f"{path}: cannot keep the index of the shards: {reason}", file=sys.stderr)
     return index
 
 
@@ -279,7 +279,7 @@ class _Indexer:
                 try:
                     if suffix in self.images:
                         if sample.name:
-                            raise ValueError(f"two images, .{tar.printable(suffix)} the second")
+                            raise ValueError(f"a second image, .{tar.printable(suffix)}")
                         sample.name, sample.offset, sample.length = name, offset, length
                     elif suffix == b"cls":
                         if sample.labels is not None:

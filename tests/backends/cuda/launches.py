@@ -48,7 +48,7 @@ def _text(length, get, program):
 
 
 def ptx(source, kernel):
-    """What NVRTC makes of an instance of a kernel, such as ``scale<float>``."""
+    """Compile an instance of a kernel, such as ``scale<float>``, by NVRTC."""
     headers = [[text.encode() for text in part] for part in (STANDARD.values(), STANDARD)]
     program = _call(nvrtc.nvrtcCreateProgram, source.encode(), b"", len(STANDARD), *headers)
     _call(nvrtc.nvrtcAddNameExpression, program, kernel.encode())
@@ -60,7 +60,7 @@ def ptx(source, kernel):
 
 
 def _tensors(problem, layers):
-    """Address and bytes of each."""
+    """Yield the address and the bytes of each tensor."""
     weight, out = (ITEM_BYTES[problem[f"{of}_dtype"]] for of in ("weight", "out"))
     for layer in layers:
         filters = layer["filters"]

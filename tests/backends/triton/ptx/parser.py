@@ -42,7 +42,7 @@ class Kernel(NamedTuple):
 
 
 def padded(size: int) -> int:
-    """What variables take, which lie side by side."""
+    """Return the bytes that variables take side by side."""
     return -(-size // 16) * 16
 
 
