@@ -149,8 +149,8 @@ def test_torchrun_finetune_interrupted_and_resumed(tmp_path):
     out = tmp_path / "out"
     arguments = ["bitkern", "finetune", "--data", write_folder(tmp_path / "data"), *SMALL]
     arguments += ["--batch-split", 2, "--steps", 15, "--device", "cpu", "--out", out]
-    process = torchrun(2, *arguments)
-    while process.poll() is None and not (out / "last.pt").exists():
+    process, metrics = torchrun(2, *arguments), out / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
