@@ -1,21 +1,31 @@
 """Calling the command line in this process."""
 
+import json
 from pathlib import Path
 
 from bitkern.cli import main
 
 SMALL = ["--model", "R26x0.5", "--resize", "40", "--crop", "32", "--batch-size", "7"]
 SMALL += ["--workers", "0", "--steps", "3"]
-RESULTS = ["curves.png", "metrics.jsonl", "model.safetensors"]
-RESULTS += ["predictions.csv", "report.html", "report.json", "summary.json"]
 
 
 def call(*arguments):
     return main([str(argument) for argument in arguments])
 
 
+def json_of(capsys, *arguments):
+    """The values that a call with ``--json`` prints."""
+    capsys.readouterr()
+    assert call(*arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def summary_of(out):
+    return json.loads((out / "summary.json").read_text())
+
+
 def digest(folder):
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def error_of(capsys, *arguments):
@@ -32,21 +42,8 @@ def error_of(capsys, *arguments):
 
 
 def finetune_error(capsys, folder, out, *options):
-    """As :func:`error_of`, of ``finetune``, which must leave no file behind."""
+    """The message of a ``finetune`` that must leave no file behind."""
     before = sorted(out.parent.iterdir())
     message = error_of(capsys, "finetune", "--data", folder, "--out", out, *SMALL, *options)
     assert sorted(out.parent.iterdir()) == before
     return message
-
-
-def remove(path):
-    path.rename(path.with_name("elsewhere"))
-
-
-def empty(path):
-    for file in path.iterdir():
-        file.unlink()
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-40])

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -20,17 +21,19 @@ from PIL import Image
 
 import bitkern
 from bitkern.models import read_checkpoint
-from bitkern.transfer import inference, loop, step
-from bitkern.transfer import run as run_files
-from tests.cli.commands import RESULTS, SMALL, call, error_of
-from tests.transfer.images import CLASSES, write_folder
+from bitkern.transfer import inference, loop
+from bitkern.transfer.run import Journal
+from bitkern.transfer.step import TrainStep
+from tests.cli.commands import SMALL, call, error_of, json_of, summary_of
+from tests.transfer.images import CLASSES
+from tests.transfer.net import FILES
 
 
 def test_finetune_evaluate_predict(run, capsys):
     out, folder = run / "out", run / "data"
-    assert sorted(path.name for path in out.iterdir()) == RESULTS
+    assert sorted(path.name for path in out.iterdir()) == FILES
     assert Image.open(out / "curves.png").format == "PNG"
-    summary = json.loads((out / "summary.json").read_text())
+    summary = summary_of(out)
     assert summary["rule"]["steps"] == summary["steps"] == 3
     assert (summary["training_images"], summary["evaluation_images"]) == (12, 6)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -38,14 +41,12 @@ def test_finetune_evaluate_predict(run, capsys):
 
     model = out / "model.safetensors"
     for source in (out, model):
-        assert call("evaluate", source, "--data", folder, "--workers", 0, "--json") == 0
-        metrics = json.loads(capsys.readouterr().out)
+        metrics = json_of(capsys, "evaluate", source, "--data", folder, "--workers", 0)
         assert metrics["top1"] == summary["top1"] and metrics["images"] == 6
         assert metrics["eval_loss"] == pytest.approx(summary["eval_loss"], rel=1e-5)
 
     one = folder / "test" / "bee" / "0.jpg"
-    assert call("predict", out, one, folder / "test", "--workers", 0, "--json") == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = json_of(capsys, "predict", out, one, folder / "test", "--workers", 0)
     assert len(rows) == 1 + 6 and rows[0]["image"] == str(one)
     assert rows[1]["image"].endswith("ant/0.jpg")
     for row in rows:
@@ -98,88 +99,56 @@ def test_a_reader_that_leaves_early_is_no_error(run):
     assert json.loads(done.stdout) and done.stderr == ""
 
 
-def test_starts_from_the_weights_and_a_zero_head(run, weights, tmp_path):
+def test_starts_from_the_weights_and_a_zero_head(run, tmp_path):
+    """Even where the weights have a head of as many classes."""
+    weights = run / "out" / "model.safetensors"
     arguments = ["--data", run / "data", "--weights", weights, "--out", tmp_path, *SMALL]
-    assert call("finetune", *arguments, "--freeze", "--shots", 2) == 0
+    arguments += ["--freeze", "--shots", 2, "--base-lr", 1e-9, "--no-flip"]
+    assert call("finetune", *arguments) == 0
     before, after = read_checkpoint(weights), read_checkpoint(tmp_path / "model.safetensors")
     assert after.keys() == before.keys()
     for name in before:
         if not name.startswith("head."):
             assert torch.equal(before[name], after[name]), name
-    assert after["head.fc.weight"].shape[0] == 3
-    # Random weights of five classes in the checkpoint, a few small steps from zero here.
-    assert 0 < after["head.fc.weight"].abs().max() < 0.01 < before["head.fc.weight"].abs().max()
-    assert json.loads((tmp_path / "summary.json").read_text())["training_images"] == 6
+    assert 0 < after["head.fc.weight"].abs().max() < 1e-6 < before["head.fc.weight"].abs().max()
+    summary = summary_of(tmp_path)
+    assert summary["training_images"] == 6 and not summary["flip"]
 
 
-def test_head_of_as_many_classes_is_replaced_too(run, weights, tmp_path):
-    arguments = ["--data", run / "data", "--weights", run / "out" / "model.safetensors"]
-    arguments += ["--out", tmp_path, *SMALL, "--steps", "1", "--base-lr", "1e-9"]
-    assert call("finetune", *arguments) == 0
-    after = read_checkpoint(tmp_path / "model.safetensors")
-    assert after["head.fc.weight"].abs().max() < 1e-6
-
-
-def test_digits_as_a_process(tmp_path):
-    command = [sys.executable, "-m", "bitkern", "finetune", "--data", "digits", "--shots", "2"]
-    command += [
-        "--no-flip",
-        "--eval-every",
-        "3",
-        "--holdout",
-        "0.1",
-        "--out",
-        str(tmp_path / "out"),
-        *SMALL,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert (summary["classes"], summary["training_images"]) == (10, 20)
-    assert summary["evaluated_on"] == "holdout" and summary["evaluation_images"] == 90
-
-
-def test_holdout_leaves_test_unread(run, tmp_path):
-    folder = write_folder(tmp_path / "data", test=0)
-    arguments = ["--data", folder, "--out", tmp_path / "out", *SMALL, "--holdout", 0.25]
-    assert call("finetune", *arguments) == 0
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert (summary["training_images"], summary["evaluation_images"]) == (9, 3)
+@pytest.fixture(scope="module")
+def straight(run, tmp_path_factory):
+    """A run that is not interrupted, and its options."""
+    options = ["--data", run / "data", *SMALL, "--mixup-alpha", 0.2, "--batch-split", 3]
+    options += ["--eval-every", 1]
+    out = tmp_path_factory.mktemp("straight") / "out"
+    assert call("finetune", *options, "--out", out) == 0
+    return out, options
 
 
 @pytest.mark.parametrize(
-    ("place", "number", "step"),
+    ("owner", "name", "number", "step"),
     [
-        ((step.TrainStep, "_accumulate"), 5, 1),  # the second of 3 micro-batches of step 2
-        ((step.TrainStep, "_accumulate"), 6, 2),  # the last of them, which ends the step
-        ((inference.eval_batches, None), 2, 2),  # in the second evaluation
-        ((run_files.Journal, "add"), 4, 2),
+        (TrainStep, "_accumulate", 12, 2),  # after a trial of six the last of a step's three
+        (inference, "eval_batches", 2, 2),
+        (Journal, "add", 4, 2),
     ],
 )
-def test_interrupted_run_resumes_by_itself(run, tmp_path, monkeypatch, capfd, place, number, step):
+def test_interrupted_run_resumes_by_itself(
+    run, straight, tmp_path, monkeypatch, capfd, owner, name, number, step
+):
     """To the bits of one that was not interrupted, from its folder alone."""
-    arguments = ["--data", run / "data", *SMALL, "--mixup-alpha", 0.2, "--batch-split", 3]
-    arguments += ["--eval-every", 1]
-    straight, out = tmp_path / "straight", tmp_path / "a run"
-    assert call("finetune", *arguments, "--out", straight) == 0
-    owner, name = place
+    (straight, options), out = straight, tmp_path / "a run"
+    method, calls = getattr(owner, name), itertools.count(1)
+
+    def interrupted(*arguments, **options):
+        if next(calls) == number:
+            signal.raise_signal(signal.SIGINT)
+        return method(*arguments, **options)
+
     with monkeypatch.context() as patch:
-        if name is None:
-            owner, name = inference, owner.__name__
-        method, calls = getattr(owner, name), []
-
-        def interrupted(*batch, **options):
-            calls.append(0)
-            if len(calls) - rehearsed == number:
-                signal.raise_signal(signal.SIGINT)
-            return method(*batch, **options)
-
-        rehearsed = 6 if name == "_accumulate" else 0
         patch.setattr(owner, name, interrupted)
         capfd.readouterr()
-        assert call("finetune", *arguments, "--out", out) == 130
+        assert call("finetune", *options, "--out", out) == 130
     stopping, last = capfd.readouterr().err.split("\n")[-3:-1]
     assert stopping.startswith("bitkern: stopping, and saving what is done")
     assert last == f"bitkern: interrupted; to continue: bitkern finetune --resume --out '{out}'"
@@ -189,13 +158,11 @@ def test_interrupted_run_resumes_by_itself(run, tmp_path, monkeypatch, capfd, pl
         "the run is not finished; continue it with --resume"
     )
     message = error_of(capfd, "pretrain", "--resume", "--out", out)
-    assert message.endswith("was started by bitkern finetune; resume it with that")
+    assert message.endswith("was started by bitkern finetune; resume it with the same command")
     assert call("finetune", "--resume", "--out", out) == 0
-    assert sorted(path.name for path in out.iterdir()) == RESULTS
-    assert (out / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
-    resumed = read_checkpoint(out / "model.safetensors")
-    for name, tensor in read_checkpoint(straight / "model.safetensors").items():
-        assert torch.equal(resumed[name], tensor), name
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    for name in ("metrics.jsonl", "model.safetensors"):
+        assert (out / name).read_bytes() == (straight / name).read_bytes()
 
 
 def test_what_a_log_is_told(run, tmp_path, capsys):
@@ -222,7 +189,7 @@ def test_what_a_log_is_told(run, tmp_path, capsys):
     assert re.fullmatch(rf"{number} s; best top-1 \d+\.\d % at step [123]", best)
     assert last == f"open {out / 'report.html'}"
     assert len([path for path in out.iterdir() if path.name.startswith("events.out")]) == 1
-    command = json.loads((out / "summary.json").read_text())["command"]
+    command = summary_of(out)["command"]
     assert command == shlex.join(["bitkern", "finetune", *map(str, arguments)])
 
 
@@ -231,7 +198,7 @@ def test_the_preset_for_small_machines(run, tmp_path):
     small = ["--model", "R26x0.5", "--workers", 0, "--steps", 1, "--crop", 32]
     arguments = ["--data", run / "data", "--out", out, *small, "--batch-size", 2]
     assert call("finetune", *arguments, "--preset", "quick") == 0
-    rule = json.loads((out / "summary.json").read_text())["rule"]
+    rule = summary_of(out)["rule"]
     assert (rule["resize"], rule["crop"], rule["steps"], rule["batch_size"]) == (160, 32, 1, 2)
 
 
@@ -246,18 +213,12 @@ def test_a_long_training_names_a_short_one(run, tmp_path, monkeypatch, capsys):
     assert line.endswith(f"steps of 7: {typed} --preset quick --out {tmp_path / 'a'}-quick")
 
 
-def test_evaluate_takes_a_folder_of_classes(run, capsys):
-    capsys.readouterr()
-    arguments = ["--data", run / "data" / "test", "--workers", 0, "--json"]
-    assert call("evaluate", run / "out", *arguments) == 2
-    assert "name the folder above it" in capsys.readouterr().err
+def interrupt(*arguments):
+    raise KeyboardInterrupt
 
 
 def test_interrupted_before_there_is_anything_to_resume(run, tmp_path, monkeypatch, capsys):
-    def interrupted(*batch):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(step.TrainStep, "_accumulate", interrupted)
+    monkeypatch.setattr(TrainStep, "_accumulate", interrupt)
     capsys.readouterr()
     assert call("finetune", "--data", run / "data", *SMALL, "--out", tmp_path / "out") == 130
     says = "bitkern: interrupted before a step was saved: nothing is left to resume\n"
@@ -266,21 +227,11 @@ def test_interrupted_before_there_is_anything_to_resume(run, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        ("weights", "fetch", "BiT-M-R50x1"),
-        ("evaluate", "run", "--data", "digits"),
-        ("predict", "run", "photo.jpg"),
-        ("export", "run", "--to", "npz", "--out", "out.npz"),
-        ("demo", "--out", "out"),
-    ],
+    "command", ["weights fetch BiT-M-R50x1", "evaluate run --data digits", "predict run photo.jpg"]
 )
-def test_only_an_interrupted_finetune_continues(monkeypatch, capsys, arguments):
-    def interrupted(args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(f"bitkern.cli.{arguments[0]}.run", interrupted)
-    assert call(*arguments) == 130
+def test_only_an_interrupted_training_continues(monkeypatch, capsys, command):
+    monkeypatch.setattr(f"bitkern.cli.{command.split()[0]}.run", interrupt)
+    assert call(*command.split()) == 130
     assert capsys.readouterr().err == "bitkern: interrupted\n"
 
 
@@ -302,7 +253,7 @@ def test_control_c_leaves_a_checkpoint(tmp_path):
         process.kill()
     assert process.returncode == 130, message
     how = f"bitkern: interrupted; to continue: bitkern finetune --resume --out {out}\n"
-    assert message.endswith(how.encode())
+    assert message.endswith(how.encode()) and message.count(b"\n") == 3
     step = torch.load(out / "last.pt", weights_only=True)["progress"]["step"]
     assert step == len((out / "metrics.jsonl").read_text().splitlines()) > 0
 
@@ -310,8 +261,7 @@ def test_control_c_leaves_a_checkpoint(tmp_path):
 def test_info_and_demo_are_handed_on(capsys, monkeypatch):
     assert call("info") == 0
     assert "torch" in capsys.readouterr().out
-    assert call("info", "--json") == 0
-    assert "operators" in json.loads(capsys.readouterr().out)
+    assert "operators" in json_of(capsys, "info")
     seen = []
     stand_in = types.SimpleNamespace(run=lambda *arguments: seen.append(arguments))
     monkeypatch.setitem(sys.modules, "bitkern.demo", stand_in)

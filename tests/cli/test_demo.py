@@ -55,7 +55,7 @@ def test_shortened_rule():
 
 @pytest.fixture
 def short(monkeypatch):
-    for name, steps in (("UPSTREAM_STEPS", 5), ("FULL_STEPS", 10), ("FEW_SHOT_STEPS", 1)):
+    for name, steps in (("UPSTREAM_STEPS", 5), ("FULL_STEPS", 3), ("FEW_SHOT_STEPS", 1)):
         monkeypatch.setattr(demo, name, steps)
     monkeypatch.setattr(demo, "HELD_OUT_LETTERS", 37)
     monkeypatch.setattr(demo, "SHOTS", (1,))
@@ -71,12 +71,26 @@ def call(out, letters, seed=1):
     return json.loads((out / "summary.json").read_text())
 
 
-def test_demo_writes_results_that_agree(tmp_path, short, capsys):
+def test_demo_writes_results_that_agree(tmp_path, short, monkeypatch, capsys):
+    """Also in the place of a demo that failed, whose results were the same."""
     out = tmp_path / "new" / "demo"
+
+    def full(figure, part, **options):
+        part.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr("matplotlib.figure.Figure.savefig", full)
+        call(out, letters=74)
+    assert [path.name for path in out.iterdir()] == ["metrics.jsonl"]
+    failed = (out / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+
     summary = call(out, letters=74)
     assert sorted(f.name for f in out.iterdir()) == FILES
+    assert (out / "metrics.jsonl").read_bytes() == failed
     assert (summary["upstream"]["letters"], summary["upstream"]["steps"]) == (74, 5)
-    assert summary["transfer"]["steps"] == summary["scratch"]["steps"] == 10
+    assert summary["transfer"]["steps"] == summary["scratch"]["steps"] == 3
     assert summary["training_images"] == summary["evaluation_images"] == 80
 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -85,7 +99,7 @@ def test_demo_writes_results_that_agree(tmp_path, short, capsys):
     assert last["letters"] == summary["upstream"]["top1"]
     for how in ("transfer", "scratch"):
         assert last[f"digits, all, {how}"] == summary[how]["top1"]
-        assert steps[f"digits, all, {how}"] == 10
+        assert steps[f"digits, all, {how}"] == 3
         assert last[f"digits, 1, {how}"] == summary["few_shot"]["1"][how]
     assert len(last) == 5
 
@@ -100,11 +114,6 @@ def test_demo_writes_results_that_agree(tmp_path, short, capsys):
 
     printed = capsys.readouterr().out
     assert f"{summary['transfer']['top1']:>10.3f}{summary['scratch']['top1']:>10.3f}" in printed
-
-    # Again, in place of the first: the same seed gives the same results.
-    again = call(out, letters=74)
-    assert again | {"seconds": 0} == summary | {"seconds": 0}
-    assert sorted(f.name for f in out.iterdir()) == FILES
 
 
 def test_what_an_interrupted_demo_has_is_kept(tmp_path, short, monkeypatch, capsys):
@@ -137,15 +146,3 @@ def test_demo_keeps_another_run(tmp_path, held):
     with pytest.raises(RunError, match=f"{tmp_path}.*{held}"):
         call(tmp_path, letters=1)
     assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [(held, "another run")]
-
-
-@pytest.mark.sweep
-def test_demo_leaves_nothing_half_written(tmp_path, short, monkeypatch):
-    def full(figure, part, **options):
-        part.write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
-    with pytest.raises(OSError, match="no space"):
-        call(tmp_path, letters=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -1,9 +1,8 @@
 """Every user's error is one line with exit code 2."""
 
 import importlib.util
-import json
-import subprocess
-import sys
+import itertools
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,32 +10,28 @@ import torch
 import bitkern
 from bitkern.models import create_model, save_safetensors
 from bitkern.transfer import step
-from tests.cli.commands import (
-    RESULTS,
-    SMALL,
-    call,
-    digest,
-    empty,
-    error_of,
-    finetune_error,
-    remove,
-    truncate,
-)
+from tests.cli.commands import SMALL, call, digest, error_of, finetune_error, summary_of
 from tests.transfer.images import write_folder
+from tests.transfer.net import FILES
 
 FIRST = "not enough memory on cpu for one image at a time: lower the crop or take a smaller model"
 LATER = "out of memory: raise --batch-split or lower --batch-size"
 
 
+def remove(path):
+    path.rename(path.with_name("elsewhere"))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
 @pytest.mark.parametrize(
     ("damage", "part", "message"),
     [
-        (remove, "", "data/train: no such folder"),
         (remove, "train", "data/train: no such folder"),
         (remove, "test", "data/test: no such folder"),
         (remove, "test/bee", "data/train; missing: bee; unexpected: elsewhere"),
-        (empty, "train/bee", "data/train/bee: no images; add some or remove the folder"),
-        (truncate, "train/bee/0.jpg", "data/train/bee/0.jpg: not a readable image"),
         (truncate, "test/cat/1.png", "data/test/cat/1.png: not a readable image"),
     ],
 )
@@ -53,64 +48,43 @@ def test_skip_corrupt_goes_on_with_a_count(run, tmp_path, capsys):
     out = tmp_path / "out"
     assert call("finetune", "--data", folder, "--out", out, "--skip-corrupt", *SMALL) == 0
     assert capsys.readouterr().err == "skipped 2 corrupt images\n"
-    summary = json.loads((out / "summary.json").read_text())
+    summary = summary_of(out)
     assert (summary["training_images"], summary["evaluation_images"]) == (12, 5)
     assert summary["skipped_images"] == 2
     assert call("evaluate", out, "--data", folder, "--skip-corrupt", "--workers", 0) == 0
     shown = capsys.readouterr()
     assert "on 5 images" in shown.out and shown.err == "skipped 1 corrupt image\n"
-    assert call("predict", out, folder / "test", "--skip-corrupt", "--json", "--workers", 0) == 0
-    shown = capsys.readouterr()
-    assert len(json.loads(shown.out)) == 5
-    first, second = shown.err.splitlines()
-    assert first.startswith(f"skipped {folder}/test/cat/1.png: not a readable image")
-    assert second == "skipped 1 corrupt image"
-    assert "1.png: not a readable image" in error_of(capsys, "predict", out, folder)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--resize", "31"], "resize: expected at least the crop, 32"),
-        (["--crop", "41"], "resize: expected at least the crop, 41"),
         (["--steps", "0"], "argument --steps: expected a positive whole number, got '0'"),
-        (["--workers", "-1"], "argument --workers: expected 0 or a positive whole number"),
         (["--seed", "one"], "argument --seed: expected 0 or a positive whole number, got 'one'"),
         (["--base-lr", "-1"], "base_lr: expected a positive finite number, got -1.0"),
-        (["--base-lr", "fast"], "argument --base-lr: invalid float value: 'fast'"),
         (["--mixup-alpha", "-1"], "mixup_alpha: expected"),
         (["--decay-steps", "3", "2"], "decay_steps: expected ascending steps, got (3, 2)"),
-        (["--cuda-graph", "yes"], "argument --cuda-graph: invalid choice: 'yes'"),
-        (
-            ["--cuda-graph", "on", "--device", "cpu"],
-            "cuda_graph: expected auto or off on cpu, got 'on'",
-        ),
+        (["--cuda-graph", "on", "--device", "cpu"], "cuda_graph: expected auto or off on cpu"),
         (["--batch-split", "8"], "batch_split: expected 1 to 7, the batch size, got 8"),
         (["--shots", "5"], "shots: expected at most 4, all of 'ant', got 5"),
         (["--holdout", "1"], "holdout: expected a fraction between 0 and 1, got 1.0"),
         (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
-        (["--device", "abacus"], "--device abacus: cannot be used here"),
+        (["--device", "abacus"], "--device abacus: cannot be used here ("),
+        (["--device", "cuda:99"], "--device cuda:99: cannot be used here ("),
         (["--model", "R51x1"], "unknown model 'R51x1'; did you mean"),
         (["--weights", "none.npz"], "none.npz: no such file"),
         (["--resume"], "nothing to resume, no last.pt"),
         (["--base-lr", "1e38", "--warmup-steps", "0"], "loss is nan at step"),
-        (["--colour"], "unrecognized arguments: --colour"),
     ],
 )
 def test_bad_options(run, tmp_path, capsys, options, message):
     assert message in finetune_error(capsys, run / "data", tmp_path / "out", *options)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_absent_gpu(run, tmp_path, capsys):
-    error = finetune_error(capsys, run / "data", tmp_path / "out", "--device", "cuda")
-    assert error.startswith("--device cuda: cannot be used here (")
-
-
 def test_bad_weights(run, weights, tmp_path, capsys):
-    other = finetune_error(
-        capsys, run / "data", tmp_path / "out", "--weights", weights, "--model", "R50x1"
-    )
+    options = ["--weights", weights, "--model", "R50x1"]
+    other = finetune_error(capsys, run / "data", tmp_path / "out", *options)
     assert str(weights) in other and "stem.conv.weight" in other and "(32, 3, 7, 7)" in other
     broken = tmp_path / "broken.npz"
     broken.write_bytes(weights.read_bytes()[:-1000])
@@ -130,18 +104,15 @@ def test_does_not_overwrite_a_run(run, capsys):
 
 def test_resume_with_other_options(run, tmp_path, monkeypatch, capsys):
     arguments = ["finetune", "--data", run / "data", "--out", tmp_path, *SMALL]
+    error = OSError("no space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr("bitkern.transfer.run.draw_curves", fail)
+        patch.setattr("bitkern.transfer.run.draw_curves", Mock(side_effect=error))
         assert "no space left" in error_of(capsys, *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "metrics.jsonl"]
     error = error_of(capsys, *arguments, "--resume", "--base-lr", 0.5)
     assert "started with --base-lr 0.003, now 0.5" in error
     assert call(*arguments, "--resume") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == RESULTS
-
-
-def fail(*arguments):
-    raise OSError("no space left on device")
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
 
 
 def test_bad_runs(run, weights, tmp_path, capsys):
@@ -157,6 +128,8 @@ def test_bad_runs(run, weights, tmp_path, capsys):
     assert f"{bare}: truncated" in error_of(capsys, "predict", bare, data)
     error = error_of(capsys, "evaluate", run / "out", "--data", "digits")
     assert "digits: expected the 3 classes of" in error
+    error = error_of(capsys, "evaluate", run / "out", "--data", data / "test")
+    assert "name the folder above it" in error
 
 
 def test_bad_images(run, tmp_path, capsys):
@@ -179,30 +152,27 @@ def test_missing_arguments_and_packages(run, tmp_path, capsys, monkeypatch):
     assert "fine-tune a BiT model on a folder of images" in capsys.readouterr().out
     assert "invalid choice: 'fintune'" in error_of(capsys, "fintune")
     assert "required: --data, --model, --out" in error_of(capsys, "finetune")
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
-    )
+    found = importlib.util.find_spec
+    absent = {"matplotlib": None}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: absent.get(name, found(name)))
     error = finetune_error(capsys, run / "data", tmp_path / "out")
     assert error == "matplotlib is not installed: pip install 'bitkern[train]'"
 
 
 @pytest.mark.parametrize(
-    ("error", "rehearsed", "message"),
+    ("error", "before", "message"),
     [
         (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB"), 0, FIRST),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:124] can't allocate memory"), 0, FIRST),
         (MemoryError(), 6, LATER),
     ],
 )
-def test_out_of_memory_says_what_to_do(
-    run, tmp_path, capsys, monkeypatch, error, rehearsed, message
-):
-    accumulate, calls = step.TrainStep._accumulate, []
+def test_out_of_memory_says_what_to_do(run, tmp_path, capsys, monkeypatch, error, before, message):
+    """In the trial of the memory, and after its six micro-batches."""
+    accumulate, calls = step.TrainStep._accumulate, itertools.count()
 
     def exhausted(*arguments):
-        calls.append(0)
-        if len(calls) > rehearsed:
+        if next(calls) >= before:
             raise error
         return accumulate(*arguments)
 
@@ -221,13 +191,3 @@ def test_the_nearest_option_is_named(capsys):
     with pytest.raises(SystemExit, match="^0$"):
         call("--version")
     assert capsys.readouterr().out == f"bitkern {bitkern.__version__}\n"
-
-
-def test_traceback_free_as_a_process(tmp_path):
-    command = [sys.executable, "-m", "bitkern", "finetune", "--data", str(tmp_path / "none")]
-    command += ["--out", str(tmp_path / "out"), *SMALL]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"bitkern: error: {tmp_path}/none/train: no such folder")
-    assert done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []

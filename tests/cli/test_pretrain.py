@@ -4,27 +4,19 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from bitkern.models import (
-    create_model,
-    load_npz,
-    read_checkpoint,
-    save_npz,
-    save_safetensors,
-)
-from bitkern.transfer import load_run
-from tests import ROOT
-from tests.cli.commands import RESULTS, SMALL, call, digest, error_of
+from bitkern.models import create_model, read_checkpoint, save_npz, save_safetensors
+from bitkern.transfer.run import Journal
+from tests.cli.commands import SMALL, call, digest, error_of, json_of, summary_of
+from tests.transfer.distributed import torchrun
 from tests.transfer.images import write_folder
-from tests.transfer.shards import jpeg, sample, write_shards, write_tar
+from tests.transfer.net import FILES
+from tests.transfer.shards import jpeg, write_shards, write_tar
 
 TINY = ["--model", "R26x0.5", "--image-size", "32", "--batch-size", "7", "--workers", "0"]
 TINY += ["--steps", "6", "--warmup-steps", "2", "--base-lr", "0.5", "--device", "cpu"]
@@ -56,8 +48,8 @@ def run(shards, tmp_path_factory):
 
 
 def test_files_of_a_run(run):
-    assert sorted(path.name for path in run.iterdir()) == RESULTS
-    summary = json.loads((run / "summary.json").read_text())
+    assert sorted(path.name for path in run.iterdir()) == FILES
+    summary = summary_of(run)
     assert summary["preset"] == "BiT-S" and summary["weights"] is None
     assert summary["rule"]["decay_steps"] == [2, 4, 5] and summary["steps"] == 6
     assert 0 <= summary["top1"] <= 1 and summary["training_images"] == 12
@@ -75,36 +67,7 @@ def test_finetune_from_it(run, tmp_path):
     for name, tensor in after.items():
         if not name.startswith("head."):
             assert torch.allclose(tensor, before[name], atol=1e-5), name
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["weights"] == str(run)
-
-
-def test_official_keys_and_timm(shards, tmp_path):
-    run = tmp_path / "run"  # of a network that timm has as well
-    options = [*TINY, "--model", "R50x1", "--steps", "1", "--warmup-steps", "0"]
-    assert call("pretrain", "--data", shards, "--out", run, "--preset", "BiT-S", *options) == 0
-    for target, out in (("npz", tmp_path / "bit.npz"), ("timm", tmp_path / "timm")):
-        assert call("export", run, "--to", target, "--out", out) == 0
-    x = torch.randn(2, 3, 32, 32)
-    expected = load_run(run).model.eval()(x)
-    assert expected.abs().max() > 0
-    with np.load(tmp_path / "bit.npz") as arrays:
-        assert arrays["resnet/root_block/standardized_conv2d/kernel"].shape == (7, 7, 3, 64)
-        assert arrays["resnet/head/conv2d/kernel"].shape == (1, 1, 2048, 3)
-    loaded = create_model("R50x1", num_classes=3)
-    load_npz(loaded, tmp_path / "bit.npz")
-    assert torch.equal(loaded.eval()(x), expected)
-    import timm  # not before, since it imports Triton, which tests/backends/triton has to set up
-
-    other = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
-    torch.testing.assert_close(other(x), expected, atol=1e-4, rtol=1e-3)
-
-
-def test_evaluate_and_predict(run, shards, tmp_path, capsys):
-    assert call("evaluate", run, "--data", shards, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    summary = json.loads((run / "summary.json").read_text())
-    assert found["top1"] == summary["top1"]
-    assert found["eval_loss"] == pytest.approx(summary["eval_loss"], rel=1e-6)
+    assert summary_of(tmp_path / "out")["weights"] == str(run)
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -116,7 +79,7 @@ def test_sigmoids(shards, several, tmp_path, capsys):
     out = tmp_path / "out"
     assert call("pretrain", "--data", data, "--out", out, "--preset", "BiT-M", *TINY) == 0
     told = capsys.readouterr().out
-    summary = json.loads((out / "summary.json").read_text())
+    summary = summary_of(out)
     assert summary["multi_label"] and summary["rule"]["sigmoid"]
     precision = summary["mean_average_precision"]
     assert 0 <= precision <= 1 and f"mean average precision {100 * precision:.1f} % on" in told
@@ -124,13 +87,11 @@ def test_sigmoids(shards, several, tmp_path, capsys):
     assert report["mean_average_precision"] == pytest.approx(precision)
     # Three classes, so each begins with the chance of one in four.
     assert -2 < read_checkpoint(out / "model.safetensors")["head.fc.bias"].mean() < -0.5
-    assert call("evaluate", out, "--data", data, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json_of(capsys, "evaluate", out, "--data", data)
     assert found["mean_average_precision"] == pytest.approx(precision)
     assert found["eval_loss"] == pytest.approx(summary["eval_loss"], rel=1e-6)
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
-    assert call("predict", out, tmp_path / "a.jpg", "--json") == 0
-    (predicted,) = json.loads(capsys.readouterr().out)
+    (predicted,) = json_of(capsys, "predict", out, tmp_path / "a.jpg")
     chances = [each["probability"] for each in predicted["predictions"]]
     assert len(chances) == 3 and sum(chances) != pytest.approx(1)
 
@@ -145,28 +106,20 @@ def test_starts_from_weights_with_their_head(run, shards, tmp_path):
 
 
 def test_resumed_after_an_interrupt(run, shards, tmp_path, monkeypatch, capsys):
-    arguments = ["--data", shards, "--preset", "BiT-S", "--batch-split", "2", *TINY]
-    arguments = ["pretrain", *arguments, "--out", tmp_path / "out"]
+    out, add = tmp_path / "out", Journal.add
+    arguments = ["--data", shards, "--preset", "BiT-S", "--batch-split", 2, *TINY, "--out", out]
 
-    def interrupt(record):
-        if record.get("step") == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    from bitkern.transfer.run import Journal
-
-    add = Journal.add
-
-    def added(self, **record):
+    def interrupted(self, **record):
         add(self, **record)
-        interrupt(record)
+        if record["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(Journal, "add", added)
-        assert call(*arguments) == 130
-    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", interrupted)
+        assert call("pretrain", *arguments) == 130
     assert f"to continue: bitkern pretrain --resume --out {out}" in capsys.readouterr().err
     assert call("pretrain", "--resume", "--out", out) == 0
-    kept, expected = digest(tmp_path / "out"), digest(run)
+    kept, expected = digest(out), digest(run)
     for name in ("metrics.jsonl", "model.safetensors", "predictions.csv"):
         assert kept[name] == expected[name], name
 
@@ -183,25 +136,16 @@ def pretrain_error(capsys, data, out, *options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--preset", "BiT-XL"], "argument --preset: invalid choice: 'BiT-XL'"),
         (["--warmup-steps", "5000"], "warmup_steps: expected fewer than the 6 steps"),
         (["--steps", "6", "--epochs", "2"], "steps: expected no epochs beside them, got 2.0"),
-        (["--image-size", "0"], "argument --image-size: expected a positive whole number"),
         (["--min-area", "2"], "min_area: expected a fraction up to 1, got 2.0"),
         (["--base-lr", "nan"], "base_lr: expected a positive finite number, got nan"),
-        (["--batch-split", "8"], "batch_split: expected 1 to 7, the batch size, got 8"),
         (["--weights", "none.npz"], "none.npz: no such file"),
         (["--model", "R26"], "name: unknown model 'R26'; did you mean R26x0.5"),
     ],
 )
 def test_bad_options(shards, tmp_path, capsys, options, message):
     assert message in pretrain_error(capsys, shards, tmp_path / "out", *options)
-
-
-def test_set_too_small_for_the_warm_up(shards, tmp_path, capsys):
-    options = ["--data", shards, "--preset", "BiT-S", "--model", "R50x1", "--out", tmp_path / "out"]
-    message = "warmup_steps: expected fewer than the 1 steps of the training, got 5000"
-    assert error_of(capsys, "pretrain", *options) == message
 
 
 def test_weights_whose_head_does_not_fit(shards, tmp_path, capsys):
@@ -217,26 +161,6 @@ def test_weights_whose_head_does_not_fit(shards, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     message = pretrain_error(capsys, shards, tmp_path / "out", "--weights", tmp_path / "empty")
     assert message.endswith("holds no model.safetensors; expected the folder of a finished run")
-
-
-@pytest.mark.parametrize(
-    ("members", "message"),
-    [
-        (
-            [*sample("a", 0), ("b.jpg", jpeg(1)), ("b.cls", b"3")],
-            "b.jpg: label: more classes than names: expected a",
-        ),
-        (
-            [*sample("a", 0), ("b.jpg", jpeg(1)), ("b.cls", b"-1")],
-            ": b: label: expected a number from 0 to",
-        ),
-        ([*sample("a", 0), ("b.jpg", jpeg(0))], "b: expected a label, in .cls or .json, got none"),
-    ],
-)
-def test_bad_labels(tmp_path, capsys, members, message):
-    (tmp_path / "classes.txt").write_text("ant\nbee\ncat\n")
-    data = write_tar(tmp_path / "train-0.tar", members)
-    assert message in pretrain_error(capsys, data, tmp_path / "out", "--holdout", "0.5")
 
 
 def test_images_without_a_label_and_several_for_a_softmax(tmp_path, capsys):
@@ -263,11 +187,7 @@ def test_two_processes_killed_ten_times(shards, tmp_path):
     moments = random.Random(0)
 
     def start(out, *options):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-        command += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-        command += ["-m", "bitkern", *map(str, arguments), "--out", str(out), *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+        return torchrun(2, "bitkern", *arguments, "--out", out, *options)
 
     straight = start(tmp_path / "straight")
     _, errors = straight.communicate(timeout=300)

@@ -1,5 +1,8 @@
 """``python -m bitkern.selftest``, and that it finds what is wrong."""
 
+import itertools
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -17,52 +20,35 @@ def test_right(capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("right: 43 cases on ")
 
 
+def right(x):
+    return reference.group_norm_act(x, 4, act="silu")
+
+
 def case(ours):
-    x = torch.randn(2, 8, 5, 5)
-
-    def plain(x):
-        return reference.group_norm_act(x, 4, act="silu")
-
-    return selftest.Case("group_norm_act", "x", ours, plain, [x])
-
-
-def off_by_little(x):
-    return reference.group_norm_act(x, 4, act="silu") + 1e-4
-
-
-def wrong_gradient(x):
-    y = reference.group_norm_act(x, 4, act="silu")
-    return y + (x - x.detach()) * 1e-3
-
-
-def a_nan(x):
-    return reference.group_norm_act(x, 4, act="silu").index_fill(0, torch.tensor(1), float("nan"))
-
-
-def refused(x):
-    raise RuntimeError("no such kernel")
+    return selftest.Case("group_norm_act", "x", ours, right, [torch.randn(2, 8, 5, 5)])
 
 
 @pytest.mark.parametrize(
-    "ours, fault",
-    [(off_by_little, "0: max-abs"), (wrong_gradient, "1: max-abs"), (a_nan, "0: NaN in other")],
+    ("ours", "fault"),
+    [
+        (lambda x: right(x) + 1e-4, "0: max-abs"),
+        (lambda x: right(x) + (x - x.detach()) * 1e-3, "1: max-abs"),
+        (lambda x: right(x).index_fill(0, torch.tensor(1), float("nan")), "0: NaN in other"),
+    ],
 )
 def test_wrong(ours, fault):
     assert selftest.check(case(ours), "cpu").startswith(f"result {fault}")
 
 
 def test_not_repeatable():
-    calls = []
-
-    def ours(x):
-        calls.append(x)
-        return reference.group_norm_act(x, 4, act="silu") * (1 + 2**-22 * (len(calls) % 2))
-
-    assert selftest.check(case(ours), "cpu") == "other bits the second time"
+    calls = itertools.count()
+    other = case(lambda x: right(x) * (1 + 2**-22 * (next(calls) % 2)))
+    assert selftest.check(other, "cpu") == "other bits the second time"
 
 
 def test_says_what_to_report(monkeypatch, capsys):
-    monkeypatch.setattr(selftest, "cases", lambda: iter([case(refused), case(off_by_little)]))
+    cases = [case(Mock(side_effect=RuntimeError("no such kernel"))), case(lambda x: right(x) + 1)]
+    monkeypatch.setattr(selftest, "cases", lambda: iter(cases))
     assert selftest.main() == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "group_norm_act of x: RuntimeError: no such kernel"

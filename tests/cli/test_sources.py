@@ -1,15 +1,13 @@
-"""Fine-tuning on shards and on Hugging Face datasets, with and without a cache."""
-
-import io
-import json
+"""Fine-tuning on shards and on Hugging Face datasets; ``bitkern cache``, and what uses it."""
 
 import datasets
 import pytest
-from PIL import Image
 
-from tests.cli.commands import SMALL, call, digest, finetune_error
-from tests.transfer.images import CLASSES, picture, write_folder
-from tests.transfer.shards import write_tar
+from bitkern.transfer.data import decoders
+from bitkern.transfer.data.disk_cache import cache_entries
+from tests.cli.commands import SMALL, call, digest, error_of, finetune_error, json_of, summary_of
+from tests.transfer.images import CLASSES, write_folder
+from tests.transfer.shards import jpeg, write_shards
 
 
 @pytest.fixture(autouse=True)
@@ -17,34 +15,18 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("BITKERN_CACHE", str(tmp_path / "cache"))
 
 
-def encoded(label, number):
-    buffer = io.BytesIO()
-    Image.fromarray(picture(label, number)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def shards(folder):
-    for split, count in (("train", 4), ("test", 2)):
-        for part in range(2):
-            members = []
-            for label, name in enumerate(CLASSES):
-                for i in range(part, count, 2):
-                    key, number = f"{name}/{split}{i}", 100 * (split == "test") + i
-                    members += [(f"{key}.png", encoded(label, number))]
-                    members += [(f"{key}.cls", str(label).encode())]
-            write_tar(folder / f"{split}-{part:06}.tar", members)
-    (folder / "classes.txt").write_text("\n".join(CLASSES))
-    return folder / "train-{000000..000001}.tar", folder / "test-*.tar"
+    write_shards(folder, "test", shards=2, per_shard=3)
+    return write_shards(folder), folder / "test-*.tar"
 
 
 def dataset(folder):
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))}
     splits = {}
-    for split, count in (("train", 4), ("test", 2)):
-        rows = [(label, i) for label in range(3) for i in range(count)]
-        offset = 100 * (split == "test")
-        images = [{"bytes": encoded(label, offset + i)} for label, i in rows]
-        columns = {"image": images, "label": [label for label, _ in rows]}
+    for split, count in (("train", 12), ("test", 6)):
+        labels = [i % 3 for i in range(count)]
+        images = [{"bytes": jpeg(label)} for label in labels]
+        columns = {"image": images, "label": labels}
         splits[split] = datasets.Dataset.from_dict(columns, datasets.Features(features))
     datasets.DatasetDict(splits).save_to_disk(str(folder / "saved"))
     return f"hfds:{folder / 'saved'}", f"hfds:{folder / 'saved'}"
@@ -52,33 +34,68 @@ def dataset(folder):
 
 @pytest.mark.parametrize("make", [shards, dataset])
 def test_finetune_and_evaluate(make, tmp_path, capsys):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    train, test = make(folder)
-    runs = []
-    for number, options in enumerate((["--cache", "off", "--no-check"], ["--cache", "disk"], [])):
-        out = tmp_path / f"run{number}"
+    train, test = make(tmp_path)
+    for name, options in (("off", ["--cache", "off", "--no-check"]), ("disk", ["--cache", "disk"])):
+        out = tmp_path / name
         assert call("finetune", "--data", train, "--out", out, *SMALL, *options) == 0
-        runs.append(digest(out)["model.safetensors"])
-    assert runs[0] == runs[1] == runs[2]
-    assert "image cache, training: disk, made before, " in capsys.readouterr().out
-    summary = json.loads((out / "summary.json").read_text())
+    assert len({digest(tmp_path / name)["model.safetensors"] for name in ("off", "disk")}) == 1
+    summary = summary_of(out)
     assert (summary["training_images"], summary["evaluation_images"]) == (12, 6)
-    assert call("evaluate", out, "--data", test, "--json", "--workers", 2) == 0
-    assert json.loads(capsys.readouterr().out)["top1"] == summary["top1"]
+    found = json_of(capsys, "evaluate", out, "--data", test, "--workers", 2)
+    assert found["top1"] == summary["top1"]
 
 
 def test_the_same_shards_to_train_on_and_to_test_with(tmp_path, capsys):
-    folder, out = tmp_path / "data", tmp_path / "runs" / "out"
-    folder.mkdir()
-    out.parent.mkdir()
-    shards(folder)
-    both = (folder / "train-000000.tar").rename(folder / "all.tar")
+    (tmp_path / "runs").mkdir()
+    out = tmp_path / "runs" / "out"
+    both = write_shards(tmp_path, shards=1, per_shard=6).with_name("train-000000.tar")
+    both = both.rename(tmp_path / "all.tar")
     message = finetune_error(capsys, both, out)
     assert "is in the training set and in the test set: name the split" in message
-    assert call("finetune", "--data", both, "--out", out, *SMALL, "--holdout", "0.4") == 0
+    options = [*SMALL, "--holdout", "0.4", "--steps", "1"]
+    assert call("finetune", "--data", both, "--out", out, *options) == 0
+    assert summary_of(out)["evaluated_on"] == "holdout"
 
 
-def test_a_folder_whose_name_has_tar_in_it(tmp_path):
-    folder = write_folder(tmp_path / "a.target")
-    assert call("finetune", "--data", folder, "--out", tmp_path / "out", *SMALL) == 0
+def test_list_and_clear(tmp_path, capsys):
+    folder = write_folder(tmp_path / "data")
+    assert call("cache", "list") == 0
+    assert f"0 entries, 0.00 GB in {tmp_path}/cache/images" in capsys.readouterr().out
+    finetune = ["finetune", "--data", folder, *SMALL, "--steps", 1, "--out"]
+    assert call(*finetune, tmp_path / "first", "--cache", "disk") == 0
+    shown = capsys.readouterr().out
+    assert "image cache, training: disk, 0.000 GB for 12 images of 40x40, " in shown
+    assert "image cache, evaluation: disk, 0.000 GB for 6 images of 32x32, " in shown
+    assert call(*finetune, tmp_path / "second") == 0
+    assert "image cache, training: disk, made before, " in capsys.readouterr().out
+
+    # The last used first, but two within a tick of the clock in any order.
+    rows = sorted(json_of(capsys, "cache", "list"), key=lambda row: row["images"])
+    assert [(row["images"], row["done"], row["size"]) for row in rows] == [(6, 6, 32), (12, 12, 40)]
+    assert rows[1]["bytes"] == 12 * 40 * 40 * 3 and rows[1]["data"] == f"{folder}/train"
+    (tmp_path / "cache" / "images" / rows[0]["key"] / "index.json").write_text("{")
+    assert call("cache", "list") == 0
+    table = capsys.readouterr().out.splitlines()
+    assert any(f"12  100%    40     0.00  {rows[1]['used']}" in line for line in table), table
+    assert any(line.startswith(rows[0]["key"]) and "damaged" in line for line in table), table
+    assert table[-1].startswith("2 entries, 0.00 GB in ")
+
+    missing = error_of(capsys, "cache", "clear", rows[0]["key"], "0123")
+    assert missing == f"0123: no such entry in {tmp_path}/cache/images"
+    assert call("cache", "clear", rows[0]["key"]) == 0
+    assert capsys.readouterr().out == "deleted 1 of 2 entries, 0.0 GB\n"
+    (entry,) = cache_entries()
+    with entry.lock:
+        busy = error_of(capsys, "cache", "clear")
+    assert busy == f"{entry.folder}: a process is filling it, or it may not be deleted"
+    assert call("cache", "clear") == 0 and not cache_entries()
+
+
+def test_decoder_is_kept_to(tmp_path, monkeypatch):
+    folder, out = write_folder(tmp_path / "data"), tmp_path / "out"
+    options = ["--decoder", "torchvision", "--steps", 1]
+    assert call("finetune", "--data", folder, "--out", out, *SMALL, *options) == 0
+    assert summary_of(out)["decoder"] == "torchvision"
+    monkeypatch.setitem(decoders.DECODERS, "pillow", None)
+    assert call("evaluate", out, "--data", folder, "--workers", 0) == 0
+    assert call("predict", out, folder / "test", "--workers", 0) == 0

@@ -1,16 +1,14 @@
 """Weights by name on the command line: fetched once, then used without a server."""
 
-import json
-import os
-import subprocess
-import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from bitkern.models import create_model, read_checkpoint, save_npz, save_safetensors
-from tests.cli.commands import SMALL, call, error_of
+from tests.cli.commands import SMALL, call, error_of, json_of, summary_of
 from tests.models.weights.server import npz, serving
+from tests.transfer.distributed import torchrun
 from tests.transfer.images import write_folder
 
 TINY = ["--resize", 40, "--crop", 32, "--batch-size", 2, "--workers", 0, "--steps", 1]
@@ -32,12 +30,10 @@ def test_list_fetch_path(cache, monkeypatch, capsys):
         assert call("weights", "fetch", name) == 0
         assert capsys.readouterr().out == f"{path}\n"
         for action in ("fetch", "path"):
-            assert call("weights", action, name, "--json") == 0
-            assert json.loads(capsys.readouterr().out) == {"name": name, "path": str(path)}
+            assert json_of(capsys, "weights", action, name) == {"name": name, "path": str(path)}
         assert "404 Not Found" in error_of(capsys, "weights", "fetch", "BiT-S-R50x3")
         assert len(server.requests) == 2
-    assert call("weights", "list", "--json") == 0
-    rows = {row.pop("name"): row for row in json.loads(capsys.readouterr().out)}
+    rows = {row.pop("name"): row for row in json_of(capsys, "weights", "list")}
     assert [known for known, row in rows.items() if row["cached"]] == [name]
     assert rows["BiT-M-R101x3"] == {
         "architecture": "R101x3",
@@ -69,7 +65,7 @@ def test_finetune_fetches_once(cache, tmp_path, monkeypatch, capsys):
     for run in (tmp_path / "first", tmp_path / "second"):
         ended = read_checkpoint(run / "model.safetensors")["stages.0.blocks.0.conv1.weight"]
         assert torch.allclose(ended, began, atol=1e-6) and began.std() > 1e-3
-        assert json.loads((run / "summary.json").read_text())["weights"] == "BiT-M-R50x1"
+        assert summary_of(run)["weights"] == "BiT-M-R50x1"
 
 
 def test_random_weights_where_none_were_released(run, cache, tmp_path, monkeypatch, capsys):
@@ -85,9 +81,7 @@ def test_random_weights_where_none_were_released(run, cache, tmp_path, monkeypat
 
 
 def test_resume_fetches_nothing(run, weights, tmp_path, monkeypatch, capsys):
-    def asked(*arguments):
-        raise OSError("asked")
-
+    asked = Mock(side_effect=OSError("asked"))
     arguments = ["finetune", "--data", run / "data", *SMALL, "--out", tmp_path / "out"]
     with monkeypatch.context() as patch:
         patch.setattr("bitkern.transfer.run.draw_curves", asked)
@@ -98,20 +92,16 @@ def test_resume_fetches_nothing(run, weights, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.sweep
-def test_under_torchrun_the_first_process_fetches(tmp_path):
+def test_under_torchrun_the_first_process_fetches(tmp_path, monkeypatch):
     data = write_folder(tmp_path / "data")
     save_safetensors(create_model("R26x0.5", 4), tmp_path / "x.safetensors")
     path = "/org/small/resolve/main/model.safetensors"
     with serving({path: (tmp_path / "x.safetensors").read_bytes()}) as server:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-        command += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-        command += ["-m", "bitkern", "finetune", "--data", data, *SMALL, "--device", "cpu"]
-        command += ["--weights", "hf-hub:org/small", "--out", tmp_path / "out"]
-        hub = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hub")}
-        environment = {**os.environ, **hub, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [str(part) for part in command], capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 0, done.stderr
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+        arguments = ["--data", data, *SMALL, "--device", "cpu", "--out", tmp_path / "out"]
+        process = torchrun(2, "bitkern", "finetune", *arguments, "--weights", "hf-hub:org/small")
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
         assert [asked for asked, _ in server.requests].count(path) == 1
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["processes"] == 2
+    assert summary_of(tmp_path / "out")["processes"] == 2

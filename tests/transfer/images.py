@@ -1,6 +1,7 @@
-"""Image sets and folders for the tests: each class has its own colour, sizes are odd."""
+"""Image sets, folders and logits for the tests: each class has its own colour, sizes are odd."""
 
 import numpy as np
+import torch
 from PIL import Image
 
 from bitkern.transfer import ImageSet
@@ -32,3 +33,14 @@ def write_folder(root, train=4, test=2):
                 image = Image.fromarray(picture(label, 100 * (split == "test") + i))
                 image.save(folder / f"{i}.{suffix}")
     return root
+
+
+def logits(labels, classes, seed=0):
+    """Random logits that tend to the label."""
+    outputs = torch.randn(len(labels), classes, generator=torch.Generator().manual_seed(seed))
+    outputs[torch.arange(len(labels)), torch.from_numpy(labels)] += 1.5
+    return outputs
+
+
+def arrays(labels, classes):
+    return ImageSet([picture(0, 0)] * len(labels), labels, tuple(classes))

@@ -1,4 +1,4 @@
-"""What makes the host wait for a device is an error inside :func:`no_reads`, on the CPU too."""
+"""Reads that make the host wait for a device are errors in :func:`no_reads`, on the CPU too."""
 
 import contextlib
 

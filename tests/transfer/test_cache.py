@@ -1,11 +1,13 @@
 """Resized images that are kept: never stale, never lost, whatever happens to files."""
 
 import errno
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,15 +21,17 @@ from bitkern.transfer.data.resized import ResizedImages
 from tests.transfer.images import image_set, picture, write_folder
 
 RULE = HyperRule(12, 8, steps=6, decay_steps=(), warmup_steps=0, mixup_alpha=0.0, batch_size=10)
-MODES = [("ram", None), ("disk", None), ("off", True), ("off", False)]
 DISK = ImageReadOptions("disk")
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """The images, apart from the cache."""
-    monkeypatch.setenv("BITKERN_CACHE", str(tmp_path / "cache"))
+@pytest.fixture
+def folder(tmp_path):
     return write_folder(tmp_path / "data")
+
+
+@pytest.fixture
+def images(folder):
+    return sources.image_folder(folder, "train").images
 
 
 @pytest.fixture
@@ -43,10 +47,6 @@ def decoded(monkeypatch):
     return found
 
 
-def images_in(folder):
-    return sources.image_folder(folder, "train").images
-
-
 def expected(images, size=12):
     return np.stack([decoders.pillow(image, size) for image in images])
 
@@ -56,8 +56,7 @@ def the_entry():
     return entry
 
 
-def test_later_runs_decode_nothing(folder, decoded):
-    images = images_in(folder)
+def test_later_runs_decode_nothing(images, decoded):
     first = open_resized(images, 12, DISK)
     chosen = first.cache
     assert np.array_equal(first.cached, expected(images)) and sorted(decoded) == images
@@ -68,12 +67,13 @@ def test_later_runs_decode_nothing(folder, decoded):
         assert again.cache == f"disk, made before, {the_entry().folder}"
 
 
-def test_nobody_writes_to_the_cache(folder):
-    images = images_in(folder)
+def test_nobody_writes_to_the_cache_and_whoever_uses_an_entry_keeps_it(images):
     for mode in ("disk", "ram"):
         resized = open_resized(images, 12, ImageReadOptions(mode))
         resized.cached[:] = 0
-    assert np.array_equal(open_resized(images, 12, DISK).cached, expected(images))
+    used = open_resized(images, 12, DISK)
+    assert the_entry().remove() and not cache_entries()
+    assert np.array_equal(used.cached, expected(images))
 
 
 def touch(path):
@@ -87,16 +87,14 @@ def replace(path):
 
 
 @pytest.mark.parametrize("change", [touch, replace])
-def test_changed_images_are_read_again(folder, change, decoded):
-    images = images_in(folder)
+def test_changed_images_are_read_again(folder, images, change, decoded):
     open_resized(images, 12, DISK)
     change(folder / "train" / "bee" / "0.jpg")
     again = open_resized(images, 12, DISK)
     assert len(decoded) == 24 and np.array_equal(again.cached, expected(images))
 
 
-def test_what_else_decides_the_pixels(folder, decoded, monkeypatch):
-    images = images_in(folder)
+def test_what_else_decides_the_pixels(images, decoded, monkeypatch):
     open_resized(images, 12, DISK)
     open_resized(images, 13, DISK)
     open_resized(images[::-1], 12, DISK)
@@ -106,19 +104,6 @@ def test_what_else_decides_the_pixels(folder, decoded, monkeypatch):
     monkeypatch.setattr(decoders.importlib.metadata, "version", lambda name: "0.1")
     open_resized(images, 12, DISK)
     assert len(cache_entries()) == 7 and len(decoded) == 12 + 12 + 12 + 3 + 3 + 12
-
-
-def truncate(entry):
-    os.truncate(entry.pixels, 100)
-
-
-def lose_pixels(entry):
-    entry.pixels.unlink()
-
-
-def flip_a_byte(entry):
-    with open(entry.pixels, "r+b") as file:
-        file.write(b"\xff\x00\xff")
 
 
 def index_of(**changes):
@@ -136,9 +121,9 @@ def index_is(content):
 @pytest.mark.parametrize(
     "damage",
     [
-        truncate,
-        lose_pixels,
-        flip_a_byte,
+        lambda entry: os.truncate(entry.pixels, 100),
+        lambda entry: entry.pixels.unlink(),
+        lambda entry: entry.pixels.write_bytes(b"\xff\x00\xff" + entry.pixels.read_bytes()[3:]),
         index_of(format=0),
         index_of(count=None),
         index_of(done="many"),
@@ -149,8 +134,7 @@ def index_is(content):
         index_is(b"\xff\xfe"),
     ],
 )
-def test_a_damaged_cache_is_made_again(folder, damage, decoded):
-    images = images_in(folder)
+def test_a_damaged_cache_is_made_again(images, damage, decoded):
     open_resized(images, 12, DISK)
     damage(the_entry())
     again = open_resized(images, 12, DISK)
@@ -158,11 +142,10 @@ def test_a_damaged_cache_is_made_again(folder, damage, decoded):
 
 
 def fill_and_die(images, killed_at):
-    seen = []
+    calls = itertools.count(1)
 
     def decode(source, size, region=None):
-        seen.append(source)
-        if len(seen) == killed_at:
+        if next(calls) == killed_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return decoders.pillow(source, size)
 
@@ -172,8 +155,7 @@ def fill_and_die(images, killed_at):
 
 
 @pytest.mark.parametrize("killed_at", [1, 5, 9, 12])
-def test_a_killed_process_is_continued(folder, killed_at, decoded):
-    images = images_in(folder)
+def test_a_killed_process_is_continued(images, killed_at, decoded):
     process = multiprocessing.get_context("fork").Process(
         target=fill_and_die, args=(images, killed_at)
     )
@@ -188,10 +170,10 @@ def test_a_killed_process_is_continued(folder, killed_at, decoded):
     assert len(decoded) == 12 - done
 
 
-def test_two_runs_at_once_fill_it_once(folder, tmp_path):
-    images, log = images_in(folder), tmp_path / "log"
+def test_two_runs_at_once_fill_it_once(images, tmp_path):
+    images, log = images, tmp_path / "log"
 
-    def run(number):
+    def run():
         def decode(source, size, region=None):
             with open(log, "a") as file:
                 file.write("x")
@@ -201,35 +183,31 @@ def test_two_runs_at_once_fill_it_once(folder, tmp_path):
         resized = open_resized(images, 12, DISK)
         assert np.array_equal(resized.cached, expected(images))
 
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=run, args=(number,)) for number in range(3)]
+    processes = [multiprocessing.get_context("fork").Process(target=run) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+        assert process.exitcode == 0
     assert log.read_text() == 12 * "x"
 
 
-def test_full_disk(folder, monkeypatch):
-    def no_space(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", no_space)
+def test_full_disk(images, monkeypatch):
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=error))
     with pytest.raises(DataError, match=r"cache: .* \(No space left on device\): make room"):
-        open_resized(images_in(folder), 12, DISK)
+        open_resized(images, 12, DISK)
     assert cache_entries() == []
 
 
-def test_a_cache_that_cannot_be_made(folder, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_made(images, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BITKERN_CACHE", str(tmp_path / "file"))
     with pytest.raises(DataError, match=r"cache: .* cannot be written \(Not a directory\)"):
-        open_resized(images_in(folder), 12, DISK)
+        open_resized(images, 12, DISK)
 
 
-def test_limit(folder, monkeypatch, capsys):
-    images = images_in(folder)
+def test_limit(images, monkeypatch, capsys):
     size = 12 * 12 * 12 * 3
     monkeypatch.setenv("BITKERN_CACHE_LIMIT", str(2.5 * size / 1e9))
     open_resized(images, 12, DISK)
@@ -252,15 +230,7 @@ def test_limit(folder, monkeypatch, capsys):
         open_resized(images[1:], 12, DISK)
 
 
-def test_whoever_uses_an_entry_keeps_it(folder):
-    images = images_in(folder)
-    used = open_resized(images, 12, DISK)
-    assert the_entry().remove() and not cache_entries()
-    assert np.array_equal(used.cached, expected(images))
-
-
-def test_auto_continues_what_was_begun_though_it_fills_the_cache(folder, monkeypatch):
-    images = images_in(folder)
+def test_auto_continues_what_was_begun_though_it_fills_the_cache(images, monkeypatch):
     size = 12 * 12 * 12 * 3
     monkeypatch.setenv("BITKERN_CACHE_LIMIT", str(1.5 * size / 1e9))
     monkeypatch.setattr(open_images, "free_memory", lambda: 0)
@@ -306,9 +276,8 @@ def test_a_file_larger_than_memory(tmp_path):
         assert not disk_cache.map_pixels(file, resized)[-1].any()
 
 
-def test_an_entry_that_is_made_again_while_it_is_opened(folder, monkeypatch):
+def test_an_entry_that_is_made_again_while_it_is_opened(images, monkeypatch):
     """By another process, between its choice and its use: its pixels are not there yet."""
-    images = images_in(folder)
     open_resized(images, 12, DISK)
     open_complete = disk_cache.open_complete
 
@@ -321,8 +290,7 @@ def test_an_entry_that_is_made_again_while_it_is_opened(folder, monkeypatch):
     assert np.array_equal(open_resized(images, 12, DISK).cached, expected(images))
 
 
-def test_what_a_disk_did_not_give_is_asked_for_again(folder, monkeypatch):
-    images = images_in(folder)
+def test_what_a_disk_did_not_give_is_asked_for_again(images, monkeypatch):
 
     def fails(source, size, region=None):
         if source == images[5]:
@@ -340,24 +308,18 @@ def test_what_a_disk_did_not_give_is_asked_for_again(folder, monkeypatch):
     assert np.array_equal(found.cached, expected(images)) and not found.corrupt
 
 
-def test_a_cache_that_one_may_only_read(folder, monkeypatch):
-    images = images_in(folder)
+def test_a_cache_that_one_may_only_read(images, monkeypatch):
     open_resized(images, 12, DISK)
 
-    def denied(*_):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    monkeypatch.setattr(os, "utime", denied)
-    assert np.array_equal(
-        open_resized(images, 12, ImageReadOptions("auto")).cached, expected(images)
-    )
+    monkeypatch.setattr(os, "utime", Mock(side_effect=PermissionError))
+    found = open_resized(images, 12, ImageReadOptions("auto"))
+    assert np.array_equal(found.cached, expected(images))
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(open_images, "free_memory", lambda: 0)
     assert open_resized(images, 13, ImageReadOptions("auto")).cache.startswith("off, ")
 
 
-def test_decoders(folder, monkeypatch):
-    images = images_in(folder)
+def test_decoders(folder, images, monkeypatch):
     for image in [*images, picture(0, 0, 40, 30), picture(1, 0)[..., 0]]:
         pillow, torchvision = (decode(image, 12) for decode in decoders.DECODERS.values())
         assert torchvision.shape == (12, 12, 3) and torchvision.dtype == np.uint8

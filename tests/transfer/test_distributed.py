@@ -1,7 +1,6 @@
 """Several processes: gradients, training and the command line against a single process."""
 
 import json
-import math
 import os
 import signal
 import socket
@@ -14,54 +13,63 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bitkern.cli import main
 from bitkern.transfer import HyperRule, ranks, train
+from bitkern.transfer.gradient_reducer import GradientReducer
 from bitkern.transfer.schedule import Schedule
-from tests.transfer.distributed import gradients, torchrun, training
+from tests.cli.commands import SMALL, digest, summary_of
+from tests.transfer.distributed import gradients, reduction, torchrun, training
 from tests.transfer.images import image_set, write_folder
-from tests.transfer.net import Net
 
 PROCESSES = 4
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What a run of all checks in four processes left behind."""
+    """The folder that a run of all checks in four processes left behind."""
     folder = tmp_path_factory.mktemp("distributed")
-    process = torchrun(PROCESSES, "tests.transfer.distributed", folder, "gradients", "training")
+    modules = "gradients", "training", "reduction"
+    process = torchrun(PROCESSES, "tests.transfer.distributed", folder, *modules)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return folder
 
 
-@pytest.mark.parametrize(
-    "check", [check.__name__ for check in (*gradients.CHECKS, *training.CHECKS)]
-)
+CHECKS = (*gradients.CHECKS, *training.CHECKS, *reduction.CHECKS)
+
+
+@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
 def test_in_four_processes(folder, check):
     for rank in range(PROCESSES):
         outcome = json.loads((folder / f"{rank}.json").read_text())[check]
         assert outcome == "passed", f"process {rank}\n{outcome}"
 
 
-@pytest.mark.parametrize("name, rule", [("mixup", training.RULE), ("plain", training.PLAIN)])
+@pytest.mark.parametrize("rule", [reduction.RULE, reduction.PLAIN], ids=["mixup", "plain"])
+@pytest.mark.parametrize("name", reduction.MODELS)
 def test_training_equals_one_process(folder, name, rule):
-    out = folder / "training_equals_one_process" / name
-    model = Net(torch.float64)
+    out = folder / "training_equals_one_process" / f"{name} {rule.mixup_alpha}"
+    model = reduction.MODELS[name]()
     expected = train(model, image_set(), rule, **training.OPTIONS)
-    results = [torch.load(out / f"result-{rank}.pt") for rank in range(PROCESSES)]
-    for state, history, metrics in results:
-        assert history == results[0][1] and metrics == results[0][2]
-        for key, tensor in state.items():
-            assert torch.equal(tensor, results[0][0][key]), key
+    results = [torch.load(out / f"{rank}.pt") for rank in range(PROCESSES)]
     state, history, metrics = results[0]
+    for other in results[1:]:
+        assert other[1:] == (history, metrics)
+        assert all(torch.equal(tensor, state[key]) for key, tensor in other[0].items())
+    exact = state["head.weight"].dtype == torch.float64
     for key, tensor in model.state_dict().items():
-        torch.testing.assert_close(state[key], tensor, rtol=1e-11, atol=1e-13)
+        tolerance = {"rtol": 1e-11, "atol": 1e-13} if exact else {"rtol": 1e-3, "atol": 1e-4}
+        torch.testing.assert_close(state[key], tensor, **tolerance)
     for record, wanted in zip(history, expected.history, strict=True):
-        assert record.keys() == wanted.keys()
-        assert all(math.isclose(record[k], wanted[k], rel_tol=1e-6) for k in record)
-        assert record.get("top1") == wanted.get("top1")
+        assert record == pytest.approx(wanted, rel=1e-6 if exact else 1e-4, abs=0)
     written = (out / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in written] == history
+
+
+def test_one_process_has_no_buckets_and_no_hooks():
+    sums = GradientReducer(reduction.Every())
+    with sums.reduce():
+        sums.begin_last_micro_batch()
+        assert not (sums.buckets or sums.slots or sums.hooks)
 
 
 @pytest.mark.parametrize("batch_size, batch_split, world_size", [(11, 2, 4), (64, 3, 3), (5, 1, 5)])
@@ -138,50 +146,35 @@ def test_no_thread_of_the_group_outlives_it():
 
 @pytest.mark.sweep
 def test_torchrun_finetune_interrupted_and_resumed(tmp_path):
-    data = write_folder(tmp_path / "data")
-    arguments = ["finetune", "--data", data, "--model", "R26x0.5", "--resize", 40, "--crop", 32]
-    arguments += ["--batch-size", 7, "--batch-split", 2, "--mixup-alpha", 0.2, "--steps", 15]
-    arguments += ["--base-lr", 1e-6, "--eval-every", 15, "--workers", 0, "--device", "cpu", "--out"]
-    arguments = [str(argument) for argument in arguments]
-    # At such a rate training does not make more of roundings, which differ by the processes.
-    out = tmp_path / "two"
-    process = torchrun(2, "bitkern", *arguments, out)
-    while process.poll() is None and not (out / "last.pt").exists():
+    out = tmp_path / "out"
+    arguments = ["bitkern", "finetune", "--data", write_folder(tmp_path / "data"), *SMALL]
+    arguments += ["--batch-split", 2, "--steps", 15, "--device", "cpu", "--out", out]
+    process, metrics = torchrun(2, *arguments), out / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert errors.count("bitkern: interrupted; to continue: bitkern finetune --resume") == 1, errors
     assert sorted(path.name for path in out.iterdir()) == ["last.pt", "metrics.jsonl"]
-    done = torch.load(out / "last.pt")["progress"]["step"]
-    assert 0 < done < 15
+    assert 0 < torch.load(out / "last.pt")["progress"]["step"] < 15
 
-    process = torchrun(2, "bitkern", *arguments, out, "--resume")
-    assert main([*arguments, str(tmp_path / "one")]) == 0
+    process = torchrun(2, *arguments, "--resume")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    summaries = [json.loads((f / "summary.json").read_text()) for f in (tmp_path / "one", out)]
-    assert [summary["processes"] for summary in summaries] == [1, 2]
-    assert summaries[0]["rule"] == summaries[1]["rule"]
-    records = [(f / "metrics.jsonl").read_text().splitlines() for f in (tmp_path / "one", out)]
-    for one, two in zip(*records, strict=True):
-        one, two = json.loads(one), json.loads(two)
-        assert one.keys() == two.keys() and one["step"] == two["step"]
-        name = "loss" if "loss" in one else "eval_loss"
-        assert math.isclose(one[name], two[name], rel_tol=1e-6), (one, two)
+    assert summary_of(out)["processes"] == 2
 
 
 @pytest.mark.sweep
 def test_two_nodes_make_the_files_of_one(tmp_path):
-    arguments = ["bitkern", "finetune", "--data", "digits", "--shots", 3, "--holdout", 0.1]
-    arguments += ["--model", "R26x0.5", "--resize", 40, "--crop", 32, "--batch-size", 16]
-    arguments += ["--batch-split", 2, "--steps", 6, "--eval-every", 3, "--base-lr", 0.01]
-    arguments += ["--mixup-alpha", 0.1, "--workers", 0, "--device", "cpu", "--out"]
+    arguments = ["bitkern", "finetune", "--data", "digits", "--shots", 3, "--holdout", 0.1, *SMALL]
+    arguments += ["--batch-split", 2, "--eval-every", 2, "--base-lr", 0.01, "--mixup-alpha", 0.1]
+    arguments += ["--device", "cpu", "--out"]
     with socket.create_server(("localhost", 0)) as server:
         endpoint = f"localhost:{server.getsockname()[1]}"
     nodes = [torchrun(1, *arguments, tmp_path / "two", nodes=2, endpoint=endpoint) for _ in "12"]
     for process in [*nodes, torchrun(2, *arguments, tmp_path / "one")]:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
+    one, two = digest(tmp_path / "one"), digest(tmp_path / "two")
     for name in ("metrics.jsonl", "model.safetensors", "predictions.csv"):
-        contents = [(tmp_path / out / name).read_bytes() for out in ("one", "two")]
-        assert contents[0] == contents[1], name
+        assert one[name] == two[name], name

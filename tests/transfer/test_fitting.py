@@ -1,18 +1,32 @@
-"""The smallest number of micro-batches that fits, found without a trace; fp16."""
+"""The smallest number of micro-batches that fits, found without a trace; free memory; fp16."""
 
+import contextlib
 import dataclasses
 import json
 import re
+import resource
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
 
 from bitkern.transfer import TrainingError, micro_batch, ranks, train_setup
+from bitkern.transfer.data import memory
 from bitkern.transfer.device_config import default_precision
 from bitkern.transfer.micro_batch import smallest_split
 from bitkern.transfer.train_setup import TrainSetup
-from tests.transfer.net import PLAIN, RULE, Net, assert_same_bits, state_of, stopped, train
+from tests.transfer.net import (
+    PLAIN,
+    RULE,
+    Crash,
+    Net,
+    assert_same_bits,
+    crash_always,
+    state_of,
+    stopped,
+    train,
+)
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 10, 512])
@@ -45,8 +59,10 @@ class Hungry(Net):
         return super().forward(self.dropout(self.batch_norm(x)))
 
 
-@pytest.mark.parametrize("mixup_alpha", [0.0, 0.2])
-@pytest.mark.parametrize(("images", "split"), [(10, 1), (9, 2), (4, 3), (3, 4), (1, 10)])
+SPLITS = [(10, 1, 0.0), (9, 2, 0.2), (4, 3, 0.0), (3, 4, 0.2), (1, 10, 0.2)]
+
+
+@pytest.mark.parametrize(("images", "split", "mixup_alpha"), SPLITS)
 def test_auto_is_the_split_given_by_hand(images, split, mixup_alpha):
     rule = dataclasses.replace(PLAIN, mixup_alpha=mixup_alpha)
     torch.manual_seed(1)
@@ -64,7 +80,7 @@ def test_says_what_it_takes(capsys):
     said = capsys.readouterr().out.splitlines()
     (line,) = (line for line in said if line.startswith("estimate: "))
     assert re.fullmatch(
-        r"estimate: \d+\.\d GB of memory, \S+ m?s a step, \S+ m?s in all "
+        r"estimate: \d+\.\d GB of memory, \S+ m?s per step, \S+ m?s in total "
         r"\(6 steps of 10 images of 8x8, 4 at a time\)",
         line,
     )
@@ -103,21 +119,23 @@ def test_what_a_micro_batch_takes_is_measured():
     assert 200e6 < peak() - before + 1e6 < 600e6
 
 
+NOTHING_FITS = "not enough memory on cpu for one image at a time"
+
+
 def test_nothing_fits(tmp_path):
     model = Hungry(0)
     before = state_of(model)
-    with pytest.raises(TrainingError, match="not enough memory on cpu for one image at a time"):
+    with pytest.raises(TrainingError, match=NOTHING_FITS):
         train(model, out=tmp_path / "run", batch_split="auto")
     assert not (tmp_path / "run").exists()
     assert_same_bits(model, before)
 
 
 def test_resuming_takes_what_the_run_began_with(tmp_path):
-    model = Hungry(4)
-    model.on_call = lambda call: call == 36 and exec("raise ZeroDivisionError")
-    with pytest.raises(ZeroDivisionError):
+    model, resumed = Hungry(4), Hungry(10)
+    model.on_call = lambda call: call == 36 and crash_always()
+    with pytest.raises(Crash):
         train(model, out=tmp_path, batch_split="auto", checkpoint_every=5)
-    resumed = Hungry(10)
     train(resumed, out=tmp_path, resume=True, batch_split="auto")
     assert resumed.largest == 4
     assert json.loads((tmp_path / "summary.json").read_text())["batch_split"] == 3
@@ -151,26 +169,18 @@ def test_fp16_skips_steps_whose_gradients_overflow():
 
 
 @pytest.mark.parametrize(
-    "message",
+    ("message", "raised"),
     [
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
-        "Triton Error [CUDA]: out of memory",
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`", NOTHING_FITS),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", NOTHING_FITS),
+        ("Triton Error [CUDA]: out of memory", NOTHING_FITS),
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", "EXECUTION_FAILED"),
     ],
 )
-def test_libraries_that_have_no_memory(message, monkeypatch):
+def test_libraries_that_have_no_memory(message, raised, monkeypatch):
     """They say so in words of their own; other errors are not taken for that."""
-
-    def forward(self, x):
-        if len(x) > 4:
-            raise RuntimeError(message)
-        return Net.forward(self, x)
-
-    monkeypatch.setattr(Hungry, "forward", forward)
-    history = train(Hungry(4), PLAIN, batch_split="auto").history
-    assert history == train(Hungry(4), PLAIN, batch_split=3).history
-    message = "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"
-    with pytest.raises(RuntimeError, match="EXECUTION_FAILED"):
+    monkeypatch.setattr(Hungry, "forward", Mock(side_effect=RuntimeError(message)))
+    with pytest.raises(RuntimeError, match=raised):
         train(Hungry(4), PLAIN, batch_split="auto")
 
 
@@ -188,17 +198,53 @@ def test_bf16_is_asked_of_the_device(monkeypatch):
     """Not of the current one."""
     current = [0]
 
-    class On:
-        def __init__(self, device):
-            self.device = device
+    @contextlib.contextmanager
+    def on(device):
+        current.append(device.index)
+        yield
+        current.pop()
 
-        def __enter__(self):
-            current.append(self.device.index)
-
-        def __exit__(self, *_):
-            current.pop()
-
-    monkeypatch.setattr(torch.cuda, "device", On)
+    monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: current[-1] == 1)
     assert default_precision("cuda:1")[0] == "bf16"
     assert default_precision("cuda:0")[0] == "fp16"
+
+
+V2 = ("memory.max", "memory.current", "memory.stat")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 5000 * 1024),
+        ({"v2": ("max", "9", "inactive_file 1")}, 5000 * 1024),
+        ({"v2": ("1000", "900", "inactive_file 50")}, 150),
+        ({"v2/a/job": ("10", "20", "file 1")}, 0),
+        ({"v2/a/job": ("max", "20", "file 1"), "v2/a": ("900", "200", "file 1")}, 700),
+        ({"v2/other": ("10", "9", "file 1")}, 5000 * 1024),
+        ({"v1/b": ("2000", "500", "cache 1\ntotal_inactive_file 100")}, 1600),
+    ],
+)
+def test_free_memory(tmp_path, monkeypatch, files, free):
+    assert 0 < memory.free_memory() < 1 << 50
+    (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:   5000 kB\n")
+    (tmp_path / "own").write_text("3:cpu:/\n2:memory:/b\n0::/a/job\n")
+    for name, texts in files.items():
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        for file, text in zip(V1 if "v1" in name else V2, texts, strict=True):
+            (tmp_path / name / file).write_text(f"{text}\n")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "own")
+    monkeypatch.setattr(memory, "CGROUPS", {"": tmp_path / "v2", "memory": tmp_path / "v1"})
+    assert memory.free_memory() == free
+
+
+@pytest.mark.parametrize(("limit", "used"), [("RLIMIT_AS", 100), ("RLIMIT_DATA", 60)])
+def test_within_ulimit(tmp_path, monkeypatch, limit, used):
+    (tmp_path / "statm").write_text("100 20 0 0 0 60 0\n")
+    monkeypatch.setattr(memory, "STATM", tmp_path / "statm")
+    page, none = resource.getpagesize(), resource.RLIM_INFINITY
+    limits = {getattr(resource, limit): 1000 * page}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limits.get(which, none), none))
+    assert memory.free_memory() == (1000 - used) * page

@@ -43,7 +43,7 @@ def published_lr(preset, num_examples, batch_size, step):
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 @pytest.mark.parametrize("num_examples", [1_281_167, 14_212_971, 300_000_000])
-@pytest.mark.parametrize("batch_size", [256, 1000, 4096])
+@pytest.mark.parametrize("batch_size", [1000, 4096])
 def test_schedule(preset, num_examples, batch_size):
     rule = pretraining(preset, num_examples, batch_size)
     epochs, decay_epochs = PUBLISHED[preset]
@@ -165,39 +165,33 @@ def test_region_of_an_image_too_long_for_any_is_the_whole():
         assert (regions == [0, 0, *size]).all()
 
 
-def encoded(pixels, format="JPEG", **options):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format, **options)
-    return file.getvalue()
-
-
 class Encoded:
-    """An image in memory that is decoded as a file is."""
+    """An image that is decoded as a file is; ``cut`` bytes are missing."""
 
-    def __init__(self, data):
-        self.data = data
+    def __init__(self, pixels, format="JPEG", cut=0, **options):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, format, **options)
+        self.data = file.getvalue()[: file.tell() - cut]
 
     def read(self):
         return self.data
 
 
 def smooth(height, width):
-    """What changes slowly, so that scales can be compared."""
+    """An image that changes slowly, so that scales can be compared."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(y / 31), np.cos(x / 29), np.sin((x + y) / 37)]
     return (127 + 100 * np.stack(waves, 2)).astype(np.uint8)
 
 
 @pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("scale", [1, 2, 5, 9])
+@pytest.mark.parametrize("scale", [1, 2, 9])
 @pytest.mark.parametrize("orientation", [1, 2, 3, 6, 7, 8])
 def test_region_of_a_jpeg(name, scale, orientation):
-    if name == "torchvision":
-        pytest.importorskip("torchvision")
     pixels = smooth(60 * scale + 3, 80 * scale + 5)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    source = Encoded(encoded(pixels, quality=95, exif=exif))
+    source = Encoded(pixels, quality=95, exif=exif)
     upright = np.asarray(decoders.read_image(source))
     told = []
 
@@ -216,7 +210,7 @@ def test_region_of_a_jpeg(name, scale, orientation):
 
 @pytest.mark.parametrize("wide, scale", [(15, 1), (31, 1), (32, 2), (64, 4), (127, 4), (128, 8)])
 def test_fewer_pixels_of_a_large_jpeg_are_decoded(wide, scale):
-    source = Encoded(encoded(smooth(200, 200)))
+    source = Encoded(smooth(200, 200))
     image, box = decoders.read_region(source, 16, lambda height, width: (3, 5, wide, wide))
     assert image.size == (-(-200 // scale), -(-200 // scale))
     assert box == (5 / scale, 3 / scale, (5 + wide) / scale, (3 + wide) / scale)
@@ -224,7 +218,7 @@ def test_fewer_pixels_of_a_large_jpeg_are_decoded(wide, scale):
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF"])
 def test_region_of_what_is_no_jpeg(format):
-    source = Encoded(encoded(picture(1, 2, 64, 50), format, **{"lossless": True}))
+    source = Encoded(picture(1, 2, 64, 50), format, lossless=True)
     whole = np.asarray(decoders.read_image(source))
     got = pillow(source, 8, lambda height, width: (10, 20, 30, 25))
     box = (20, 10, 45, 40)
@@ -265,10 +259,9 @@ def test_every_position_has_a_region_and_a_side_of_its_own():
     assert torch.equal(expected, unflipped)
 
 
-def test_next_image_stands_in_for_a_corrupt_one(tmp_path):
-    good, bad = encoded(picture(0, 1, 30, 40)), encoded(picture(1, 1, 30, 40))[:-200]
-    sources = [Encoded(data) for data in (good, bad, good)]
-    data = ImageSet(sources, np.array([0, 1, 2]), ("a", "b", "c"))
+def test_next_image_stands_in_for_a_corrupt_one():
+    good, bad = (Encoded(picture(0, 1, 30, 40), cut=cut) for cut in (0, 200))
+    data = ImageSet([good, bad, good], np.array([0, 1, 2]), ("a", "b", "c"))
     with pytest.raises(DataError, match="not a readable image"):
         batches_of(data, check=False)
     labels = torch.cat([y for _, y in batches_of(data, check=False, skip_corrupt=True)])
@@ -279,29 +272,20 @@ def test_next_image_stands_in_for_a_corrupt_one(tmp_path):
 def test_training_and_resuming(tmp_path, sigmoid):
     rule = dataclasses.replace(RULE, sigmoid=sigmoid, steps=20, base_lr=1.0)
     options = {"rule": rule, "eval_set": image_set(2)}
-    straight = Net()
-    result = train(straight, out=tmp_path / "straight", **options)
+    straight, resumed = Net(), Net()
+    result = train(straight, **options)
     losses = [record["loss"] for record in result.history if "loss" in record]
     assert losses[-1] < losses[0]
     assert ("mean_average_precision" in result.metrics) == sigmoid
-    stopped(tmp_path / "run", **options)
-    resumed = Net()
-    again = train(resumed, out=tmp_path / "run", resume=True, **options)
+    stopped(tmp_path, **options)
+    again = train(resumed, out=tmp_path, resume=True, **options)
     assert_same_bits(resumed, state_of(straight))
     assert again.history == result.history
-    for name in ("metrics.jsonl", "model.safetensors", "curves.png"):
-        paths = [tmp_path / run / name for run in ("straight", "run")]
-        assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_sigmoids_that_diverge(tmp_path):
+def test_sigmoids_that_diverge():
     model = Net()
-
-    def diverge(call):
-        if call == 6:
-            model.head.bias.data.fill_(torch.nan)
-
-    model.on_call = diverge
+    model.on_call = lambda call: call == 6 and model.head.bias.data.fill_(torch.nan)
     rule = dataclasses.replace(RULE, sigmoid=True)
     with pytest.raises(TrainingError, match="loss is nan at step 6: try a lower base_lr"):
         train(model, rule, eval_set=image_set(2), eval_every=6)
@@ -314,6 +298,8 @@ def test_balanced_sigmoids_weigh_rare_positives():
     for model, labels in zip(models, (data, data.as_multi_label()), strict=True):
         train(model, rule, labels, balance="loss")
     assert_same_bits(models[0], state_of(models[1]))
+    _, y = next(iter(train_batches(data.as_multi_label(), rule, seed=0)))
+    assert y.dtype == torch.bool and y.shape == (10, 3)
     plain = Net()
     train(plain, rule, data)
     assert not torch.equal(plain.head.weight, models[0].head.weight)

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from html.parser import HTMLParser
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,10 +16,9 @@ from PIL import Image
 
 from bitkern.transfer import ImageSet, check_report, report, scores, write_report
 from bitkern.transfer.report.plots import CELLS
-from tests.transfer.images import image_set, picture
-from tests.transfer.outputs import arrays, logits
+from tests.transfer.images import arrays, image_set, logits, picture
+from tests.transfer.net import REPORT
 
-FILES = ["predictions.csv", "report.html", "report.json"]
 HOSTILE = (
     '<script>alert("x")</script>',
     'a,"b"|c\r\nd',
@@ -29,17 +29,10 @@ HISTORY = [{"step": s, "loss": 1 / s, "lr": 0.1} for s in (1, 2)]
 HISTORY += [{"step": 2, "top1": 0.5, "top5": 1.0, "eval_loss": 0.7}]
 
 
-@pytest.mark.parametrize(
-    ("labels", "classes"),
-    [
-        ([1], 2),
-        ([0, 0], 1),
-        ([[True]], 1),
-        ([[False, False]], 2),
-        ([[True, True], [True, True]], 2),
-        ([0] * 5, 3),
-    ],
-)
+SMALLEST = [([1], 2), ([0, 0], 1), ([[True]], 1), ([[False, False]], 2), ([[True, True]] * 2, 2)]
+
+
+@pytest.mark.parametrize(("labels", "classes"), [*SMALLEST, ([0] * 5, 3)])
 def test_smallest_sets(tmp_path, labels, classes):
     data = arrays(np.array(labels), "abc"[:classes])
     for outputs in (torch.zeros(len(labels), classes), torch.full((len(labels), classes), -3e38)):
@@ -75,7 +68,7 @@ def test_bad_outputs(tmp_path, outputs, message):
 
 
 class Page(HTMLParser):
-    """What a browser would load and nest; every tag closed in order."""
+    """Records what a browser would load and nest; every tag is closed in order."""
 
     VOID = {"meta", "img", "br", "path", "use"}
 
@@ -149,16 +142,14 @@ def test_page_is_whole_escaped_and_self_contained(hostile):
 
 def test_files_say_what_was_returned(hostile):
     folder, found, data, outputs, options = hostile
-    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert sorted(path.name for path in folder.iterdir()) == REPORT
     read = json.loads((folder / "report.json").read_bytes(), parse_constant=pytest.fail)
     assert read == json.loads(json.dumps(found))
     assert read["page"] == "report.html" and read["about"] == options["about"]
     numbers = json.loads(json.dumps(scores(outputs, data)))
     assert {name: read[name] for name in numbers} == numbers
-    with open(
-        folder / "predictions.csv", encoding="utf-8", errors="surrogateescape", newline=""
-    ) as file:
-        rows = list(csv.DictReader(file))
+    text = os.fsdecode((folder / "predictions.csv").read_bytes())
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
     assert [row["image"] for row in rows] == [*data.images[:3], "3"]
     truth = data.labels if data.multi_label else np.eye(4, dtype=bool)[data.labels]
     predicted = outputs.numpy() > 0
@@ -168,16 +159,14 @@ def test_files_say_what_was_returned(hostile):
             assert names == [name for name, c in zip(HOSTILE, chosen, strict=True) if c]
         assert row["right"] == str(int((truth[i] == predicted[i]).all()))
     assert [row["rank"] for row in rows] == ["2", "2", "" if data.multi_label else "3", "1"]
-    chances = outputs.sigmoid() if data.multi_label else outputs.softmax(1)
-    assert [float(r["probability"]) for r in rows] == pytest.approx(
-        chances.amax(1).tolist(), abs=1e-6
-    )
+    chances = (outputs.sigmoid() if data.multi_label else outputs.softmax(1)).amax(1).tolist()
+    assert [float(row["probability"]) for row in rows] == pytest.approx(chances, abs=1e-6)
 
 
 def test_same_bytes_again(hostile, tmp_path):
     folder, _, data, outputs, options = hostile
     write_report(tmp_path / "report.html", outputs, data, **options)
-    for name in FILES:
+    for name in REPORT:
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
@@ -254,11 +243,10 @@ def test_refuses_bad_names_and_settings_before_any_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file: expected a folder, found a file"):
         check_report(tmp_path / "file" / "deeper" / "report.html")
+    page = tmp_path / "report.html"
     for value in (object(), math.nan):
         with pytest.raises(ValueError, match="about: expected JSON values"):
-            write_report(
-                tmp_path / "report.html", torch.zeros(15, 3), image_set(), about={"x": [value]}
-            )
+            write_report(page, torch.zeros(15, 3), image_set(), about={"x": [value]})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -275,10 +263,7 @@ def test_refuses_a_folder_that_cannot_be_written_to_before_any_work(tmp_path, mo
 
 
 def test_a_failure_leaves_no_part_behind(tmp_path, monkeypatch):
-    def fail(*arguments):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(report, "_rows", fail)
+    monkeypatch.setattr(report, "_rows", Mock(side_effect=OSError("no space left on device")))
     with pytest.raises(OSError, match="no space left"):
         write_report(tmp_path / "report.html", torch.zeros(15, 3), image_set())
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

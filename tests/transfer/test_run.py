@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bitkern.models import read_metadata
-from bitkern.transfer import RunError, TrainingError, device_config, training
+from bitkern.transfer import RunError, TrainingError, device_config
 from tests.transfer.images import CLASSES, image_set
 from tests.transfer.net import (
     FILES,
@@ -53,6 +53,7 @@ def test_resume_continues_with_the_same_bits(tmp_path, stop, error, resumed_at, 
     stopped.on_call = stop
     with pytest.raises(error):
         train(stopped, out=out, workers=workers, **options)
+    assert sorted(p.name for p in out.iterdir()) == ["last.pt", "metrics.jsonl"]
     assert torch.load(out / "last.pt", weights_only=True)["progress"]["step"] == resumed_at
 
     with open(out / "metrics.jsonl", "ab") as file:
@@ -138,46 +139,33 @@ def test_resuming_a_complete_run_trains_no_further(tmp_path, monkeypatch, broken
 
 
 def test_finished_run_from_python(tmp_path):
-    """The files of the command line, equal byte for byte for equal runs, durations aside."""
     about = {"model": "a net", "data": "three classes"}
-    options = dict(eval_set=image_set(2), batch_split=2, about=about)
-    contents = []
-    for name in ("one", "two"):
-        model = Net()
-        result = train(model, out=tmp_path / name, **options)
-        files_of = {p.name: p for p in (tmp_path / name).iterdir()}
-        assert sorted(files_of) == FILES
-        summary = json.loads(files_of.pop("summary.json").read_text())
-        assert summary.pop("seconds") == round(result.seconds, 1)
-        contents.append((summary, {name: path.read_bytes() for name, path in files_of.items()}))
-    assert contents[0] == contents[1]
+    out, model = tmp_path / "out", Net()
+    result = train(model, out=out, eval_set=image_set(2), batch_split=2, about=about)
+    assert sorted(p.name for p in out.iterdir()) == FILES
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["seconds"] == round(result.seconds, 1)
     assert list(summary)[:5] == ["model", "data", "top1", "top5", "eval_loss"]
     assert summary["top1"] == result.metrics["top1"] and summary["precision"] == "fp32"
-    saved = load_file(tmp_path / "two" / "model.safetensors")
-    assert_same_bits(model, saved)
-    assert read_metadata(tmp_path / "two" / "model.safetensors")["classes"] == list(CLASSES)
-    modes = {(p.stat().st_mode & 0o777) for p in (tmp_path / "two").iterdir()}
+    assert_same_bits(model, load_file(out / "model.safetensors"))
+    assert read_metadata(out / "model.safetensors")["classes"] == list(CLASSES)
     (tmp_path / "usual").touch()
-    assert modes == {(tmp_path / "usual").stat().st_mode & 0o777}
+    assert {p.stat().st_mode for p in out.iterdir()} == {(tmp_path / "usual").stat().st_mode}
 
 
 def test_precision_of_the_run_is_kept(tmp_path, monkeypatch):
-    """Whatever the machine it is resumed on would choose."""
-    monkeypatch.setattr(
-        device_config, "default_precision", lambda device: ("bf16", "it is said to")
-    )
-    model = Net()
-    model.on_call = crash
-    with pytest.raises(Crash):
-        train(model, out=tmp_path, batch_split=3, checkpoint_every=5, precision="auto")
-    monkeypatch.setattr(
-        device_config, "default_precision", lambda device: ("fp32", "it is said to")
-    )
-    shutil.copytree(tmp_path, tmp_path / "other")
-    train(Net(), out=tmp_path, batch_split=3, resume=True, precision="auto")
-    assert json.loads((tmp_path / "summary.json").read_text())["precision"] == "bf16"
-    train(Net(), out=tmp_path / "other", batch_split=3, resume=True, precision="fp32")  # asked for
-    assert json.loads((tmp_path / "other" / "summary.json").read_text())["precision"] == "fp32"
+    """Whatever the machine it is resumed on would choose, unless another is asked for."""
+
+    def this_machine_is_for(precision):
+        monkeypatch.setattr(device_config, "default_precision", lambda _: (precision, "it is said"))
+
+    this_machine_is_for("bf16")
+    stopped(tmp_path / "out", precision="auto")
+    this_machine_is_for("fp32")
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    for out, given, kept in (("out", "auto", "bf16"), ("other", "fp32", "fp32")):
+        train(Net(), out=tmp_path / out, resume=True, precision=given)
+        assert json.loads((tmp_path / out / "summary.json").read_text())["precision"] == kept
 
 
 class Counted(nn.Linear):
@@ -202,35 +190,35 @@ def test_what_cannot_be_written_is_told_before_the_training(tmp_path, change, me
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory):
+    """The folder of a run, not to be changed."""
+    out = tmp_path_factory.mktemp("unfinished")
+    stopped(out)
+    return out
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"rule": dataclasses.replace(RULE, base_lr=0.2)},
-            "started with base_lr=0.1, now 0.2",
-        ),
+        ({"rule": dataclasses.replace(RULE, base_lr=0.2)}, "started with base_lr=0.1, now 0.2"),
         ({"seed": 1}, "started with seed=0, now 1"),
         ({"batch_split": 2}, "started with batch_split=1, now 2"),
-        (
-            {"rule": dataclasses.replace(RULE, weight_decay=0.1)},
-            "started with weight_decay=0.0, now 0.1",
-        ),
+        ({"rule": dataclasses.replace(RULE, weight_decay=0.1)}, "started with weight_decay=0.0"),
         ({"flip": False}, "started with flip=True, now False"),
         ({"train_set": image_set(4)}, "started with training images 15, now 12"),
         ({"train_set": image_set()._replace(classes=("x", "y", "z"))}, "started with classes"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 3))}, "started with parameters"),
     ],
 )
-def test_resume_needs_the_settings_of_the_run(tmp_path, change, message):
-    arguments = {"model": Net(), "train_set": image_set(), "rule": RULE, "progress": False}
-    stopped(tmp_path)
-    metrics = (tmp_path / "metrics.jsonl").read_bytes()
-    changed = {**arguments, "model": Net(), **change}
+def test_resume_needs_the_settings_of_the_run(unfinished, change, message):
+    metrics = (unfinished / "metrics.jsonl").read_bytes()
+    changed = {"model": Net(), **change}
     before = state_of(changed["model"])
     with pytest.raises(RunError, match=message):
-        training.train(**changed, out=tmp_path, resume=True)
+        train(**changed, out=unfinished, resume=True)
     assert_same_bits(changed["model"], before)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+    assert (unfinished / "metrics.jsonl").read_bytes() == metrics
 
 
 def test_damaged_run_folders(tmp_path):
@@ -256,11 +244,3 @@ def test_does_not_overwrite_a_run(tmp_path):
         train(Net(), PLAIN, out=tmp_path / "file")
     with pytest.raises(RunError, match="nothing to resume, no last.pt"):
         train(Net(), PLAIN, out=tmp_path / "new", resume=True)
-
-
-def test_failure_after_a_checkpoint_leaves_it(tmp_path):
-    model = Net()
-    model.on_call = crash
-    with pytest.raises(Crash):
-        train(model, out=tmp_path, batch_split=3, checkpoint_every=5)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "metrics.jsonl"]

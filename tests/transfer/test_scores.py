@@ -9,8 +9,7 @@ from sklearn import metrics
 
 from bitkern.transfer import ImageSet, scores
 from bitkern.transfer.report.metrics import wilson
-from tests.transfer.images import CLASSES, picture
-from tests.transfer.outputs import arrays, logits
+from tests.transfer.images import CLASSES, arrays, logits, picture
 
 
 def hand_made(labels, outputs, classes=("a", "b", "c")):

@@ -15,22 +15,9 @@ import webdataset
 
 from bitkern.transfer import DataError, hold_out
 from bitkern.transfer.data import shards, tar
-from bitkern.transfer.data.decoders import pillow, read_image
-from bitkern.transfer.data.images import EncodedImage
-from bitkern.transfer.data.loader import eval_batches
-from bitkern.transfer.data.resized import ResizedImages
+from bitkern.transfer.data.decoders import read_image
 from bitkern.transfer.data.shards import image_shards, is_shards
-from bitkern.transfer.device_config import DeviceConfig
-from tests.transfer.shards import jpeg, sample, write_shards, write_tar
-
-TWO = [*sample("a", 0), *sample("b", 1)]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("BITKERN_CACHE", str(folder))
-    return folder
+from tests.transfer.shards import TWO, assert_reads_alike, jpeg, sample, write_shards, write_tar
 
 
 @pytest.fixture
@@ -71,9 +58,7 @@ def test_what_webdataset_writes_and_reads(tmp_path):
     source = str(tmp_path / "train-{000000..000002}.tar")
     found = image_shards(source, "train")
     theirs = list(webdataset.WebDataset(source, shardshuffle=False, empty_check=False))
-    assert [
-        str(m).endswith(f"{s['__key__']}.jpg") for m, s in zip(found.images, theirs, strict=True)
-    ]
+    assert [m.name for m in found.images] == [f"{s['__key__']}.jpg" for s in theirs]
     assert [m.read() for m in found.images] == [s["jpg"] for s in theirs]
     assert found.labels.tolist() == [int(s["cls"]) for s in theirs]
     assert found.labels.dtype == np.int64 and found.classes == ("0", "1", "2")
@@ -98,18 +83,9 @@ def test_shards_named(tmp_path, name, shards_named):
     assert str(first) == f"{tmp_path}/train-00000{shards_named == 1:d}.tar: {first.name}"
 
 
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("a/train-{0..3}.tar", True),
-        ("train.tar.gz", True),
-        ("data.tar/train", False),
-        ("cats.target", False),
-        ("digits", False),
-    ],
-)
-def test_is_shards(source, expected):
-    assert is_shards(source) is expected
+def test_is_shards():
+    assert is_shards("a/train-{0..3}.tar") and is_shards("train.tar.gz")
+    assert not any(map(is_shards, ("data.tar/train", "cats.target", "digits")))
 
 
 def test_a_folder_whose_name_is_a_pattern(tmp_path):
@@ -177,10 +153,8 @@ def test_any_order_and_what_is_no_sample(tmp_path):
     odd += [("._b.jpg", b"of a Mac"), ("d.x/a.json", b'{"width": 5}'), ("d.x/a.txt", b"")]
     odd += [("d.x/a.JPeG", jpeg(0)), ("./d.x/b.webp", jpeg(1)), ("d.x/a.seg.png", b"mask")]
     found = image_shards(write_tar(tmp_path / "x.tar", odd), "train")
-    assert {m.name: int(y) for m, y in zip(found.images, found.labels, strict=True)} == {
-        "d.x/a.JPeG": 0,
-        "./d.x/b.webp": 1,
-    }
+    assert [m.name for m in found.images] == ["./d.x/b.webp", "d.x/a.JPeG"]
+    assert found.labels.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -190,27 +164,22 @@ def test_any_order_and_what_is_no_sample(tmp_path):
         ([*TWO, ("c.jpg", b""), ("c.json", b"{}")], "c: expected a label"),
         ([*TWO, ("c.cls", b"0")], "train.tar: c: expected an image, got none"),
         ([*TWO, ("c.txt", b"")], "train.tar: c: expected an image, got none"),
-        ([*TWO, ("ü/a.png", b""), ("ü/a.jpg", b"")], "train.tar: ü/a: two images, .jpg the second"),
+        ([*TWO, ("ü/a.png", b""), ("ü/a.jpg", b"")], "train.tar: ü/a: a second image, .jpg"),
         ([*TWO, *sample("a", 0)], "train.tar: a: two images"),
         ([*TWO, ("a.cls", b"0")], "train.tar: a: two labels, both .cls"),
         ([*TWO, *[("c.json", b"{}")] * 2], "train.tar: c: two labels, both .json"),
-        ([("a.cls", b"0"), ("a.exr", b""), ("b.cls", b"")], "expected an integer"),
         ([("a.cls", b"0"), ("a.exr", b"")], "no images: .* found cls, exr"),
         ([], "no images: .* found no files"),
         ([("a.jpg", b""), ("a.cls", b"-1")], "a: label: expected a number from 0 to .*, got -1"),
         ([("a.jpg", b""), ("a.cls", b"cat")], "a: label: expected an integer, got 'cat'"),
-        ([("a.jpg", b""), ("a.cls", b"1.0")], "a: label: expected an integer"),
         ([("a.jpg", b""), ("a.cls", b"1_0")], "a: label: expected an integer"),
         ([("a.jpg", b""), ("a.cls", b"\xff\n\n")], "a: label: expected an integer"),
         ([("a.jpg", b""), ("a.cls", b"9" * 5000)], "a: label: expected an integer"),
         ([("a.jpg", b""), ("a.cls", b"9" * 12)], "a: label: expected a number from 0 to"),
         ([("a.jpg", b""), ("a.cls", b" " * (1 << 20) + b"1")], "expected a short file"),
-        ([("a.jpg", b""), ("a.json", b"{")], "a: not JSON"),
         ([("a.jpg", b""), ("a.json", b"\xff")], "a: not JSON"),
         ([("a.jpg", b""), ("a.json", b"[" * 100_000)], "a: not JSON"),
         (labelled([{"label": True}]), "0: label: expected an integer or a name, got True"),
-        (labelled([{"label": None}]), "0: label: expected an integer or a name, got None"),
-        (labelled([{"label": [1]}]), "expected an integer or a name"),
         (labelled([{"label": ""}]), "expected an integer or a name"),
         (labelled([{"label": 1.0}]), "expected an integer or a name"),
         (labelled([{"label": -1}]), "expected a number from 0"),
@@ -222,12 +191,16 @@ def test_any_order_and_what_is_no_sample(tmp_path):
         (labelled([{"label": 1}, {"label": "a"}]), "1: expected integers, .* got names"),
         ([*TWO, *labelled([{"labels": [1]}])], "train.tar: 0: expected one label"),
         (sample("a", 0), "holds labels of 1 classes, need two"),
-        (labelled([{"label": "a"}]), "holds labels of 1 classes, need two"),
         (labelled([{"labels": []}]), "holds labels of 0 classes, need two"),
     ],
 )
 def test_bad_samples(tmp_path, members, message):
     assert re.search(message, error_of(tmp_path, members))
+
+
+def test_no_index_of_bad_shards(tmp_path, cache):
+    error_of(tmp_path, [*TWO, ("c.jpg", b"")])
+    assert not (cache / "shards").exists()
 
 
 def test_more_classes_than_names(tmp_path):
@@ -275,12 +248,10 @@ def test_changed_since_it_was_indexed(tmp_path, change, opened):
         image.read()
     change(path)
     try:
-        data = image.read()
+        assert image.read() == jpeg(0) and opened, "from the file that is open still"
     except OSError:
         with pytest.raises(DataError, match=f"{path}: a.jpg: not a readable image"):
             read_image(image)
-    else:
-        assert opened and data == jpeg(0), "from the file that is open still"
 
 
 def test_index_is_made_once(tmp_path, cache, scans):
@@ -332,29 +303,17 @@ def test_without_a_cache(tmp_path, cache, monkeypatch, capfd, full):
     assert "index" in line and "not kept" in line
 
 
-def test_no_index_of_bad_shards(tmp_path, cache):
-    error_of(tmp_path, [*TWO, ("c.jpg", b"")])
-    assert not (cache / "shards").exists()
-
-
 def test_threads_processes_and_copies(tmp_path):
     found = image_shards(write_shards(tmp_path, shards=4, per_shard=30), "train")
-    expected = [jpeg(i % 3) for i in range(120)]
-    with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda m: m.read(), list(found.images) * 5)) == expected * 5
-    resized = ResizedImages(found.images, 8, pillow)
-    computes = (DeviceConfig.create("cpu", "fp32", n) for n in (0, 2))
-    batches = [list(eval_batches(resized, range(120), compute)) for compute in computes]
-    for here, threaded in zip(*batches, strict=True):
-        assert not threaded.unreadable and (here.images == threaded.images).all()
-    copy = pickle.loads(pickle.dumps(found))
-    assert [m.read() for m in copy.images] == expected
+    assert_reads_alike(found, [jpeg(i % 3) for i in range(120)])
 
 
-def test_more_shards_than_files_may_be_open(tmp_path):
+def test_more_shards_than_files_may_be_open_and_all_are_closed(tmp_path):
     base = write_tar(tmp_path / "0.tar", TWO)
     for i in range(1, 1000):
         os.link(base, tmp_path / f"{i}.tar")
+    shards._opened.cache_clear()
+    before = len(os.listdir("/proc/self/fd"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
@@ -365,29 +324,19 @@ def test_more_shards_than_files_may_be_open(tmp_path):
         assert shards._opened.cache_info().currsize <= shards.OPEN_SHARDS
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_files_are_closed(tmp_path):
-    path = write_tar(tmp_path / "x.tar", TWO)
-    shards._opened.cache_clear()
-    before = len(os.listdir("/proc/self/fd"))
-    for image in image_shards(path, "train").images:
-        image.read()
     shards._opened.cache_clear()
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_parts_of_a_set(tmp_path):
     found = image_shards(write_shards(tmp_path), "train")
-    image: EncodedImage = found.images[-1]
-    assert image.name == "train11.jpg" and [m.name for m in found.images[:2]][1] == "train1.jpg"
+    assert [m.name for m in found.images] == [f"train{i}.jpg" for i in range(12)]
     with pytest.raises(IndexError):
         found.images[12]
     kept, held = hold_out(found, 0.25, seed=0)
     assert (len(kept.images), len(held.images)) == (9, 3)
     for part in (kept, held):
-        for image, label in zip(part.images, part.labels, strict=True):
-            assert image.read() == jpeg(int(label))
+        assert [m.read() for m in part.images] == [jpeg(label) for label in part.labels.tolist()]
 
 
 def test_moved_by_a_link(tmp_path):

@@ -1,26 +1,20 @@
 """Images and labels from a CSV file."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from bitkern.transfer import DataError, data, hold_out
-from tests.cli.commands import SMALL, call, finetune_error
+from tests.cli.commands import SMALL, call, finetune_error, json_of, summary_of
 from tests.transfer.images import picture
 
 LABELS = ("ant;bee", "", "cat", "bee", "bee; cat ;", "ant")
 
 
-def write_images(root, count=6):
-    root.mkdir(exist_ok=True)
-    for i in range(count):
-        Image.fromarray(picture(i % 3, i)).save(root / f"{i}.png")
-
-
 def table(root, text):
-    write_images(root)
+    root.mkdir(exist_ok=True)
+    for i in range(6):
+        Image.fromarray(picture(i % 3, i)).save(root / f"{i}.png")
     path = root / "data.csv"
     path.write_text(text, encoding="utf-8")
     return path
@@ -32,9 +26,8 @@ def multi_label_table(root):
 
 
 def test_one_label_an_image(tmp_path):
-    path = table(
-        tmp_path, '\ufeffsplit,image,note,label\ntrain,0.png,x,"b, ""2"""\ntest,1.png,,a\n'
-    )
+    text = '\ufeffsplit,image,note,label\ntrain,0.png,x,"b, ""2"""\ntest,1.png,,a\n'
+    path = table(tmp_path, text)
     train_set = data.image_table(path, "train")
     assert train_set.classes == ("a", 'b, "2"')
     assert train_set.images == [str(tmp_path / "0.png")]
@@ -108,18 +101,15 @@ def test_finetune_evaluate_predict(tmp_path, capsys):
     options = [*SMALL, "--balance", "loss", "--mixup-alpha", "0.2", "--batch-split", "2"]
     assert call("finetune", "--data", path, "--out", out, *options) == 0
     assert "3 classes, several labels per image" in capsys.readouterr().out
-    summary = json.loads((out / "summary.json").read_text())
+    summary = summary_of(out)
     assert (summary["balance"], summary["multi_label"]) == ("loss", True)
-    assert call("evaluate", out, "--data", path, "--json", "--workers", 0) == 0
-    metrics = json.loads(capsys.readouterr().out)
+    metrics = json_of(capsys, "evaluate", out, "--data", path, "--workers", 0)
     assert (metrics["images"], metrics["top1"]) == (2, summary["top1"])
-    assert call("predict", out, tmp_path / "data" / "0.png", "--jsonl", "--workers", 0) == 0
-    (best,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    (best,) = json_of(capsys, "predict", out, tmp_path / "data" / "0.png", "--workers", 0)
     # A sigmoid for each class: near 1/2 from zero weights, where a softmax says a third.
     assert all(abs(p["probability"] - 0.5) < 0.1 for p in best["predictions"])
     # A set of one label per image is one of several of which each has one.
     one = table(tmp_path / "one", "image,label\n0.png,ant\n1.png,bee\n2.png,cat\n")
-    assert call("evaluate", out, "--data", one, "--json", "--workers", 0) == 0
-    assert json.loads(capsys.readouterr().out)["images"] == 3
+    assert json_of(capsys, "evaluate", out, "--data", one, "--workers", 0)["images"] == 3
     error = finetune_error(capsys, one, tmp_path / "other")
     assert "0.png is in the training set and in the test set" in error

@@ -9,14 +9,7 @@ import pytest
 
 from bitkern.transfer import DataError
 from bitkern.transfer.data.shards import image_shards
-from tests.transfer.shards import jpeg, sample, write_tar
-
-TWO = [*sample("a", 0), *sample("b", 1)]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("BITKERN_CACHE", str(tmp_path_factory.mktemp("cache")))
+from tests.transfer.shards import TWO, jpeg, sample, write_tar
 
 
 @pytest.mark.parametrize("cut", range(0, 6 * 1024, 128))

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -66,7 +67,7 @@ def gradients_of_one(frozen, dtype):
 
 @functools.cache
 def expected(frozen):
-    """Of a single process: at float32, and at float64."""
+    """Gradients of a single process: at float32, and at float64."""
     dtypes = torch.float32, torch.float64
     return [ranks.run_on_rank0(gradients_of_one, frozen, dtype) for dtype in dtypes]
 
@@ -117,13 +118,9 @@ def ddp_that_looks_for_unused_parameters(folder):
         model = build()
         ddp = ddp_of(model, 2, **options)
         for module in (ddp, model):
-            try:
-                with bitkern.standardized(module):
-                    ddp(x)
-            except ValueError as error:
-                assert "without find_unused_parameters and static_graph" in str(error)
-            else:
-                raise AssertionError(f"{options}: expected an error")
+            message = "without find_unused_parameters and static_graph"
+            with pytest.raises(ValueError, match=message), bitkern.standardized(module):
+                ddp(x)
     ddp = ddp_of(build(), 2, find_unused_parameters=True)
     accumulate(ddp, dist.get_rank() % 2, 2, unsynced(ddp))
     assert_gradients(ddp)
@@ -164,39 +161,38 @@ PARTS = {
 
 
 def fsdp_gradients_equal_those_of_one_process(folder):
-    for size, parts, standardized, frozen, checkpointing in (
-        (4, "nothing", True, False, False),
-        (2, "nothing", False, True, True),
-        (2, "blocks", True, False, True),
-        (4, "blocks", False, True, False),
-        (2, "stages and stem", False, False, True),
-        (2, "layers", True, False, False),
+    """The last row keeps weights between micro-batches: parts then start with whole ones."""
+    for size, parts, standardized, frozen, checkpointing, keep in (
+        (4, "nothing", True, False, False, False),
+        (2, "nothing", False, True, True, False),
+        (2, "blocks", True, False, True, False),
+        (4, "blocks", False, True, False, False),
+        (2, "stages and stem", False, False, True, False),
+        (2, "layers", True, False, False, False),
+        (2, "blocks", False, False, False, True),
     ):
-        model = shard(build(frozen, checkpointing), mesh_of(size), PARTS[parts])
+        options = {"reshard_after_forward": False} if keep else {}
+        model = shard(build(frozen, checkpointing), mesh_of(size), PARTS[parts], **options)
         with bitkern.standardized(model) if standardized else contextlib.nullcontext():
-            accumulate(model, dist.get_rank() % size, size, synced(model))
+            accumulate(model, dist.get_rank() % size, size, synced(model, keep))
         assert_gradients(model, frozen)
-
-
-def fsdp_keeps_weights_between_micro_batches(folder):
-    """Wrapped parts then hold whole weights when the model starts, and still they are their own."""
-    model = shard(build(), mesh_of(2), blocks, reshard_after_forward=False)
-    accumulate(model, dist.get_rank() % 2, 2, synced(model, keep_weights=True))
-    assert_gradients(model)
 
 
 def fsdp_standardizes_in_one_launch(folder):
     launch, calls = ops.weight_standardize_all, []
-    ops.weight_standardize_all = lambda *a, **k: calls.append(len(a[0])) or launch(*a, **k)
-    try:
+
+    def counted(weights, *arguments, **options):
+        calls.append(len(weights))
+        return launch(weights, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "weight_standardize_all", counted)
         for parts, convs in (("nothing", [29]), ("blocks", [1])):
             model = shard(build(), mesh_of(4), PARTS[parts])
             calls.clear()
             with bitkern.standardized(model):
                 model(batches()[0])
             assert calls == convs, f"{parts}: {calls}"
-    finally:
-        ops.weight_standardize_all = launch
 
 
 def fsdp_trains_as_one_process(folder):
@@ -220,12 +216,8 @@ def fsdp_needs_its_hooks(folder):
     """A method past them meets sharded weights, which no kernel may read."""
     alone, model = build(), shard(build(), mesh_of(4), blocks)
     x = batches()[0]
-    try:
+    with pytest.raises(RuntimeError, match="got mixed torch.Tensor and DTensor"):
         model.forward_features(x)
-    except RuntimeError as error:
-        assert "got mixed torch.Tensor and DTensor" in str(error)
-    else:
-        raise AssertionError("expected an error")
     register_fsdp_forward_method(model, "forward_features")
     torch.testing.assert_close(model.forward_features(x), alone.forward_features(x))
 
@@ -257,7 +249,6 @@ CHECKS = (
     ddp_gradients_equal_those_of_one_process,
     ddp_that_looks_for_unused_parameters,
     fsdp_gradients_equal_those_of_one_process,
-    fsdp_keeps_weights_between_micro_batches,
     fsdp_standardizes_in_one_launch,
     fsdp_trains_as_one_process,
     fsdp_needs_its_hooks,

@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
-import signal
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -14,12 +14,11 @@ from bitkern.nn import WSConv2d
 from bitkern.ops.detached import DetachedWeights
 from bitkern.transfer import ranks, train
 from tests.transfer.distributed import training
-from tests.transfer.distributed.training import OPTIONS, save
+from tests.transfer.distributed.training import OPTIONS, another_start
 from tests.transfer.images import image_set
 from tests.transfer.net import Net
 
 RULE, PLAIN = (dataclasses.replace(r, base_lr=0.01) for r in (training.RULE, training.PLAIN))
-BUCKET_BYTES = 512  # some buckets even of nets as small as these
 LAYERS = 6
 
 
@@ -81,11 +80,9 @@ class Chain(nn.Module):
 
 @contextlib.contextmanager
 def small_buckets():
-    before, ranks.BUCKET_BYTES = ranks.BUCKET_BYTES, BUCKET_BYTES
-    try:
-        yield
-    finally:
-        ranks.BUCKET_BYTES = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "BUCKET_BYTES", 512)  # some buckets even of nets as small as these
+        yield patch
 
 
 MODELS = {
@@ -96,14 +93,14 @@ MODELS = {
 
 
 def training_equals_one_process(folder):
-    """The files are compared with a single process by the test."""
-    folder.mkdir(exist_ok=True)
+    """The files, with what every process got, are compared with a single process by the test."""
     for name, model in MODELS.items():
         for rule in (RULE, PLAIN):
+            trained, out = another_start(model()), folder / f"{name} {rule.mixup_alpha}"
             with small_buckets():
-                trained = model()
-                result = train(trained, image_set(), rule, **OPTIONS)
-            save(folder / f"{name} {rule.mixup_alpha}", trained, result)
+                result = train(trained, image_set(), rule, out=out, **OPTIONS)
+            state = trained.state_dict(), result.history, result.metrics
+            torch.save(state, out / f"{ranks.rank()}.pt")
 
 
 def other_runs_have_equal_replicas(folder):
@@ -127,59 +124,35 @@ def sums_begin_in_the_last_backward_pass(folder):
             events.append("sum")
         return reduce(tensor, *arguments, async_op=async_op, **options)
 
-    dist.all_reduce = all_reduce
-    try:
-        with small_buckets():
-            train(model, image_set(), PLAIN, **OPTIONS)
-    finally:
-        dist.all_reduce = reduce
+    with small_buckets() as patch:
+        patch.setattr(dist, "all_reduce", all_reduce)
+        train(model, image_set(), PLAIN, **OPTIONS)
     # Of five layers of 288 bytes: the head and two, two, and one with the first layer.
     assert events == ["first layer", "sum", "sum", "first layer", "sum"] * PLAIN.steps, events
 
 
-def resumed_run_has_the_same_bits(folder):
-    straight, stopped, resumed = Every(), Every(), Every()
-    if dist.get_rank() == 1:
-        stopped.on_call = lambda call: call == 9 and signal.raise_signal(signal.SIGINT)
-    with small_buckets():
-        expected = train(straight, image_set(), RULE, **OPTIONS)
-        try:
-            train(stopped, image_set(), RULE, out=folder, **OPTIONS)
-        except KeyboardInterrupt:
-            assert stopped.calls == 10
-        else:
-            raise AssertionError("expected an interrupt")
-        result = train(resumed, image_set(), RULE, out=folder, resume=True, **OPTIONS)
-    assert result.history == expected.history
-    for name, tensor in straight.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], tensor), name
-
-
 def failure_wherever_it_is_stops_all(folder):
-    """In the first or last micro-batch, forward or backward, or standardization's backward."""
-    sgd, own = DetachedWeights.sgd, "the disk is gone"
+    """In the first or last micro-batch, forward or backward, or standardization's backward.
+
+    Nothing was saved yet, so nothing is left behind.
+    """
+    own, options = "the disk is gone", {"out": folder, "checkpoint_every": 12, **OPTIONS}
 
     def fail(*arguments):
         raise OSError(own)
 
     for place in ("on_call 5", "on_call 6", "on_grad 5", "on_grad 6", "standardization"):
-        model = Chain()
-        if dist.get_rank() == 1:
-            name, _, number = place.partition(" ")
-            if number:
+        model, (name, _, number) = Chain(), place.partition(" ")
+        with small_buckets() as patch:
+            if dist.get_rank() == 1 and number:
                 setattr(model, name, lambda call, at=int(number): fail() if call == at else None)
-            else:
-                DetachedWeights.sgd = fail
-        try:
-            with small_buckets():
-                train(model, image_set(), PLAIN, **OPTIONS)
-        except (OSError, ranks.RankError) as error:
-            assert str(error) == (own if dist.get_rank() == 1 else f"process 1: {own}"), place
-        else:
-            raise AssertionError(f"{place}: expected an error")
-        finally:
-            DetachedWeights.sgd = sgd
+            elif dist.get_rank() == 1:
+                patch.setattr(DetachedWeights, "sgd", fail)
+            with pytest.raises((OSError, ranks.RankError)) as caught:
+                train(model, image_set(), PLAIN, **options)
+        assert str(caught.value) == (own if dist.get_rank() == 1 else f"process 1: {own}"), place
         assert ranks.all_reduce_sum(1) == [ranks.world_size()], "nothing is left to meet for"
+        assert not folder.exists()
 
 
 class Hungry(Chain):
@@ -205,7 +178,6 @@ CHECKS = (
     training_equals_one_process,
     other_runs_have_equal_replicas,
     sums_begin_in_the_last_backward_pass,
-    resumed_run_has_the_same_bits,
     failure_wherever_it_is_stops_all,
     memory_is_tried_in_all_processes,
 )
