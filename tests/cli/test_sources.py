@@ -87,7 +87,7 @@ def test_list_and_clear(tmp_path, capsys):
     (entry,) = cache_entries()
     with entry.lock:
         busy = error_of(capsys, "cache", "clear")
-    assert busy == f"{entry.folder}: a process is filling it, or it may not be deleted"
+    assert busy.startswith(f"{entry.folder}: cannot be deleted: another process is filling it")
     assert call("cache", "clear") == 0 and not cache_entries()
 
 

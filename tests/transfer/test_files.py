@@ -11,16 +11,17 @@ from PIL import Image
 from bitkern import files
 from bitkern.transfer import DataError, data
 from bitkern.transfer.data import decoders
-from bitkern.transfer.data.decoders import DECODERS, read_image, read_region
+from bitkern.transfer.data.decoders import DECODERS, SCALED, read_image, read_region
 from bitkern.transfer.data.lazy_images import Labels, LazyImages
 from bitkern.transfer.data.lazy_images import labelled_set as labelled
+from bitkern.transfer.data.open_images import ImageReadOptions, open_resized
 from bitkern.transfer.data.resized import ResizedImages
 from tests.transfer.images import CLASSES, image_set, picture, write_folder
 
 
 @pytest.fixture(autouse=True)
-def nothing_noted(monkeypatch):
-    monkeypatch.setattr(decoders, "notes", {})
+def nothing_noted():
+    decoders.notes.clear()
 
 
 def test_what_pillow_reads_is_read_and_the_rest_is_counted(tmp_path, capsys):
@@ -64,14 +65,24 @@ def test_sixteen_bits_are_scaled_and_floats_refused(tmp_path, capsys, suffix, de
         for _ in range(2):
             pixels = DECODERS[decoder](path, 64)
         assert np.array_equal(pixels, np.rint(grey / 257).astype(np.uint8)[:, :, None].repeat(3, 2))
-        said = "16-bit images are scaled to 8 bits by their full range"
-        assert capsys.readouterr().err == f"{said}\n" and [*decoders.notes] == [said]
+        assert capsys.readouterr().err == f"{SCALED}\n" and [*decoders.notes] == [SCALED]
     Image.fromarray(grey.astype(np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(DataError, match="a.tif"):
         DECODERS[decoder](tmp_path / "a.tif", 64)
 
 
+def test_a_cache_remembers_that_images_were_scaled(tmp_path, capsys):
+    Image.fromarray(np.full((9, 9), 4000, np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(picture(1, 9)).save(tmp_path / "a.png")
+    for names, said in ((["a.png"], []), (["deep.png", "a.png"], [SCALED])):
+        for _ in range(2):  # filled, then taken as it is
+            decoders.notes.clear()
+            open_resized([tmp_path / name for name in names], 12, ImageReadOptions("disk"))
+            assert [*decoders.notes] == capsys.readouterr().err.splitlines() == said
+
+
 OPTIONS = {"webp": {"lossless": True}, "avif": {"quality": 100, "subsampling": "4:4:4"}}
+OPTIONS["heic"] = {"quality": 100, "chroma": 444}
 
 
 # What a camera held in another way stores, so that turning it as EXIF says gives the picture.
@@ -81,7 +92,7 @@ STORED = {number: Image.Transpose[name] for number, name in enumerate(STORED.spl
 
 @pytest.mark.parametrize(
     ("decoder", "suffix"),
-    [("pillow", suffix) for suffix in ("jpg", "png", "webp", "avif", "tif", "lzw.tif")]
+    [("pillow", suffix) for suffix in ("jpg", "png", "webp", "avif", "heic", "tif", "lzw.tif")]
     + [("torchvision", suffix) for suffix in ("jpg", "png", "webp")],  # it reads no others
 )
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -94,7 +105,7 @@ def test_upright_in_every_format_decoder_and_region(tmp_path, suffix, orientatio
     exif = image.getexif()
     exif[0x0112] = orientation
     options = {"compression": "tiff_lzw"} if suffix == "lzw.tif" else OPTIONS.get(suffix, {})
-    image.save(tmp_path / f"a.{suffix}", exif=exif, **options)
+    image.save(tmp_path / f"a.{suffix}", exif=exif.tobytes(), **options)
 
     def region(height, width):
         assert (height, width) == (16, 32)
