@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from bitkern import ops
 from bitkern.testing import poisoned_memory
 
 
@@ -21,3 +22,16 @@ def poison():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Record how many weights each launch of weight standardization takes."""
+    found, launch = [], ops.weight_standardize_all
+
+    def counted(weights, *args, **kwargs):
+        found.append(len(weights))
+        return launch(weights, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "weight_standardize_all", counted)
+    return found

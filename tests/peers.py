@@ -100,6 +100,24 @@ def distance(got, expected):
     return float((error / sum(b.square().sum() for _, b in pairs)).sqrt())
 
 
+def kept_bytes(model, x):
+    """Count the bytes that a forward keeps under bfloat16 autocast, without parameters."""
+    found = {}
+    for own in (*model.parameters(), *model.buffers()):
+        found[own.untyped_storage().data_ptr()] = 0, own
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        found.setdefault(storage.data_ptr(), (storage.nbytes(), storage))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+    assert y.requires_grad
+    return sum(size for size, _ in found.values())
+
+
 class ConvNet(nn.Module):
     """A user's own network with batch normalization, a shortcut and a plain head."""
 

@@ -23,7 +23,7 @@ class VarMeanConv(nn.Conv2d):
     def forward(self, x):
         w = self.weight
         v, m = torch.var_mean(w, dim=[1, 2, 3], keepdim=True, unbiased=False)
-        return F.conv2d(x, (w - m) / torch.sqrt(v + 1e-10), self.bias, padding=self.padding)
+        return F.conv2d(x, (w - m) / torch.sqrt(v + 1e-10), self.bias, self.stride, self.padding)
 
 
 class OuterEpsConv(nn.Conv2d):

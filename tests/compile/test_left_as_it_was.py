@@ -223,6 +223,12 @@ def standardized_without_gradients(s, x):
     return F.conv2d(x, w)
 
 
+def a_weight_first_needed_without_gradients(s, x):
+    with torch.no_grad():
+        x = F.conv2d(x, ws(s.w))
+    return F.conv2d(x, ws(s.w2))
+
+
 def registered_without_gradients(s, x):
     with torch.no_grad():
         w = ops.weight_standardize(s.w)
@@ -290,7 +296,6 @@ def test_a_missing_rule_is_noticed(rule, monkeypatch):
 
 
 def check(run, dtype, dynamic):
-    torch._dynamo.reset()
     model = Network(run).to(dtype)
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend="bitkern", fullgraph=True, dynamic=dynamic)

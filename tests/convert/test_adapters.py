@@ -12,7 +12,7 @@ from transformers.models.bit import modeling_bit as bit
 
 import bitkern
 from bitkern.nn import GroupNormAct, WSConv2d
-from tests.peers import relative, small_bit, small_timm
+from tests.peers import gradients, relative, small_bit, small_timm
 
 X = torch.randn(2, 3, 40, 33, generator=torch.Generator().manual_seed(0))
 
@@ -34,10 +34,7 @@ LAYERS = {
         lambda: bit.WeightStandardizedConv2d(3, 8, 3, padding=1),
         (4, 4, 3, 2),
     ),
-    "BitGroupNormActivation": (
-        lambda: bit.BitGroupNormActivation(CONFIG, 8),
-        (CONFIG, 4),
-    ),
+    "BitGroupNormActivation": (lambda: bit.BitGroupNormActivation(CONFIG, 8), (CONFIG, 4)),
 }
 
 
@@ -66,12 +63,6 @@ def test_a_converted_class_is_built_as_the_librarys(make, arguments):
     torch.testing.assert_close(built.state_dict(), expected.state_dict())
 
 
-def trained(model, x):
-    y = model(x)
-    (y if isinstance(y, torch.Tensor) else y.logits).square().sum().backward()
-    return y, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
 def test_lora():
     """PEFT's adapters of standardized convolutions are standardized convolutions."""
     results = []
@@ -79,7 +70,7 @@ def test_lora():
         torch.manual_seed(0)
         config = LoraConfig(target_modules=["conv1", "conv2"], r=4, init_lora_weights=False)
         model = get_peft_model(convert(small_timm()), config).double()
-        results.append(trained(model, X.double()))
+        results.append(gradients(model, X.double()))
     (y, grads), (expected, expected_grads) = results
     assert relative(y, expected) < 1e-10 and grads.keys() == expected_grads.keys()
     assert len(grads) > 10 and all("lora" in name for name in grads)
@@ -107,13 +98,8 @@ def test_layerwise_casting():
     """diffusers keeps weights in float8 and casts them when their layer is called."""
     results = []
     for convert in (bitkern.convert, lambda model: model):
-        model = convert(small_timm().eval())
-        apply_layerwise_casting(
-            model,
-            storage_dtype=torch.float8_e4m3fn,
-            compute_dtype=torch.float32,
-            skip_modules_pattern=("norm", "head"),
-        )
+        model, skipped = convert(small_timm().eval()), ("norm", "head")
+        apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32, skipped)
         assert model.stem.conv.weight.dtype == torch.float8_e4m3fn
         with torch.no_grad():
             results.append(model(X))
@@ -122,16 +108,8 @@ def test_layerwise_casting():
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(
-        WSConv2d(3, 8, 3), GroupNormAct(4, 8), WSConv2d(8, 4, 1), nn.Flatten(), nn.LazyLinear(2)
-    )
-
-
-def initialized():
-    model = net()
-    with torch.no_grad():
-        model(X)
-    return model
+    layers = WSConv2d(3, 8, 3), GroupNormAct(4, 8), WSConv2d(8, 4, 1), nn.AdaptiveAvgPool2d(3)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(36, 2))
 
 
 BATCHES = [(X[:1], torch.tensor([0])), (X, torch.tensor([1, 0])), (X[1:], torch.tensor([1]))]
@@ -139,7 +117,7 @@ BATCHES = [(X[:1], torch.tensor([0])), (X, torch.tensor([1, 0])), (X[1:], torch.
 
 def stepped():
     """Return the network's state after an optimizer step of plain PyTorch."""
-    model = initialized()
+    model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for x, y in BATCHES:
         nn.functional.cross_entropy(model(x), y).backward()
@@ -149,7 +127,7 @@ def stepped():
 
 def test_accelerate():
     accelerator = Accelerator(cpu=True)
-    model = initialized()
+    model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     model, optimizer = accelerator.prepare(model, optimizer)
     with bitkern.standardized(model):
@@ -169,7 +147,7 @@ def test_lightning(tmp_path):
     class Module(lightning.LightningModule):
         def __init__(self, misused):
             super().__init__()
-            self.net, self.misused = initialized(), misused
+            self.net, self.misused = net(), misused
             self.automatic_optimization = misused
 
         def configure_optimizers(self):
@@ -203,12 +181,7 @@ def test_lightning(tmp_path):
 def test_hugging_face_trainer(tmp_path):
     from transformers import Trainer, TrainingArguments
 
-    class Images(torch.utils.data.Dataset):
-        def __len__(self):
-            return 4
-
-        def __getitem__(self, i):
-            return {"pixel_values": X[i % 2], "labels": torch.tensor(i % 2)}
+    images = [{"pixel_values": x, "labels": torch.tensor(i)} for i, x in enumerate(X)] * 2
 
     class Right(Trainer):
         def training_step(self, model, *args, **kwargs):
@@ -234,8 +207,8 @@ def test_hugging_face_trainer(tmp_path):
     found = []
     for trainer in (Right, Trainer):
         model = bitkern.convert(small_bit())
-        trainer(model, arguments, train_dataset=Images()).train()
+        trainer(model, arguments, train_dataset=images).train()
         found.append(model.state_dict())
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
     with pytest.raises(RuntimeError, match="standardized: no backward pass"):
-        Wrong(bitkern.convert(small_bit()), arguments, train_dataset=Images()).train()
+        Wrong(bitkern.convert(small_bit()), arguments, train_dataset=images).train()

@@ -31,13 +31,14 @@ class TheirNorm(nn.GroupNorm):
         return F.silu(super().forward(x))
 
 
+CONV = functools.partial(bitkern.nn.WSConv2d, eps=1e-5, eps_outside=True, unbiased=True)
+
+
 def test_classes():
-    torch.manual_seed(0)
     made = nn.Sequential(TheirConv(3, C, 3), TheirNorm(2, C), nn.Conv2d(C, C, 1))
     peer = copy.deepcopy(made)
-    conv = functools.partial(bitkern.nn.WSConv2d, eps=1e-5, eps_outside=True, unbiased=True)
     norm = functools.partial(bitkern.nn.GroupNormAct, act="silu")
-    bitkern.convert(made, classes={TheirConv: conv, TheirNorm: norm})
+    bitkern.convert(made, classes={TheirConv: CONV, TheirNorm: norm})
     assert type(made[0]) is bitkern.nn.WSConv2d and type(made[1]) is bitkern.nn.GroupNormAct
     (y, grads), (expected, expected_grads) = gradients(made, X), gradients(peer, X)
     assert relative(y, expected) < 1e-5 and distance(grads, expected_grads) < 1e-5
@@ -51,9 +52,8 @@ def test_classes_that_compute_something_else():
     with pytest.raises(ValueError, match=r"does not compute what 1 \(TheirNorm\) does"):
         bitkern.convert(made, classes={TheirNorm: bitkern.nn.GroupNormAct})
     made[0].factor = 1.1
-    conv = functools.partial(bitkern.nn.WSConv2d, eps=1e-5, eps_outside=True, unbiased=True)
     with pytest.raises(ValueError, match=far):
-        bitkern.convert(made, classes={TheirConv: conv})
+        bitkern.convert(made, classes={TheirConv: CONV})
     assert type(made[0]) is TheirConv and type(made[1]) is TheirNorm
 
 
@@ -71,10 +71,9 @@ def test_classes_bad_input():
 
 
 def test_classes_without_gradients_and_on_the_meta_device():
-    conv = functools.partial(bitkern.nn.WSConv2d, eps=1e-5, eps_outside=True, unbiased=True)
     with torch.no_grad():
-        made = bitkern.convert(nn.Sequential(TheirConv(3, C, 3)), classes={TheirConv: conv})
+        made = bitkern.convert(nn.Sequential(TheirConv(3, C, 3)), classes={TheirConv: CONV})
     assert type(made[0]) is bitkern.nn.WSConv2d
     with torch.device("meta"):
-        made = bitkern.convert(nn.Sequential(TheirConv(3, C, 3)), classes={TheirConv: conv})
+        made = bitkern.convert(nn.Sequential(TheirConv(3, C, 3)), classes={TheirConv: CONV})
     assert made[0].weight.is_meta

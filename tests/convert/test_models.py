@@ -8,6 +8,7 @@ import torch
 
 import bitkern
 from bitkern.nn import WSConv2d
+from tests.compile.nodes import fused
 from tests.peers import (
     distance,
     from_timm,
@@ -110,35 +111,19 @@ def test_blocks_with_odd_sizes(options, amp, memory_format):
 
 
 @pytest.mark.parametrize("make", [small_timm, small_bit])
-def test_one_launch_and_one_node_per_pair(make, monkeypatch):
+def test_one_launch_and_one_node_per_pair(make, launches, monkeypatch):
     """The fused path standardizes once, and keeps nothing but sums and conv outputs."""
     model = bitkern.convert(make())
-    launches = []
-    launch = bitkern.ops.weight_standardize_all
-    monkeypatch.setattr(
-        bitkern.ops,
-        "weight_standardize_all",
-        lambda weights, *args, **kwargs: (
-            launches.append(len(weights)) or launch(weights, *args, **kwargs)
-        ),
-    )
     monkeypatch.setattr("bitkern.nn.layers.standardize_for", None)
-    y = outputs(model, torch.randn(1, 3, 40, 40))
-    assert launches == [12]
-    nodes, seen = [y.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node not in seen:
-            seen.add(node)
-            nodes += [n for n, _ in node.next_functions if n is not None]
-    assert sum(node.name() == "GroupNormActConvFunctionBackward" for node in seen) == 3 * 3
+    found = fused(lambda x: outputs(model, x), torch.randn(1, 3, 40, 40))
+    assert launches == [12] and found[0] == 3 * 3
 
 
 def test_features():
     x = torch.randn(1, 3, 64, 64)
     for options in ({}, {"feature_cls": "getter"}, {"feature_cls": "fx"}, {"feature_cls": "hook"}):
-        name = "resnetv2_50x1_bit"
-        model = timm.create_model(name, features_only=True, out_indices=(1, 3), **options).eval()
+        options |= {"features_only": True, "out_indices": (1, 3)}
+        model = timm.create_model("resnetv2_50x1_bit", **options).eval()
         peer = copy.deepcopy(model)
         got, expected = bitkern.convert(model)(x), peer(x)
         for maps in zip(got, expected, peer.double()(x.double()), strict=True):

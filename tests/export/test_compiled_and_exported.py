@@ -1,6 +1,5 @@
 """Converted and folded models under torch.compile, torch.export, ONNX and AOTInductor."""
 
-import copy
 import io
 
 import onnxruntime
@@ -18,27 +17,24 @@ def tiny():
     torch.manual_seed(0)
     conv, norm = timm.StdConv2d(3, 8, 3, stride=2), timm.GroupNormAct(8, 4)
     own = nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8), nn.SiLU()
-    return bitkern.convert(randomize(nn.Sequential(conv, norm, *own)))
+    return randomize(nn.Sequential(conv, norm, *own))
 
 
-@pytest.mark.parametrize("make", [small_timm, small_bit])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compile_captures_the_whole_graph(make, checkpointing):
+def checkpointed_timm():
+    model = small_timm()
+    model.set_grad_checkpointing()
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, backend",
+    [(f, "aot_eager") for f in (small_timm, checkpointed_timm, small_bit)] + [(tiny, "inductor")],
+)
+def test_compile_captures_the_whole_graph(make, backend):
     model = bitkern.convert(make())
-    if checkpointing and make is small_timm:
-        model.set_grad_checkpointing()
     x = torch.randn(2, 3, 40, 33)
     logits, grads = gradients(model, x)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    compiled_logits, compiled_grads = gradients(model, x, forward=compiled)
-    assert relative(compiled_logits, logits) < 1e-5
-    assert distance(compiled_grads, grads) < 1e-5
-
-
-def test_inductor():
-    model, x = tiny(), torch.randn(2, 3, 13, 11)
-    logits, grads = gradients(model, x)
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     compiled_logits, compiled_grads = gradients(model, x, forward=compiled)
     assert relative(compiled_logits, logits) < 1e-5
     assert distance(compiled_grads, grads) < 1e-5
@@ -89,16 +85,3 @@ def test_onnx(make, tmp_path):
     (y, *_) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert {n.domain for n in program.model.graph} == {""}, "ONNX's own operators alone"
     assert (torch.from_numpy(y) - outputs(model, x)).abs().max() < 1e-4
-
-
-@pytest.mark.sweep
-def test_aot_inductor(tmp_path):
-    model = bitkern.fold(copy.deepcopy(tiny())).eval()
-    x = torch.randn(2, 3, 13, 11)
-    with bitkern.use_backend("reference"), torch.no_grad():
-        program = torch.export.export(model, (x,))
-        path = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "model.pt2")
-        )
-        y = torch._inductor.aoti_load_package(path)(x)
-    assert (y - model(x)).abs().max() < 1e-5

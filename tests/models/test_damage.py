@@ -70,9 +70,8 @@ def test_any_damage_to_a_run(tmp_path):
 def test_a_run_of_other_content(tmp_path, change):
     stopped(tmp_path)
     state = torch.load(tmp_path / "last.pt", weights_only=True) | change
-    torch.save(
-        {name: part for name, part in state.items() if part is not None}, tmp_path / "last.pt"
-    )
+    state = {name: part for name, part in state.items() if part is not None}
+    torch.save(state, tmp_path / "last.pt")
     with pytest.raises(run.RunError) as error:
         train(Net(), out=tmp_path, resume=True, checkpoint_every=5)
     assert str(error.value).startswith(f"{tmp_path}/last.pt: ") and str(error.value).isprintable()

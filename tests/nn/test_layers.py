@@ -117,19 +117,12 @@ def test_scale_and_shift_that_do_not_fit(error, message, given):
         GroupNormAct(4, 8)(torch.ones(2, 8, 3, 3), *given)
 
 
-def test_copy_pickle_functional_call_and_hooks():
+def test_copy_and_pickle():
     net = nn.Sequential(WSConv2d(3, 8, 3, gain=True), GroupNormAct(4, 8, act="silu"))
     x = torch.randn(2, 3, 6, 6)
     expected = net(x)
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert torch.equal(twin(x), expected)
-    doubled = {k: v * 2 for k, v in net.state_dict().items()}
-    assert not torch.equal(torch.func.functional_call(net, doubled, (x,)), expected)
-    seen = []
-    for module in net:
-        module.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    net(x)
-    assert len(seen) == 2
 
 
 def test_meta_device_and_dtype():

@@ -302,7 +302,6 @@ def test_other_optimizers_are_refused():
 
 
 def test_without_standardized_layers():
-    torch.manual_seed(0)
     model = nn.Linear(3, 2)
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     before = model.weight.clone()

@@ -4,13 +4,14 @@ The kernels' forward, then backward by the formulas of ``bitkern.reference``: ri
 of float32, where PyTorch is in float64. The formulas themselves are checked in float64.
 """
 
+import math
+
 import pytest
 import torch
 from torch.autograd import forward_ad, functional
 
 import bitkern
 from bitkern import ops, reference
-from bitkern.ops import Conv
 from bitkern.ops.group_norm_act import GroupNormActFunction
 from bitkern.ops.group_norm_act_conv import GroupNormActConvFunction
 from bitkern.ops.group_norm_add_relu import GroupNormAddReluFunction
@@ -18,11 +19,7 @@ from bitkern.ops.weight_standardize import WeightStandardizeFunction
 from bitkern.testing import affine, maps
 from bitkern.variant import Variant
 from tests.ops.backends import implementations
-
-CONVS = [
-    Conv((1, 1), (0, 0), (1, 1), False, (0, 0), 1),
-    Conv((2, 1), (1, 2), (1, 2), False, (0, 0), 2),
-]
+from tests.ops.test_group_norm_act_conv import CONVS
 
 
 def node(x, residual, weight, bias, *weights):
@@ -43,9 +40,8 @@ def of_samples(weight, bias):
 
 def standardized(x, residual, weight, bias, *weights):
     outer = {"eps": 1e-3, "eps_outside": True, "unbiased": True}
-    return ops.weight_standardize(weights[0]), ops.weight_standardize(
-        weights[1], gain=weight[:4], scale=0.5, **outer
-    )
+    other = ops.weight_standardize(weights[1], gain=weight[:4], scale=0.5, **outer)
+    return ops.weight_standardize(weights[0]), other
 
 
 OPERATORS = {
@@ -71,9 +67,15 @@ def inputs(format=torch.contiguous_format):
     return *(t.contiguous(memory_format=format) for t in (x, residual)), *affine(8), *weights
 
 
+def ramp(t, rows=()):
+    """Return numbers from -1 to 1 in the shape of a tensor, or of several of them."""
+    shape = *rows, *t.shape
+    return torch.linspace(-1, 1, math.prod(shape)).to(t).view(shape)
+
+
 def smooth(outputs):
     """Return a number whose derivatives of any order are not zero."""
-    return sum((o.flatten() * torch.linspace(-1, 1, o.numel()).to(o)).sin().sum() for o in outputs)
+    return sum((o * ramp(o)).sin().sum() for o in outputs)
 
 
 def used(tensors):
@@ -115,16 +117,13 @@ def by_backward_twice(fn, leaves):
     return used(torch.autograd.grad(sum(g.sin().sum() for g in first), leaves, allow_unused=True))
 
 
-def by_hvp(fn, leaves):
+def by_hvp(fn, leaves, product=functional.hvp):
     leaves = tuple(leaf.detach() for leaf in leaves)
-    directions = tuple(torch.linspace(-1, 1, t.numel()).to(t).view_as(t) for t in leaves)
-    return functional.hvp(lambda *t: smooth(fn(*t)), leaves, directions)[1]
+    return product(lambda *t: smooth(fn(*t)), leaves, tuple(map(ramp, leaves)))[1]
 
 
 def by_vhp(fn, leaves):
-    leaves = tuple(leaf.detach() for leaf in leaves)
-    directions = tuple(torch.linspace(-1, 1, t.numel()).to(t).view_as(t) for t in leaves)
-    return functional.vhp(lambda *t: smooth(fn(*t)), leaves, directions)[1]
+    return by_hvp(fn, leaves, functional.vhp)
 
 
 def by_third_order(fn, leaves):
@@ -143,21 +142,18 @@ def by_transforms(fn, leaves):
 
 def by_batched_grads(fn, leaves):
     outputs = fn(*leaves)
-    rows = [torch.linspace(-1, 1, 3 * o.numel()).to(o).view(3, *o.shape) for o in outputs]
-    return used(
-        torch.autograd.grad(outputs, leaves, rows, is_grads_batched=True, allow_unused=True)
-    )
+    options = {"is_grads_batched": True, "allow_unused": True}
+    return used(torch.autograd.grad(outputs, leaves, [ramp(o, [3]) for o in outputs], **options))
 
 
 def by_vmap_over_grad(fn, leaves):
     outputs = fn(*leaves)
-    rows = [torch.linspace(-1, 1, 3 * o.numel()).to(o).view(3, *o.shape) for o in outputs]
 
     def one(*dys):
         grads = torch.autograd.grad(outputs, leaves, dys, allow_unused=True, retain_graph=True)
         return tuple(used(grads))
 
-    return torch.vmap(one)(*rows)
+    return torch.vmap(one)(*(ramp(o, [3]) for o in outputs))
 
 
 def by_vectorized_jacobian(fn, leaves):
@@ -170,22 +166,14 @@ def by_forward_over_backward(fn, leaves):
     """Apply forward mode to the backward pass of an ordinary graph."""
     outputs = fn(*leaves)
     with forward_ad.dual_level():
-        dys = [
-            forward_ad.make_dual(
-                torch.ones_like(o), torch.linspace(-1, 1, o.numel()).to(o).view_as(o)
-            )
-            for o in outputs
-        ]
+        dys = [forward_ad.make_dual(torch.ones_like(o), ramp(o)) for o in outputs]
         grads = torch.autograd.grad(outputs, leaves, dys, allow_unused=True)
         return [forward_ad.unpack_dual(g).tangent for g in used(grads)]
 
 
 def by_forward_mode(fn, leaves):
     with forward_ad.dual_level():
-        duals = [
-            forward_ad.make_dual(t.detach(), torch.linspace(-1, 1, t.numel()).to(t).view_as(t))
-            for t in leaves
-        ]
+        duals = [forward_ad.make_dual(t.detach(), ramp(t)) for t in leaves]
         return [forward_ad.unpack_dual(o).tangent for o in fn(*duals)]
 
 
@@ -197,8 +185,7 @@ NOT_PLAIN = by_forward_over_backward
 
 def linear(fn, leaves):
     outputs = fn(*leaves)
-    tangents = [torch.linspace(-1, 1, o.numel()).to(o).view_as(o) for o in outputs]
-    return used(torch.autograd.grad(outputs, leaves, tangents, allow_unused=True))
+    return used(torch.autograd.grad(outputs, leaves, [*map(ramp, outputs)], allow_unused=True))
 
 
 @implementations("group_norm_act", reference=False)
@@ -250,7 +237,9 @@ def test_formulas_of_group_norm_add_relu(kind):
 
 
 @pytest.mark.parametrize("kind", ["gradcheck", "gradgradcheck"])
-@pytest.mark.parametrize("variant", [(1e-3, False, False), (1e-3, True, True)], ids=str)
+@pytest.mark.parametrize(
+    "variant", [(1e-3, False, False), (1e-3, True, False), (1e-3, True, True)], ids=str
+)
 def test_formulas_of_weight_standardize(kind, variant):
     weights = [torch.randn(3, 2, 3, 1).double().requires_grad_() for _ in range(2)]
     gains = [torch.randn(3, 1, 1, 1).double().requires_grad_() for _ in range(2)]
@@ -295,26 +284,24 @@ def test_first_order_under_create_graph(operator, dtype, name, device):
 def test_registered_operators_too():
     """Exported programs call the registered operators."""
     registered = torch.ops.bitkern
-    pairs = [
-        (
-            lambda x, r, w, b, *_: registered.group_norm_act(
-                x, r, 4, *of_samples(w, b), 1e-5, "silu"
-            )[:2],
-            OPERATORS["add_group_norm_act"],
-        ),
-        (
-            lambda x, r, w, b, *_: registered.group_norm_add_relu(x, r, 4, w, b, 1e-5)[:1],
-            OPERATORS["group_norm_add_relu"],
-        ),
-        (
-            lambda x, r, w, b, first, _: registered.weight_standardize(
-                [first], [], [1.0], 1e-10, False, False, torch.float32, False
-            )[0],
-            lambda x, r, w, b, first, _: (ops.weight_standardize(first),),
-        ),
-    ]
+
+    def sum_and_norm(x, residual, weight, bias, *_):
+        affine = 4, *of_samples(weight, bias), 1e-5, "silu"
+        return registered.group_norm_act(x, residual, *affine)[:2]
+
+    def norm_and_sum(x, residual, weight, bias, *_):
+        return registered.group_norm_add_relu(x, residual, 4, weight, bias, 1e-5)[:1]
+
+    def first_weight(x, residual, weight, bias, first, _):
+        options = [1.0], 1e-10, False, False, torch.float32, False
+        return registered.weight_standardize([first], [], *options)[0]
+
     tensors = inputs()
-    for ours, theirs in pairs:
+    for ours, theirs in (
+        (sum_and_norm, OPERATORS["add_group_norm_act"]),
+        (norm_and_sum, OPERATORS["group_norm_add_relu"]),
+        (first_weight, lambda *tensors: (ops.weight_standardize(tensors[4]),)),
+    ):
         found = []
         for fn in (ours, theirs):
             leaves = [t.clone().requires_grad_() for t in tensors]
@@ -348,7 +335,7 @@ def test_transforms_under_the_compiler(transform):
 def test_a_compiled_graph_is_never_silently_wrong():
     """With AOTAutograd the derivatives are right, or PyTorch raises its error."""
     x, _, _, _, weight, _ = (t.requires_grad_() for t in inputs())
-    rows = torch.linspace(-1, 1, 3 * x.numel()).view(3, *x.shape)
+    rows = ramp(x, [3])
 
     def norm(x):
         return ops.group_norm_act(x, 4, act="silu")

@@ -32,14 +32,15 @@ uninterpreted = implementations("group_norm_act")
 kernels = implementations("group_norm_act", reference=False)
 
 
+def leaves_of(x, residual, weight, bias):
+    """Return copies of the tensors that are there, by the names of their gradients."""
+    given = {"dx": x, "dresidual": residual, "dweight": weight, "dbias": bias}
+    return {k: t.detach().clone().requires_grad_() for k, t in given.items() if t is not None}
+
+
 def run(fn, x, residual, num_groups, weight, bias, act, grads, eps=1e-5):
     """Return outputs and gradients of one call, by name."""
-    leaves = {"dx": x, "dresidual": residual, "dweight": weight, "dbias": bias}
-    leaves = {
-        k: t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-        for k, t in leaves.items()
-        if t is not None
-    }
+    leaves = leaves_of(x, residual, weight, bias)
     get = leaves.get
     affine = get("dweight"), get("dbias")
     if residual is None:
@@ -308,6 +309,7 @@ def test_autocast_keeps_the_dtype(name, device):
         x = maps((2, 8, 5, 5), dtype).to(device)
         with bitkern.use_backend(name), torch.autocast(device, torch.bfloat16):
             assert ops.group_norm_act(x, 4, weight, bias).dtype == dtype
+            assert ops.group_norm_add_relu(x, x, 4, weight, bias).dtype == dtype
 
 
 @uninterpreted
@@ -346,6 +348,15 @@ def test_compile(name, device):
         assert compiled[key].stride() == eager[key].stride(), key
 
 
+X = torch.ones(2, 8, 3, 3)
+RESIDUALS = [
+    (ValueError, "residual: expected the shape of x", {"residual": torch.ones(2, 8, 3, 4)}),
+    (TypeError, "residual: expected the dtype of x", {"residual": X.bfloat16()}),
+    (ValueError, "residual: expected the device of x", {"residual": X.to("meta")}),
+    (TypeError, "residual: expected a tensor, got None", {"residual": None}),
+]
+
+
 @pytest.mark.parametrize(
     "error, message, arguments",
     [
@@ -355,25 +366,15 @@ def test_compile(name, device):
         (ValueError, "x: expected at least one pixel", {"x": torch.ones(2, 8, 0, 3)}),
         (TypeError, "x: expected a floating dtype", {"x": torch.ones(2, 8, dtype=torch.int64)}),
         (ValueError, r"weight: expected shape \(8,\)", {"weight": torch.ones(4)}),
-        (
-            ValueError,
-            r"weight: .* \(8,\) or \(2, 8\) .*, got \(1, 8\)",
-            {"weight": torch.ones(1, 8)},
-        ),
+        (ValueError, r"weight: .* \(8,\) or \(2, 8\) .*, got \(1, 8\)", {"weight": X[:1, :, 0, 0]}),
         (ValueError, "bias: expected shape", {"bias": torch.ones(2, 8, 1, 1)}),
         (TypeError, "bias: expected a floating dtype", {"bias": torch.ones(8, dtype=torch.int)}),
         (ValueError, "weight: expected the device", {"weight": torch.ones(8, device="meta")}),
-        (ValueError, "residual: expected the shape of x", {"residual": torch.ones(2, 8, 3, 4)}),
-        (
-            TypeError,
-            "residual: expected the dtype of x",
-            {"residual": torch.ones(2, 8, 3, 3, dtype=torch.bfloat16)},
-        ),
-        (TypeError, "residual: expected a tensor, got None", {"residual": None}),
+        *RESIDUALS,
     ],
 )
 def test_errors(error, message, arguments):
-    x = arguments.get("x", torch.ones(2, 8, 3, 3))
+    x = arguments.get("x", X)
     groups, weight, bias = (arguments.get(k) for k in ("groups", "weight", "bias"))
     args = groups or 4, weight, bias, 1e-5, arguments.get("act", "relu")
     with pytest.raises(error, match=message):

@@ -4,7 +4,6 @@ from itertools import product
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from bitkern import reference
 from bitkern.testing import affine, maps
@@ -20,40 +19,20 @@ VARIANTS = [
 ]
 
 
-def options(variant, filters):
-    variant = dict(variant)
-    if "gain" in variant:
-        variant["gain"] = torch.randn(filters, 1, 1, 1, dtype=torch.float64, requires_grad=True)
-    return variant
-
-
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_weight_standardize_formula(variant):
     w = torch.randn(5, 3, 3, 2, dtype=torch.float64) * 0.02 + 0.5
-    variant = options(variant, 5)
-    out = reference.weight_standardize(w, **variant)
+    gain = torch.randn(5, 1, 1, 1).double() if "gain" in variant else None
+    out = reference.weight_standardize(w, **variant | {"gain": gain})
     eps = variant.get("eps", 1e-10)
-    for filter, result in enumerate(out.detach()):
+    for filter, result in enumerate(out):
         v = w[filter]
         var = v.var(correction=int(variant.get("unbiased", False)))
         d = var.sqrt() + eps if variant.get("eps_outside") else (var + eps).sqrt()
         expected = (v - v.mean()) / d * variant.get("scale", 1.0)
-        if "gain" in variant:
-            expected = expected * variant["gain"].detach()[filter]
+        if gain is not None:
+            expected = expected * gain[filter]
         torch.testing.assert_close(result, expected)
-
-
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_weight_standardize_gradcheck(variant):
-    w = torch.randn(3, 2, 2, 2, dtype=torch.float64, requires_grad=True)
-    variant = options(variant, 3)
-    gain = variant.pop("gain", None)
-
-    def fn(w, gain):
-        return reference.weight_standardize(w, gain=gain, **variant)
-
-    assert torch.autograd.gradcheck(fn, (w, gain))
-    assert torch.autograd.gradgradcheck(fn, (w, gain))
 
 
 @pytest.mark.parametrize("eps_outside", [False, True])
@@ -87,52 +66,6 @@ def test_group_norm_act_formula(act):
     torch.testing.assert_close(y, expected)
 
 
-@pytest.mark.parametrize("act", reference.ACTIVATIONS)
-def test_group_norm_act_gradcheck(act):
-    x = torch.randn(2, 4, 3, 2, dtype=torch.float64, requires_grad=True)
-    r = torch.randn_like(x, requires_grad=True)
-    weight, bias = (p.requires_grad_() for p in affine(4, torch.float64))
-
-    def fn(x, r, weight, bias):
-        return reference.add_group_norm_act(x, r, 2, weight, bias, 1e-5, act)
-
-    assert torch.autograd.gradcheck(fn, (x, r, weight, bias))
-    assert torch.autograd.gradgradcheck(fn, (x, r, weight, bias))
-
-
-def test_group_norm_add_relu_formula():
-    x, residual = (maps((2, 6, 5, 3), torch.float64, seed) for seed in (0, 7))
-    weight, bias = affine(6, torch.float64)
-    norm = reference.group_norm_act(x, 3, weight, bias, 1e-3, "none")
-    y = reference.group_norm_add_relu(x, residual, 3, weight, bias, 1e-3)
-    torch.testing.assert_close(y, (norm + residual).clamp_min(0))
-
-
-def test_group_norm_add_relu_gradcheck():
-    x = torch.randn(2, 4, 3, 2, dtype=torch.float64, requires_grad=True)
-    r = torch.randn_like(x, requires_grad=True)
-    weight, bias = (p.requires_grad_() for p in affine(4, torch.float64))
-
-    def fn(x, r, weight, bias):
-        return reference.group_norm_add_relu(x, r, 2, weight, bias)
-
-    assert torch.autograd.gradcheck(fn, (x, r, weight, bias))
-    assert torch.autograd.gradgradcheck(fn, (x, r, weight, bias))
-
-
-def test_ws_conv2d_formula():
-    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
-    w = torch.randn(6, 2, 3, 3, dtype=torch.float64, requires_grad=True)
-    b = torch.randn(6, dtype=torch.float64)
-    y = reference.ws_conv2d(x, w, b, stride=2, padding=1, groups=2)
-    mean = w.mean((1, 2, 3), keepdim=True)
-    std = (w.var((1, 2, 3), correction=0, keepdim=True) + 1e-10).sqrt()
-    torch.testing.assert_close(y, F.conv2d(x, (w - mean) / std, b, 2, 1, 1, 2))
-    assert torch.autograd.gradcheck(
-        lambda w: reference.ws_conv2d(x, w, b, stride=2, padding=1, groups=2), (w,)
-    )
-
-
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 def test_group_norm_act_launcher_formulas(format):
     """Compare the explicit forward and backward with autograd of the plain function."""
@@ -161,11 +94,11 @@ def test_group_norm_add_relu_launcher_formulas(format):
         for seed in (0, 7)
     )
     weight, bias = (p.requires_grad_() for p in affine(8, torch.float64))
-    y = reference.group_norm_add_relu(x, r, 4, weight, bias)
+    y = reference.group_norm_add_relu(x, r, 4, weight, bias, 1e-3)
     dy = torch.randn_like(y)
     expected = torch.autograd.grad(y, (x, r, weight, bias), dy)
     x, r, w, b = (t.detach() for t in (x, r, weight, bias))
-    y2, mean, rstd = reference.group_norm_add_relu_forward(x, r, 4, w, b, 1e-5)
+    y2, mean, rstd = reference.group_norm_add_relu_forward(x, r, 4, w, b, 1e-3)
     torch.testing.assert_close(y2, y)
     grads = reference.group_norm_add_relu_backward(dy, x, y, 4, w, b, mean, rstd, True, True, True)
     torch.testing.assert_close(grads, expected)
@@ -174,32 +107,24 @@ def test_group_norm_add_relu_launcher_formulas(format):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_weight_standardize_launcher_formulas(variant):
-    weights = [torch.randn(n, 3, 2, 2, dtype=torch.float64, requires_grad=True) for n in (4, 6)]
-    variant = dict(variant)
-    scale = variant.pop("scale", 1.0)
-    gains = None
-    if variant.pop("gain", False):
-        gains = [torch.randn(n, 1, 1, 1, dtype=torch.float64, requires_grad=True) for n in (4, 6)]
-    eps = variant.get("eps", 1e-10)
+    weights = [torch.randn(n, 3, 2, 2, dtype=torch.float64) for n in (4, 6)]
+    gains = [torch.randn(n, 1, 1, 1, dtype=torch.float64) for n in (4, 6)]
+    gains = gains if "gain" in variant else None
+    scales = [variant.get("scale", 1.0)] * 2
     flags = variant.get("eps_outside", False), variant.get("unbiased", False)
-    shared = Variant(eps, *flags)
-    detached = [w.detach() for w in weights], gains and [g.detach() for g in gains]
+    shared = Variant(variant.get("eps", 1e-10), *flags)
     outs, stats = reference.weight_standardize_forward(
-        *detached, [scale, scale], shared, torch.float64, True
+        weights, gains, scales, shared, torch.float64, True
     )
     douts = [torch.randn_like(out) for out in outs]
-    dweights, dgains = reference.weight_standardize_backward(
-        douts, *detached, [scale, scale], stats, shared
-    )
-    for i, w in enumerate(weights):
+    found = reference.weight_standardize_backward(douts, weights, gains, scales, stats, shared)
+    for i, dout in enumerate(douts):
+        leaves = [p[i].requires_grad_() for p in (weights, gains) if p]
         gain = gains and gains[i]
-        expected = reference.weight_standardize(w, gain=gain, scale=scale, **variant)
+        expected = reference.weight_standardize(weights[i], **variant | {"gain": gain})
         torch.testing.assert_close(outs[i], expected)
-        inputs = (w,) if gain is None else (w, gain)
-        grads = torch.autograd.grad(expected, inputs, douts[i])
-        torch.testing.assert_close(dweights[i], grads[0])
-        if gain is not None:
-            torch.testing.assert_close(dgains[i], grads[1])
+        grads = torch.autograd.grad(expected, leaves, dout)
+        torch.testing.assert_close([p[i] for p in found if p], [*grads])
 
 
 @pytest.mark.parametrize("options", standardization.SGD)

@@ -8,11 +8,10 @@ from bitkern import ops, reference
 from bitkern.testing import assert_accurate, strided
 from bitkern.variant import Variant
 from tests.ops.backends import implementations
+from tests.ops.test_group_norm_act import DTYPES
 from tests.ops.test_reference import VARIANTS
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 every_implementation = implementations("weight_standardize", interpreted=True)
-# What takes long in an interpreter, or is not about the kernels.
 uninterpreted = implementations("weight_standardize")
 
 
@@ -36,9 +35,9 @@ def pytorch(weight, eps=1e-10, *, gain=None, scale=1.0, eps_outside=False, unbia
 
 def run(fn, weights, gains, dout, **options):
     weights = [w.detach().requires_grad_() for w in weights]
-    gains = gains and [g.detach().requires_grad_() for g in gains]
-    outs = [fn(w, gain=gains and gains[i], **options) for i, w in enumerate(weights)]
-    grads = torch.autograd.grad(outs, weights + (gains or []), dout)
+    gains = [g.detach().requires_grad_() for g in gains]
+    outs = [fn(w, gain=g, **options) for w, g in zip(weights, gains or [None], strict=True)]
+    grads = torch.autograd.grad(outs, weights + gains, dout)
     return outs, grads
 
 
@@ -57,21 +56,13 @@ def test_accuracy(poison, name, device, variant, dtypes):
         w[shape[0] // 2].view(-1)[0] += 0.03
         w = w.to(device)
         options = {k: v for k, v in variant.items() if k != "gain"}
-        gains = None
-        if "gain" in variant:
-            gain = torch.randn(shape[0], *[1] * (len(shape) - 1)).to(w)
-            gains = [gain]
+        gains = [torch.randn(shape[0], *[1] * (len(shape) - 1)).to(w)] if "gain" in variant else []
         dout = torch.randn(shape, device=device).to(dtypes[1])
         with bitkern.use_backend(name):
             ours = run(ops.weight_standardize, [w], gains, [dout], dtype=dtypes[1], **options)
         peer = run(pytorch, [w], gains, [dout], dtype=dtypes[1], **options)
-        exact = run(
-            reference.weight_standardize,
-            [w.double()],
-            gains and [g.double() for g in gains],
-            [dout.double()],
-            **options,
-        )
+        double = [w.double()], [g.double() for g in gains], [dout.double()]
+        exact = run(reference.weight_standardize, *double, **options)
         results = [(*outs, *grads) for outs, grads in (ours, peer, exact)]
         for result in zip(*results, strict=True):
             assert_accurate(*(t.cpu() for t in result), f"{shape}")
@@ -94,7 +85,7 @@ def test_constant_filter(name, device, eps_outside):
 def test_layouts(poison, name, device, kind, out_channels_last):
     w = strided(filters((6, 35, 3, 5)), kind).to(device)
     g = torch.randn(6, 35, 3, 5, device=device)
-    (exact,), (dexact,) = run(reference.weight_standardize, [w], None, [g])
+    (exact,), (dexact,) = run(reference.weight_standardize, [w], [], [g])
     for gradient in (g, strided(g, "channels_last"), strided(g, "slice")):
         w.requires_grad_()
         with bitkern.use_backend(name):
@@ -158,27 +149,25 @@ def test_compile(name, device):
     w[3, 0] += 0.03
     dout = torch.randn(6, 4, 3, 3, device=device)
     with bitkern.use_backend(name):
-        eager = run(ops.weight_standardize, [w], None, [dout])
+        eager = run(ops.weight_standardize, [w], [], [dout])
         fn = torch.compile(ops.weight_standardize, fullgraph=True)
-        compiled = run(fn, [w], None, [dout])
+        compiled = run(fn, [w], [], [dout])
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-3)
+
+
+W = torch.ones(3, 3)
 
 
 @pytest.mark.parametrize(
     "error, message, weight, options",
     [
-        (ValueError, r"weight: expected shape \(O, I, \*kernel\)", torch.ones(3), {}),
-        (TypeError, "weight: expected a floating", torch.ones(3, 3, dtype=torch.int64), {}),
-        (ValueError, "gain: expected one element", torch.ones(3, 3), {"gain": torch.ones(2)}),
-        (
-            ValueError,
-            "gain: expected the dtype",
-            torch.ones(3, 3),
-            {"gain": torch.ones(3, dtype=torch.bfloat16)},
-        ),
-        (ValueError, "unbiased: expected filters of two", torch.ones(3, 1), {"unbiased": True}),
-        (TypeError, "dtype: expected a floating", torch.ones(3, 3), {"dtype": torch.int32}),
-        (TypeError, "dtype: float64 needs", torch.ones(3, 3), {"dtype": torch.float64}),
+        (ValueError, r"weight: expected shape \(O, I, \*kernel\)", W[0], {}),
+        (TypeError, "weight: expected a floating", W.long(), {}),
+        (ValueError, "gain: expected one element", W, {"gain": torch.ones(2)}),
+        (ValueError, "gain: expected the dtype", W, {"gain": torch.ones(3).bfloat16()}),
+        (ValueError, "unbiased: expected filters of two", W[:, :1], {"unbiased": True}),
+        (TypeError, "dtype: expected a floating", W, {"dtype": torch.int32}),
+        (TypeError, "dtype: float64 needs", W, {"dtype": torch.float64}),
     ],
 )
 def test_errors(error, message, weight, options):
@@ -187,10 +176,9 @@ def test_errors(error, message, weight, options):
 
 
 def test_errors_of_many():
-    w = torch.ones(2, 3)
     with pytest.raises(ValueError, match="scales: expected 2, one per weight, got 1"):
-        ops.weight_standardize_all([w, w], scales=[1.0])
+        ops.weight_standardize_all([W, W], scales=[1.0])
     with pytest.raises(ValueError, match="weights: expected one dtype and device"):
-        ops.weight_standardize_all([w, w.bfloat16()])
+        ops.weight_standardize_all([W, W.bfloat16()])
     with pytest.raises(ValueError, match="channels_last: expected weights"):
-        ops.weight_standardize_all([w], channels_last=True)
+        ops.weight_standardize_all([W], channels_last=True)

@@ -83,23 +83,16 @@ def test_batch_of_none_and_unbatched():
     assert ops.ws_conv2d(torch.randn(8, 6, 6), w).shape == (4, 4, 4)
 
 
+X, WEIGHT = torch.ones(1, 8, 3, 3), torch.ones(2, 8, 1, 1)
+
+
 @pytest.mark.parametrize(
     "error, message, x, weight",
     [
-        (ValueError, "x: expected 8 channels", torch.ones(1, 4, 3, 3), torch.ones(2, 8, 1, 1)),
-        (ValueError, r"x: expected shape \(N, C", torch.ones(4), torch.ones(2, 8, 1, 1)),
-        (
-            ValueError,
-            r"weight: expected shape \(O, I, kh",
-            torch.ones(1, 8, 3, 3),
-            torch.ones(2, 8),
-        ),
-        (
-            TypeError,
-            "x: expected the dtype of weight",
-            torch.ones(1, 8, 3, 3),
-            torch.ones(2, 8, 1, 1, dtype=torch.bfloat16),
-        ),
+        (ValueError, "x: expected 8 channels", X[:, :4], WEIGHT),
+        (ValueError, r"x: expected shape \(N, C", torch.ones(4), WEIGHT),
+        (ValueError, r"weight: expected shape \(O, I, kh", X, torch.ones(2, 8)),
+        (TypeError, "x: expected the dtype of weight", X, WEIGHT.bfloat16()),
     ],
 )
 def test_errors(error, message, x, weight):

@@ -146,10 +146,6 @@ def operators(folder):
                     assert_accurate(*tensors, f"{name}, {backend}, {i}")
 
 
-def test_operators(folder):
-    alone(operators, str(folder), TRITON_INTERPRET="1")
-
-
 class Conv(nn.Conv2d):
     def forward(self, input):
         return self._conv_forward(input, standardized(self.weight), self.bias)
@@ -236,12 +232,23 @@ def subclass_with_its_own_forward(folder):
         net(torch.ones(2, 8, 3, 3))
 
 
-def test_a_subclass_is_refused(folder):
-    alone(subclass_with_its_own_forward, str(folder), TRITON_INTERPRET="1")
+def in_the_place_of_older_versions(folder):
+    """Check that older versions of the library find the same kernel in their place."""
+    kernel = kernels.get_local_kernel(Path(folder), backend="cpu")
+    path = Path(folder) / "build/torch-cpu/bitkern/__init__.py"
+    spec = importlib.util.spec_from_file_location("bitkern_of_an_old_version", path)
+    old = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(old)
+    assert old.__all__ == kernel.__all__
+    assert all(getattr(old, name) is getattr(kernel, name) for name in old.__all__)
 
 
-def test_kernelize(folder):
-    alone(layers_of_a_network, str(folder), TRITON_INTERPRET="1")
+@pytest.mark.parametrize(
+    "program",
+    [operators, layers_of_a_network, subclass_with_its_own_forward, in_the_place_of_older_versions],
+)
+def test_without_bitkern(program, folder):
+    alone(program, str(folder), TRITON_INTERPRET="1")
 
 
 def two_builds(folder, other):
@@ -266,21 +273,6 @@ def test_two_builds_in_a_process(folder, tmp_path):
     launcher.write_text(text.replace(marker, marker.replace(" y,", " y + 1.0,")))
     other = assemble(tmp_path / "other", package)
     alone(two_builds, str(folder), str(other), TRITON_INTERPRET="1")
-
-
-def in_the_old_place(folder):
-    """Check that older versions of the library find the same kernel in their place."""
-    kernel = kernels.get_local_kernel(Path(folder), backend="cpu")
-    path = Path(folder) / "build/torch-cpu/bitkern/__init__.py"
-    spec = importlib.util.spec_from_file_location("bitkern_of_an_old_version", path)
-    old = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(old)
-    assert old.__all__ == kernel.__all__
-    assert all(getattr(old, name) is getattr(kernel, name) for name in old.__all__)
-
-
-def test_where_older_versions_look(folder):
-    alone(in_the_old_place, str(folder))
 
 
 def test_the_card_names_what_there_is(folder):

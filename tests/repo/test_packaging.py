@@ -21,6 +21,8 @@ pytestmark = pytest.mark.skipif(
 )
 SOURCES = "bitkern csrc python setup.py CMakeLists.txt pyproject.toml MANIFEST.in README.md LICENSE"
 SOURCES += " benchmarks examples tests Makefile CHANGELOG.md CITATION.cff"
+PIP = sys.executable, "-m", "pip"
+OFFLINE = "--no-deps", "--no-build-isolation", "--no-index"
 
 
 @pytest.fixture
@@ -37,23 +39,24 @@ def checkout(tmp_path):
 
 
 def install(source, target, **env):
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation"]
-    command += ["--no-index", "--target", str(target), str(source)]
+    command = [*PIP, "install", *OFFLINE, "--target", target, source]
     env = os.environ | {"CXX": "/bin/false", "BITKERN_CUDA": "auto"} | env
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=target.parent)
 
 
+# An editable install of the checkout would supply the extension that is missing here.
+ALONE = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
+import bitkern
+assert bitkern.__file__.startswith({site!r})
+"""
+
+
 def run(site, code):
     """Run code that sees only this installation; return its output and its warnings."""
-    alone = (
-        "import sys\n"
-        # An editable install of the checkout would supply the extension that is missing here.
-        "finders = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
-        "sys.meta_path[:] = finders\n"
-        f"import bitkern; assert bitkern.__file__.startswith({str(site)!r})\n"
-    )
     env = os.environ | {"PYTHONPATH": str(site)}
-    command = [sys.executable, "-P", "-c", alone + code]
+    command = [sys.executable, "-P", "-c", ALONE.format(site=str(site)) + code]
     out = subprocess.run(command, capture_output=True, text=True, env=env, cwd=site)
     assert out.returncode == 0, out.stderr
     return out.stdout, out.stderr
@@ -113,7 +116,8 @@ def test_why_in_one_line(output, reason, monkeypatch):
     assert why(subprocess.CalledProcessError(1, "cmake", output)) == reason
 
 
-def test_extension_demanded_without_a_compiler_is_an_error(checkout, tmp_path):
+def test_what_is_demanded_without_a_compiler_is_an_error(checkout, tmp_path):
+    assert install(checkout, tmp_path / "site", BITKERN_CUDA="1").returncode != 0
     result = install(checkout, tmp_path / "site", BITKERN_REQUIRE_EXTENSION="1")
     assert result.returncode != 0
     assert "bitkern._C was not built: The C++ compiler" in result.stdout + result.stderr
@@ -156,16 +160,7 @@ def test_one_version_everywhere():
 @pytest.mark.skipif(not find_spec("auditwheel"), reason="auditwheel is not installed")
 def test_from_source_archive_to_wheel_to_installation(archive, tmp_path):
     """The wheel has the CPU kernels, nothing of CUDA, and uses PyTorch's OpenMP."""
-    wheel = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-    ]
-    wheel += ["--wheel-dir", str(tmp_path / "built"), str(archive)]
+    wheel = [*PIP, "wheel", *OFFLINE, "--wheel-dir", tmp_path / "built", archive]
     # Optimized, the compiler takes five times as long.
     env = {"BITKERN_CUDA": "0", "BITKERN_REQUIRE_EXTENSION": "1", "CMAKE_BUILD_TYPE": "Debug"}
     subprocess.run(wheel, env=os.environ | env, check=True)
@@ -178,21 +173,13 @@ def test_from_source_archive_to_wheel_to_installation(archive, tmp_path):
     site = tmp_path / "site"
     assert install(repaired, site).returncode == 0
     assert (site / "bitkern" / "py.typed").exists()
-    assert not [
-        path for path in site.rglob("*") if re.search(r"csrc|libgomp|\.cu$|tests", str(path))
-    ]
+    assert not [p for p in site.rglob("*") if re.search(r"csrc|libgomp|\.cu$|tests", str(p))]
 
     choice, warned = run(site, USE)
     assert "name='cpu'" in choice and not warned
-    maps = (
-        "import bitkern._C; assert not bitkern._C.with_cuda; print(open('/proc/self/maps').read())"
-    )
-    libraries = re.findall(r"\S+libgomp\S+", run(site, maps)[0])
+    maps = "assert not bitkern._C.with_cuda; print(open('/proc/self/maps').read())"
+    libraries = re.findall(r"\S+libgomp\S+", run(site, f"import bitkern._C; {maps}")[0])
     assert {Path(name).parent.parent.name for name in libraries} == {"torch"}
-
-
-def test_cuda_demanded_without_a_compiler_is_an_error(checkout, tmp_path):
-    assert install(checkout, tmp_path / "site", BITKERN_CUDA="1").returncode != 0
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on this machine")

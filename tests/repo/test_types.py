@@ -19,13 +19,8 @@ def test_users_scripts_under_mypy_strict(tmp_path):
     # As of an installed package, of whose own errors a user hears nothing.
     command += ["--follow-imports=silent", f"--cache-dir={ROOT / '.mypy_cache/users'}"]
     environment = {**os.environ, "MYPYPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, *map(str, scripts)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-    )
+    options = {"capture_output": True, "text": True, "env": environment, "cwd": tmp_path}
+    done = subprocess.run([*command, *map(str, scripts)], **options)
     found = {
         (Path(m["file"]).name, int(m["line"]), m["code"])
         for m in map(ERROR.match, done.stdout.splitlines())

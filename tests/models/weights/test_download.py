@@ -1,7 +1,7 @@
 """Downloads against a server that breaks, stalls, lies and changes its mind."""
 
-import builtins
 import errno
+import io
 import multiprocessing
 import os
 import shutil
@@ -181,22 +181,13 @@ def test_too_little_space_is_noticed_before_writing(server, path, monkeypatch):
 
 
 def test_full_disk(server, path, monkeypatch):
-    class Full:
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exception):
-            self.file.close()
-
+    class Full(io.FileIO):
         def write(self, data):
-            self.file.write(data[:1000])
+            super().write(data[:1000])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def limited(name, mode="r"):
-        return Full(builtins.open(name, mode)) if mode == "ab" else builtins.open(name, mode)
+        return (Full if mode == "ab" else open)(name, mode)
 
     monkeypatch.setattr(module, "open", limited, raising=False)
     message = error_of(server, path)

@@ -23,11 +23,9 @@ def home(tmp_path_factory):
 
 
 def ask(home, url, *names, **environment):
-    environment = {"HF_ENDPOINT": url, "HF_HOME": str(home), **environment}
+    environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), **environment}
     command = [sys.executable, "-m", "tests.models.weights.hub", *names]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **environment}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
