@@ -27,10 +27,11 @@ tiled = pytest.mark.parametrize("way", ["whole", "split"], indirect=True)
 def set_way(monkeypatch, way):
     """Make the plans for these small sizes the same as for large ones."""
     # A resident map has a few tiles only.
-    tile = {"on_chip": 1 << 20, "whole": 2048, "split": 1024}[way]
+    tile = 1 << 20 if way == "on_chip" else 2048
     monkeypatch.setattr(config, "TILE_BYTES", tile)
     monkeypatch.setattr(config, "RESIDENT_BYTES", 1 << 20 if way == "whole" else 0)
     monkeypatch.setattr(config, "TILES_PER_SPLIT", 1)
+    monkeypatch.setattr(config, "MAX_SPLITS", 4)
     config.group_norm_plan.cache_clear()
 
 
