@@ -135,7 +135,7 @@ def restore_arguments(argv: Sequence[str]) -> Sequence[str]:
     began = shlex.split(read_checkpoint(out)["about"].get("command", f"bitkern {argv[0]}"))
     if began[1] != argv[0]:
         raise ValueError(
-            f"{out}: was started by bitkern {began[1]}; resume it with the same command"
+            f"{out}: was started by bitkern {began[1]}; resume it with bitkern {began[1]}"
         )
     return [*began[1:], *argv[1:]]
 

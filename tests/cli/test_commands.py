@@ -158,7 +158,7 @@ def test_interrupted_run_resumes_by_itself(
         "the run is not finished; continue it with --resume"
     )
     message = error_of(capfd, "pretrain", "--resume", "--out", out)
-    assert message.endswith("was started by bitkern finetune; resume it with the same command")
+    assert message.endswith("was started by bitkern finetune; resume it with bitkern finetune")
     assert call("finetune", "--resume", "--out", out) == 0
     assert sorted(path.name for path in out.iterdir()) == FILES
     for name in ("metrics.jsonl", "model.safetensors"):

@@ -2,6 +2,8 @@
 
 import importlib.util
 import itertools
+import subprocess
+import sys
 from unittest.mock import Mock
 
 import pytest
@@ -191,3 +193,13 @@ def test_the_nearest_option_is_named(capsys):
     with pytest.raises(SystemExit, match="^0$"):
         call("--version")
     assert capsys.readouterr().out == f"bitkern {bitkern.__version__}\n"
+
+
+def test_traceback_free_as_a_process(tmp_path):
+    command = [sys.executable, "-m", "bitkern", "finetune", "--data", str(tmp_path / "none")]
+    command += ["--out", str(tmp_path / "out"), *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"bitkern: error: {tmp_path}/none/train: no such folder")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -106,6 +106,20 @@ def test_nothing_else_changes():
     assert [type(m) for m in model.modules()] == classes
 
 
+def test_optimizer_goes_on():
+    model, x = small_timm(act_layer=nn.SiLU), torch.randn(2, 3, 40, 40)
+    peer = copy.deepcopy(model)
+    for m in (model, peer):
+        optimizer = torch.optim.SGD(m.parameters(), 1e-3, momentum=0.9)
+        for step in range(3):
+            if step == 1 and m is model:
+                bitkern.convert(m)
+            gradients(m, x)
+            optimizer.step()
+    for (name, p), q in zip(model.named_parameters(), peer.parameters(), strict=True):
+        assert relative(p, q) < 1e-5, name
+
+
 @pytest.mark.parametrize("make", [small_timm, small_bit])
 def test_copies(make):
     model, x = bitkern.convert(make()).eval(), torch.randn(1, 3, 40, 40)

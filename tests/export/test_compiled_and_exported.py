@@ -85,3 +85,16 @@ def test_onnx(make, tmp_path):
     (y, *_) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert {n.domain for n in program.model.graph} == {""}, "ONNX's own operators alone"
     assert (torch.from_numpy(y) - outputs(model, x)).abs().max() < 1e-4
+
+
+@pytest.mark.sweep
+def test_aot_inductor(tmp_path):
+    model = bitkern.fold(bitkern.convert(tiny())).eval()
+    x = torch.randn(2, 3, 13, 11)
+    with bitkern.use_backend("reference"), torch.no_grad():
+        program = torch.export.export(model, (x,))
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+        y = torch._inductor.aoti_load_package(path)(x)
+    assert (y - model(x)).abs().max() < 1e-5

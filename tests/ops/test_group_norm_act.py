@@ -17,6 +17,7 @@ SHAPES = [
     ((2, 32, 9, 7), 32),
     ((1, 64, 14, 14), 32),
     ((3, 12, 5, 3), 4),  # 3 channels per group
+    ((2, 9, 6, 5), 3),  # a block of two groups, and one of the third alone
     ((2, 10, 1, 1), 2),  # one pixel
     ((1, 6, 33, 2), 1),  # one group
     ((2, 96, 8, 8), 8),

@@ -39,6 +39,7 @@ def test_accuracy(name, device, dtype, case):
     with bitkern.use_backend(name):
         ours = run(ops.ws_conv2d, dtype)
     results = ours, run(peer, dtype), run(reference.ws_conv2d, torch.float64)
+    torch.testing.assert_close(results[2], run(peer, torch.float64))
     for result in zip(*results, strict=True):
         assert_accurate(*(t.cpu() for t in result))
 

@@ -129,6 +129,8 @@ def index_is(content):
         index_of(done="many"),
         index_of(done=13),
         index_of(more=1),
+        index_of(notes=[1]),
+        index_of(notes=3),
         index_is(b""),
         index_is(b"[1]"),
         index_is(b"\xff\xfe"),
@@ -171,7 +173,7 @@ def test_a_killed_process_is_continued(images, killed_at, decoded):
 
 
 def test_two_runs_at_once_fill_it_once(images, tmp_path):
-    images, log = images, tmp_path / "log"
+    log = tmp_path / "log"
 
     def run():
         def decode(source, size, region=None):
@@ -291,7 +293,6 @@ def test_an_entry_that_is_made_again_while_it_is_opened(images, monkeypatch):
 
 
 def test_what_a_disk_did_not_give_is_asked_for_again(images, monkeypatch):
-
     def fails(source, size, region=None):
         if source == images[5]:
             raise DataError(f"{source}: not a readable image (Input/output error)")

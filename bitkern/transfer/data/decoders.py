@@ -46,6 +46,12 @@ def note_once(message: str) -> None:
             print(message, file=sys.stderr)
 
 
+def noted() -> Counter[str]:
+    """Return a copy of ``notes``, while other threads may add to them."""
+    with _counting:
+        return notes.copy()
+
+
 @functools.cache
 def image_formats() -> dict[str, str]:
     """Map the suffixes of image files, in lower case, to Pillow's formats.

@@ -23,11 +23,11 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from bitkern import files
-from bitkern.transfer.data.decoders import decoder_version, note_once, notes
+from bitkern.transfer.data.decoders import decoder_version, note_once, noted
 from bitkern.transfer.data.images import DataError, Pixels, Source
 from bitkern.transfer.data.resized import ResizedImages
 
-FORMAT = 1
+FORMAT = 2
 PIXELS, INDEX = "pixels", "index.json"
 LIMIT_GB = 100.0  # default of BITKERN_CACHE_LIMIT
 BYTES_PER_SYNC = 256 << 20
@@ -69,7 +69,8 @@ class CacheEntry:
                 index = CacheIndex(**json.loads((self.folder / INDEX).read_text()))
                 num_bytes = index.count * index.size * index.size * 3
                 fits = self.pixels.stat().st_size == num_bytes and index.done <= index.count
-                return index if index.format == FORMAT and fits else None
+                known = index.notes == [*map(str, index.notes)]
+                return index if index.format == FORMAT and fits and known else None
         return None
 
     def write(self, index: CacheIndex) -> None:
@@ -304,7 +305,7 @@ def _locked(entry: CacheEntry) -> Iterator[None]:
 
 
 def _fill(entry: CacheEntry, fresh: CacheIndex, resized: ResizedImages, skip_corrupt: bool) -> None:
-    index, before = entry.read() or fresh, notes.copy()
+    index, before = entry.read() or fresh, noted()
     if not index.done:
         _allocate(entry, num_bytes(resized))
     with open(entry.pixels, "r+b") as file:
@@ -326,7 +327,7 @@ def _fill(entry: CacheEntry, fresh: CacheIndex, resized: ResizedImages, skip_cor
     def write_index() -> None:
         index.done = done
         index.corrupt = {str(i): why for i, why in resized.corrupt.items() if i < done}
-        index.notes = sorted({*index.notes, *(notes - before)})
+        index.notes = sorted({*index.notes, *(noted() - before)})
         entry.write(index)
 
     try:

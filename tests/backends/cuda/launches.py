@@ -78,6 +78,7 @@ class Host:
     def __init__(self, folder: Path):
         made = folder / "_C.so"
         command = [*COMPILER, "-shared", "-fPIC", "-std=c++17", "-DBITKERN_WITH_CUDA", *INCLUDE]
+        command += ["-fsanitize=undefined", "-fno-sanitize-recover=all", "-D_GLIBCXX_ASSERTIONS"]
         command += [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
         command += ["-include", Path(__file__).with_name("host.h"), "-x", "c++"]
         command += [ROOT / "python/bindings.cpp", KERNELS, "-o", made]

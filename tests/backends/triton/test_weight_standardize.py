@@ -8,6 +8,7 @@ import torch
 
 from bitkern.backends.triton import config
 from bitkern.backends.triton import weight_standardize as kernels
+from bitkern.variant import Variant
 from tests.backends import standardization
 from tests.backends.standardization import DTYPES, FORMATS, SGD, SHAPES, VARIANTS
 
@@ -26,7 +27,8 @@ def test_weight_dtypes(device, dtype):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("out_format", FORMATS)
 def test_formats(device, format, out_format):
-    shapes = [(2, 24, 3, 3), (2, 5, 3, 2)]
+    # 41 times the float32 nearest to 1/41 is less than 1.
+    shapes = [(2, 24, 3, 3), (2, 5, 3, 2), (2, 41, 3, 3)]
     formats = {"format": format, "out_format": out_format}
     Problem(device, shapes, out_dtype=torch.bfloat16, **formats).check()
 
@@ -35,6 +37,17 @@ def test_formats(device, format, out_format):
 @pytest.mark.parametrize("variant", ["bit", "jax"])
 def test_lengths(device, length, variant):
     Problem(device, [(8, length, 1, 1)], **VARIANTS[variant]).check()
+
+
+@pytest.mark.parametrize("length", [576, 8200])
+def test_std_where_the_mean_is_far_from_zero(device, length):
+    weight = (torch.randn(4, length, 1, 1) + 1e5).to(device)
+    variant = Variant(1e-10, False, False)
+    _, stats = kernels.weight_standardize_forward(
+        [weight], None, [1.0], variant, torch.float32, False
+    )
+    exact = weight.double().flatten(1).std(1, correction=0)
+    torch.testing.assert_close(stats[1].double(), exact, rtol=1e-6, atol=0)
 
 
 @variants

@@ -112,7 +112,8 @@ def _moments(
     n = group_size * 1.0 * left
     group_sum = over_groups(tl.sum((origin + mean_d) * count, 0), channel, group_size, ONE_GROUP)
     mean = tl.div_rn(group_sum, n)
-    delta = tl.where(in_block[None, :], origin - mean[None, :] + mean_d, 0.0)  # in this order exact
+    delta = origin - mean[None, :] + mean_d  # this order keeps its digits
+    delta = tl.where(in_block[None, :], delta, 0.0)
     sum_dd += delta * (delta * count) - sum_d * mean_d
     return _group_moments(
         mean, tl.sum(delta * count, 0), tl.sum(sum_dd, 0), n, channel, group_size, ONE_GROUP

@@ -77,7 +77,7 @@ def _forward_tile(
         count = tl.cdiv(K - k, BLOCK).to(tl.float32)[None, :]
         mean_d = tl.div_rn(sum_d, tl.maximum(count, 1.0))
         mean = tl.div_rn(tl.sum((origin + mean_d) * count, 1), n)
-        delta = origin - mean[:, None] + mean_d  # in this order exact
+        delta = origin - mean[:, None] + mean_d  # this order keeps its digits
         rest = tl.div_rn(tl.sum(delta * count, 1), n)
         delta -= rest[:, None]
         m2 = tl.sum(sum_dd - sum_d * mean_d + delta * (delta * count), 1)

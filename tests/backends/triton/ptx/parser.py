@@ -109,7 +109,7 @@ def parse(text: str) -> Kernel:
 
 
 def _instruction(text: str, source: str, symbols: dict[str, int]) -> Instruction:
-    """With addresses in the place of symbols."""
+    """Parse an instruction, with addresses in the place of symbols."""
     guarded = _GUARDED.fullmatch(text)
     negated, guard, rest = guarded.groups() if guarded else ("", None, text)
     opcode, _, operands = rest.partition(" ")
