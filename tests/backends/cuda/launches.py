@@ -61,7 +61,7 @@ def ptx(source, kernel):
 
 def _tensors(problem, layers):
     """Yield the address and the bytes of each tensor."""
-    weight, out = (ITEM_BYTES[problem[f"{of}_dtype"]] for of in ("weight", "out"))
+    weight, out = (ITEM_BYTES[problem[name]] for name in ("weight_dtype", "out_dtype"))
     for layer in layers:
         filters = layer["filters"]
         elements = filters * layer["inner"] * layer["taps"]
