@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import signal
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from bitkern.transfer import ranks, train
 from tests.transfer.distributed import training
 from tests.transfer.distributed.training import OPTIONS, another_start
 from tests.transfer.images import image_set
-from tests.transfer.net import Net
+from tests.transfer.net import Net, assert_same_bits
 
 RULE, PLAIN = (dataclasses.replace(r, base_lr=0.01) for r in (training.RULE, training.PLAIN))
 LAYERS = 6
@@ -114,6 +115,28 @@ def other_runs_have_equal_replicas(folder):
             assert torch.equal(tensor, first), options
 
 
+def interrupted_run_resumes_with_the_same_bits(folder):
+    """One process alone is interrupted, in either micro-batch: all stop after the step."""
+
+    def run(model, **options):
+        with small_buckets():
+            return train(model, image_set(), RULE, **OPTIONS | options)
+
+    straight = another_start(Every(torch.float64))
+    expected = run(straight)
+    for call in (2 * 7 - 1, 2 * 7):
+        stopped, resumed = (another_start(Every(torch.float64)) for _ in range(2))
+        if dist.get_rank() == 2:
+            stopped.on_call = lambda n, at=call: n == at and signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            run(stopped, out=folder / str(call))
+        assert stopped.calls == 2 * 7
+        result = run(resumed, out=folder / str(call), resume=True)
+        assert resumed.calls == 2 * (RULE.steps - 7)
+        assert result.history == expected.history and result.metrics == expected.metrics
+        assert_same_bits(resumed, straight.state_dict())
+
+
 def sums_begin_in_the_last_backward_pass(folder):
     """All of them but that of the bucket with the first layer, and none before."""
     model, events, reduce = Chain(), [], dist.all_reduce
@@ -177,6 +200,7 @@ def memory_is_tried_in_all_processes(folder):
 CHECKS = (
     training_equals_one_process,
     other_runs_have_equal_replicas,
+    interrupted_run_resumes_with_the_same_bits,
     sums_begin_in_the_last_backward_pass,
     failure_wherever_it_is_stops_all,
     memory_is_tried_in_all_processes,
