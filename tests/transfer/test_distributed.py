@@ -17,31 +17,45 @@ from bitkern.transfer import HyperRule, ranks, train
 from bitkern.transfer.gradient_reducer import GradientReducer
 from bitkern.transfer.schedule import Schedule
 from tests.cli.commands import SMALL, digest, summary_of
-from tests.transfer.distributed import gradients, reduction, torchrun, training
+from tests.transfer.distributed import compiled, gradients, reduction, torchrun, training
 from tests.transfer.images import image_set, write_folder
 
 PROCESSES = 4
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The folder that a run of all checks in four processes left behind."""
-    folder = tmp_path_factory.mktemp("distributed")
-    modules = "gradients", "training", "reduction"
+def run_checks(folder, *modules):
     process = torchrun(PROCESSES, "tests.transfer.distributed", folder, *modules)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder that a run of the checks in four processes left behind."""
+    folder = tmp_path_factory.mktemp("distributed")
+    run_checks(folder, "gradients", "training", "reduction")
     return folder
+
+
+def assert_passed(folder, check):
+    for rank in range(PROCESSES):
+        outcome = json.loads((folder / f"{rank}.json").read_text())[check.__name__]
+        assert outcome == "passed", f"process {rank}\n{outcome}"
 
 
 CHECKS = (*gradients.CHECKS, *training.CHECKS, *reduction.CHECKS)
 
 
-@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_in_four_processes(folder, check):
-    for rank in range(PROCESSES):
-        outcome = json.loads((folder / f"{rank}.json").read_text())[check]
-        assert outcome == "passed", f"process {rank}\n{outcome}"
+    assert_passed(folder, check)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("check", compiled.CHECKS, ids=lambda check: check.__name__)
+def test_compiled_in_four_processes(tmp_path, check):
+    run_checks(tmp_path, "compiled")
+    assert_passed(tmp_path, check)
 
 
 @pytest.mark.parametrize("rule", [reduction.RULE, reduction.PLAIN], ids=["mixup", "plain"])

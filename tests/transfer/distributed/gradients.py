@@ -224,30 +224,7 @@ def fsdp_needs_its_hooks(folder):
     torch.testing.assert_close(model.forward_features(x), alone.forward_features(x))
 
 
-def compiled_gradients_equal_those_of_one_process(folder):
-    """``torch.compile(backend="bitkern")``, around and inside the wrapper."""
-    ddp = torch.compile(ddp_of(build(), 2), backend="bitkern")
-    for _ in range(2):
-        ddp.zero_grad()
-        accumulate(ddp, dist.get_rank() % 2, 2, unsynced(ddp))
-        assert_gradients(ddp._orig_mod)
-    inside = build()
-    inside.compile(backend="bitkern")
-    ddp = ddp_of(inside, 2)
-    accumulate(ddp, dist.get_rank() % 2, 2, unsynced(ddp))
-    assert_gradients(ddp)
-    sharded = build()
-    for stage in sharded.stages:
-        fully_shard(stage, mesh=mesh_of(2))
-        stage.compile(backend="bitkern")
-    fully_shard(sharded, mesh=mesh_of(2))
-    sharded.dtype = torch.float32
-    accumulate(sharded, dist.get_rank() % 2, 2)
-    assert_gradients(sharded)
-
-
 CHECKS = (
-    compiled_gradients_equal_those_of_one_process,
     ddp_gradients_equal_those_of_one_process,
     ddp_that_looks_for_unused_parameters,
     fsdp_gradients_equal_those_of_one_process,
