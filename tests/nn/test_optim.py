@@ -53,12 +53,22 @@ def state(model, optimizer):
     return copy.deepcopy([model.state_dict(), optimizer.state_dict()])
 
 
-def copied(model, optimizer):
-    """Copy the model; return it with PyTorch's optimizer, which loads the state of ours."""
-    model = copy.deepcopy(model)
-    theirs = optimizer_of(model, torch.optim.SGD)
-    theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    return model, theirs
+def started(steps=1):
+    model = net()
+    optimizer = optimizer_of(model)
+    for i in range(steps):
+        step(model, optimizer, i)
+    return model, optimizer
+
+
+def assert_step_is_pytorchs(model, optimizer, seed):
+    """Take a step, and the same with copies, PyTorch's optimizer and the state of ours."""
+    theirs = copy.deepcopy(model)
+    reference = optimizer_of(theirs, torch.optim.SGD)
+    reference.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step(model, optimizer, seed)
+    separate_step(theirs, reference, seed)
+    torch.testing.assert_close(state(model, optimizer), state(theirs, reference))
 
 
 def assert_equal(a, b):
@@ -96,32 +106,21 @@ def test_steps_are_those_of_pytorch(fused, backend, format, options):
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
     with bitkern.use_backend(backend):
         for i in range(4):
-            theirs, reference = copied(model, optimizer)
-            step(model, optimizer, i)
-            separate_step(theirs, reference, i)
-            torch.testing.assert_close(state(model, optimizer), state(theirs, reference))
+            assert_step_is_pytorchs(model, optimizer, i)
             assert all(p.grad is None for name, p in model.named_parameters() if name[0] != "2")
             schedule.step()
     assert fused == dict.fromkeys(FUSED, 3)  # the first step makes the momentum
 
 
 def test_bfloat16_compute(fused):
-    model = net()
-    optimizer = optimizer_of(model)
     with torch.autocast("cpu", torch.bfloat16):
-        step(model, optimizer, 0)
-        theirs, reference = copied(model, optimizer)
-        step(model, optimizer, 1)
-        separate_step(theirs, reference, 1)
+        model, optimizer = started()
+        assert_step_is_pytorchs(model, optimizer, 1)
     assert fused == dict.fromkeys(FUSED, 1)
-    torch.testing.assert_close(state(model, optimizer), state(theirs, reference))
 
 
 def test_states_are_interchangeable_and_a_resumed_run_has_the_same_bits():
-    model = net()
-    optimizer = optimizer_of(model)
-    for i in range(2):
-        step(model, optimizer, i)
+    model, optimizer = started(2)
     file = io.BytesIO()
     torch.save(state(model, optimizer), file)
     file.seek(0)
@@ -143,16 +142,11 @@ def test_states_are_interchangeable_and_a_resumed_run_has_the_same_bits():
 
 def test_weights_may_change_between_steps():
     """Weights are loaded, averaged, or written past autograd: no old one is used."""
-    model = net()
-    optimizer = optimizer_of(model)
-    step(model, optimizer, 0)
+    model, optimizer = started()
     model[0].weight.data.mul_(-2)
     with torch.no_grad():
         model(torch.randn(1, 3, 8, 8))
-    theirs, reference = copied(model, optimizer)
-    step(model, optimizer, 1)
-    separate_step(theirs, reference, 1)
-    torch.testing.assert_close(state(model, optimizer), state(theirs, reference))
+    assert_step_is_pytorchs(model, optimizer, 1)
 
 
 def hook_of_parameter(model, optimizer):
@@ -220,21 +214,14 @@ def test_other_dtypes_and_layouts_of_momentum(fused):
         model = net().to(dtype)
         step(model, optimizer := optimizer_of(model), 0)
         step(model, optimizer, 1)
-    model = net()
-    optimizer = optimizer_of(model)
-    step(model, optimizer, 0)
+    model, optimizer = started()
     model.to(memory_format=torch.channels_last)
-    theirs, reference = copied(model, optimizer)
-    step(model, optimizer, 1)
-    separate_step(theirs, reference, 1)
-    torch.testing.assert_close(state(model, optimizer), state(theirs, reference))
+    assert_step_is_pytorchs(model, optimizer, 1)
     assert fused == {(8, 4, 1): 1}  # whose two layouts are one
 
 
 def test_distributed_data_parallel_has_the_gradients(fused, monkeypatch):
-    model = net()
-    optimizer = optimizer_of(model)
-    step(model, optimizer, 0)
+    model, optimizer = started()
     ddp = types.SimpleNamespace(find_unused_parameters=False, static_graph=False)
     seen = iter([None] * 3)  # not in the first layers of the block, which standardize all
     monkeypatch.setattr(_torch, "active_ddp", lambda: next(seen, ddp))
@@ -256,9 +243,7 @@ def test_a_layer_that_is_not_used_does_not_decay(fused):
 
 
 def test_autograd_sees_that_weights_have_changed():
-    model = net()
-    optimizer = optimizer_of(model)
-    step(model, optimizer, 0)
+    model, optimizer = started()
     loss = (model[0].weight ** 2).sum()
     step(model, optimizer, 1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -266,9 +251,7 @@ def test_autograd_sees_that_weights_have_changed():
 
 
 def test_an_error_in_the_block_takes_no_step():
-    model = net()
-    optimizer = optimizer_of(model)
-    step(model, optimizer, 0)
+    model, optimizer = started()
     before = state(model, optimizer)
     with pytest.raises(KeyboardInterrupt), standardized(model, optimizer=optimizer):
         backward(model, 1)
@@ -314,8 +297,5 @@ def test_backends_from_elsewhere_need_no_step(fused, monkeypatch):
     from bitkern.backends import cpu
 
     monkeypatch.delattr(cpu, "weight_standardize_sgd")
-    model = net()
-    optimizer = optimizer_of(model)
-    for i in range(2):
-        step(model, optimizer, i)
+    started(2)
     assert not fused
