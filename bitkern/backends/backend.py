@@ -123,11 +123,12 @@ def add_relu_forward(
 
 
 def add_relu_backward(
-    norm_backward: Callable[..., Any], dy: Tensor, x: Tensor, y: Tensor, *args: Any
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    norm_backward: Callable[..., Any], dy: Tensor, x: Tensor, y: Tensor, num_groups: int,
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, need_dx: bool,
+    need_dresidual: bool, need_dparams: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """By a ``group_norm_act_backward`` that takes y and dshortcut; dy, y in the format of x."""
-    *affine, need_dx, need_dresidual, need_dparams = args
     dresidual = torch.empty_like(x) if need_dresidual else None
-    rest = *affine, "relu", need_dx, need_dparams
-    dx, dweight, dbias = norm_backward(dy, None, x, *rest, y=y, dshortcut=dresidual)
+    args = num_groups, weight, bias, mean, rstd, "relu", need_dx, need_dparams
+    dx, dweight, dbias = norm_backward(dy, None, x, *args, y=y, dshortcut=dresidual)
     return dx, dresidual, dweight, dbias
