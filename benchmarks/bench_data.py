@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -66,7 +65,7 @@ def test_loading(case, request, results, in_time, tmp_path):
         done = subprocess.run(map(str, command), cwd=ROOT, capture_output=True, text=True)
         assert name != "ours" or done.returncode == 0, done.stderr
         for epoch in ("first/wall", "first/core", "later/wall", "later/core"):
-            row = rows.setdefault(epoch, SimpleNamespace(seconds={}, peak_mb={}, failures={}))
+            row = rows.setdefault(epoch, measure.Timings())
             if done.returncode:
                 row.failures[name] = done.stderr.strip().rpartition("\n")[2]
                 continue

@@ -41,30 +41,20 @@ class Contender(NamedTuple):
     mode: str | None = None
 
 
-def timm_bit(model, device):
-    """timm's BiT with the eps of BiT (1e-10), under which ours and timm's are the same function."""
+def _timm(model, device, **layers):
     depths, width = ARCHITECTURES[model]
     with torch.device(device):
-        return ResNetV2(
-            depths,
-            num_classes=CLASSES,
-            width_factor=width,
-            stem_type="fixed",
-            conv_layer=partial(StdConv2d, eps=1e-10),
-        )
+        return ResNetV2(depths, num_classes=CLASSES, width_factor=width, **layers)
+
+
+def timm_bit(model, device):
+    """timm's BiT with the eps of BiT (1e-10), under which ours and timm's are the same function."""
+    return _timm(model, device, stem_type="fixed", conv_layer=partial(StdConv2d, eps=1e-10))
 
 
 def timm_twin(model, device):
     """The same with BatchNorm and plain convolutions; for R50x1 it is timm's ``resnetv2_50``."""
-    depths, width = ARCHITECTURES[model]
-    with torch.device(device):
-        return ResNetV2(
-            depths,
-            num_classes=CLASSES,
-            width_factor=width,
-            conv_layer=create_conv2d,
-            norm_layer=BatchNormAct2d,
-        )
+    return _timm(model, device, conv_layer=create_conv2d, norm_layer=BatchNormAct2d)
 
 
 def ours(model, device):

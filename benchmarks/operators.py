@@ -127,29 +127,15 @@ def _amp(function):
     return run
 
 
-def _timm_standardize(dtype, memory_format):
-    def standardize(*weights):
-        out = []
-        for w in weights:
-            flat = w.reshape(1, w.shape[0], -1)
-            flat = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=1e-10)
-            out.append(flat.reshape_as(w).to(dtype, memory_format=memory_format))
-        return tuple(out)
-
-    return standardize
+def _timm_standardize(w):
+    flat = w.reshape(1, w.shape[0], -1)
+    flat = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=1e-10)
+    return flat.reshape_as(w)
 
 
-def _big_transfer_standardize(dtype, memory_format):
-    def standardize(*weights):
-        out = []
-        for w in weights:
-            var, mean = torch.var_mean(w, dim=[1, 2, 3], keepdim=True, unbiased=False)
-            out.append(
-                ((w - mean) / torch.sqrt(var + 1e-10)).to(dtype, memory_format=memory_format)
-            )
-        return tuple(out)
-
-    return standardize
+def _big_transfer_standardize(w):
+    var, mean = torch.var_mean(w, dim=[1, 2, 3], keepdim=True, unbiased=False)
+    return (w - mean) / torch.sqrt(var + 1e-10)
 
 
 def _norm_problem(case, device):
@@ -201,10 +187,17 @@ def _weight_problem(case, device):
         last = case.layout == "channels_last"
         return tuple(bitkern.ops.weight_standardize_all(weights, dtype=dtype, channels_last=last))
 
-    contenders = {
-        "ours": Contender(ours, weights),
-        "eager": Contender(_timm_standardize(dtype, memory_format), weights),
-        "big_transfer": Contender(_big_transfer_standardize(dtype, memory_format), weights),
+    def each(standardize):
+        def run(*weights):
+            made = (standardize(w) for w in weights)
+            return tuple(w.to(dtype, memory_format=memory_format) for w in made)
+
+        return Contender(run, weights)
+
+    contenders = {"ours": Contender(ours, weights)}
+    contenders |= {
+        "eager": each(_timm_standardize),
+        "big_transfer": each(_big_transfer_standardize),
     }
 
     def exact(weight):

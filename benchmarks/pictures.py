@@ -41,7 +41,6 @@ class Drawing:
         size: int = SIZE,
         fill: str = INK,
         bold: bool = False,
-        anchor: str = "start",
     ) -> None:
         """A line whose baseline is y; ``room`` is the width it has, by default up to the margin."""
         room = WIDTH - MARGIN - x if room is None else room
@@ -51,7 +50,7 @@ class Drawing:
         weight = ' font-weight="bold"' if bold else ""
         self.parts.append(
             f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{fill}" '
-            f'text-anchor="{anchor}"{weight}>{escape(text)}</text>'
+            f'text-anchor="start"{weight}>{escape(text)}</text>'
         )
 
     def box(
@@ -80,14 +79,11 @@ class Drawing:
             f'<polygon points="{tip}" fill="{MUTED}"/>'
         )
 
-    def notes(self, y: float, lines: Iterable[str]) -> float:
-        """Small lines, the last thing of a drawing; returns its height."""
-        for line in lines:
-            self.text(MARGIN, y, line, size=19, fill=MUTED)
-            y += 28
-        return y
-
-    def save(self, path: Path, height: float) -> None:
+    def save(self, path: Path, height: float, notes: Iterable[str]) -> None:
+        """Write it, with notes in small lines below."""
+        for line in notes:
+            self.text(MARGIN, height, line, size=19, fill=MUTED)
+            height += 28
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" '
             f'width="{SHOWN * WIDTH:g}" height="{SHOWN * height:g}" '
@@ -171,8 +167,7 @@ def fusion(path: Path) -> None:
         "5 steps in BiT's code: var_mean, subtract, add, sqrt, divide.",
         "Both keep float32 statistics; weights are not drawn.",
     )
-    bottom = drawing.notes(y + 118, notes)
-    drawing.save(path, bottom)
+    drawing.save(path, y + 118, notes)
 
 
 Bar = tuple[str, float, str, str]  # name, value, label, color
@@ -243,8 +238,7 @@ def speed_memory(path: Path) -> None:
         "eager and compiled. The twin has BatchNorm and plain convolutions.",
         "Shorter is better. All rows: docs/performance.md",
     )
-    bottom = drawing.notes(y + 30, notes)
-    drawing.save(path, bottom)
+    drawing.save(path, y + 30, notes)
 
 
 def loader(path: Path) -> None:
@@ -276,8 +270,7 @@ def loader(path: Path) -> None:
         "bitkern decodes an image once and keeps it: later epochs read it.",
         f"PyTorch {release(measured)}. Each group has its scale. docs/performance.md",
     )
-    bottom = drawing.notes(y + 24, notes)
-    drawing.save(path, bottom)
+    drawing.save(path, y + 24, notes)
 
 
 PARTS = (
@@ -314,15 +307,10 @@ def architecture(path: Path) -> None:
             drawing.text(x + 14, y + 34, name, bold=True, room=130)
             drawing.text(x + 150, y + 34, words, size=19, fill=MUTED, room=width - 154)
     note = "csrc, compiled, is bitkern._C; it knows nothing of PyTorch."
-    drawing.save(path, drawing.notes(72 + step * len(PARTS) + 12, [note]))
+    drawing.save(path, 72 + step * len(PARTS) + 12, [note])
 
 
-PICTURES = {
-    "fusion": fusion,
-    "speed_memory": speed_memory,
-    "loader": loader,
-    "architecture": architecture,
-}
+PICTURES = {draw.__name__: draw for draw in (fusion, speed_memory, loader, architecture)}
 
 
 def main() -> None:

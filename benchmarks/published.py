@@ -9,6 +9,7 @@ BiT, five steps. What comes out of that means nothing.
 import argparse
 import dataclasses
 import json
+from itertools import product, starmap
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -135,16 +136,9 @@ def main(argv=None):
     split, workers = ("auto", 8) if device == "cuda" else (1, 1)
     options = {"device": device, "precision": "auto", "batch_split": split, "workers": workers}
     found = {}
-    wanted = [
-        Transfer(model, name, shots, seed)
-        for model in args.models
-        for name in args.data
-        for shots in SHOTS
-        for seed in range(args.seeds)
-    ]
-    for each in sorted(
-        wanted, key=lambda each: (each.shots is None, each.seed)
-    ):  # the long ones last
+    wanted = starmap(Transfer, product(args.models, args.data, SHOTS, range(args.seeds)))
+    # The long ones last.
+    for each in sorted(wanted, key=lambda each: (each.shots is None, each.seed)):
         top1 = run(each, source, out, **options)
         found.setdefault(each[:3], []).append(top1)
         print(f"{each}: {100 * top1:.2f}", flush=True)

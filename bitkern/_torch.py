@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -53,23 +54,20 @@ def active_ddp() -> DistributedDataParallel | None:
     return ddp
 
 
-_GLOBAL_HOOKS = (
-    torch.nn.modules.module._global_forward_hooks,
-    torch.nn.modules.module._global_forward_pre_hooks,
-    torch.nn.modules.module._global_backward_hooks,
-    torch.nn.modules.module._global_backward_pre_hooks,
-)
-
-
 def hooked(module: nn.Module) -> bool:
     """Return whether hooks see a module being called, its own or those on all modules."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or any(_GLOBAL_HOOKS)
-    )
+    return any(_call_hooks(module)) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def drop_hooks(module: nn.Module) -> None:
+    """Take all hooks off a module that see it being called."""
+    for hooks in _call_hooks(module):
+        hooks.clear()
+
+
+def _call_hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    forward = module._forward_hooks, module._forward_pre_hooks
+    return *forward, module._backward_hooks, module._backward_pre_hooks
 
 
 def batched(x: torch.Tensor) -> bool:
@@ -205,17 +203,6 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, torch.Tensor | N
 def drop_buffers(module: nn.Module) -> None:
     """Take all buffers out of a module."""
     module._buffers.clear()
-
-
-def drop_hooks(module: nn.Module) -> None:
-    """Take all hooks off a module that see it being called."""
-    for hooks in (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    ):
-        hooks.clear()
 
 
 # What a subclass of nn.Conv2d overrides to convolve with another weight.

@@ -105,7 +105,7 @@ def conv_grad_sample(
 
 def _conv_weight_grads(layer: WSConv2d, x: Tensor, backprops: Tensor) -> Tensor:
     """Compute gradients (N, O, I / groups, kh, kw) of the standardized weight."""
-    if isinstance(layer, PaddedConv) and layer.pads():
+    if isinstance(layer, PaddedConv):
         x = layer.padded(x)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, _torch.padding_of(layer), mode)

@@ -320,21 +320,13 @@ def weight_standardize_forward(
     channels_last: bool,
 ) -> tuple[list[Tensor], Tensor]:
     """-> (outs, stats); stats is (2, filters of all layers): mean, and std without an outer eps."""
-    eps, eps_outside, unbiased = variant
-    outs = []
-    for i, w in enumerate(weights):
-        gain = None if gains is None else gains[i]
-        out = weight_standardize(
-            w,
-            eps,
-            gain=gain,
-            scale=scales[i],
-            eps_outside=eps_outside,
-            unbiased=unbiased,
-            dtype=dtype,
-        )
-        format = torch.channels_last if channels_last else torch.contiguous_format
-        outs.append(out.contiguous(memory_format=format))
+    options: Any = {"dtype": dtype, **variant._asdict()}
+    every: Sequence[Tensor | None] = gains or [None] * len(weights)
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    outs = [
+        weight_standardize(w, gain=gain, scale=scale, **options).contiguous(memory_format=format)
+        for w, gain, scale in zip(weights, every, scales, strict=True)
+    ]
     return outs, filter_statistics(weights, variant)
 
 

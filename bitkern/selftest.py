@@ -9,6 +9,7 @@ the exit status is 0 or 1.
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -62,22 +63,15 @@ def _norms(norm: Norm) -> Iterator[Case]:
     )
     weight, bias = torch.randn(2, norm.shape[1])
     what = f"{tuple(norm.shape)} in {norm.groups} groups, {norm.dtype}, {norm.act}, {norm.layout}"
-    groups, act = norm.groups, norm.act
-    inputs = [x, weight, bias]
 
-    def alone(module: Any) -> Callable[..., Any]:
-        return lambda x, w, b: module.group_norm_act(x, groups, w, b, act=act)
+    def on(module: Any, operator: str) -> Callable[..., Any]:
+        options = {"act": norm.act} if operator.endswith("_act") else {}
+        function = partial(getattr(module, operator), **options)
+        return lambda *inputs: function(*inputs[:-2], norm.groups, *inputs[-2:])
 
-    def add(module: Any) -> Callable[..., Any]:
-        return lambda x, r, w, b: module.add_group_norm_act(x, r, groups, w, b, act=act)
-
-    def after(module: Any) -> Callable[..., Any]:
-        return lambda x, r, w, b: module.group_norm_add_relu(x, r, groups, w, b)
-
-    yield Case("group_norm_act", what, alone(ops), alone(reference), inputs)
-    inputs = [x, residual, weight, bias]
-    yield Case("add_group_norm_act", what, add(ops), add(reference), inputs)
-    yield Case("group_norm_add_relu", what, after(ops), after(reference), inputs)
+    for operator in ("group_norm_act", "add_group_norm_act", "group_norm_add_relu"):
+        inputs = [x, residual, weight, bias] if "add" in operator else [x, weight, bias]
+        yield Case(operator, what, on(ops, operator), on(reference, operator), inputs)
 
 
 def _weights() -> Iterator[Case]:

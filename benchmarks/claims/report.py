@@ -112,24 +112,21 @@ def _table(head, rows):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def _cell(claim, row, column):
-    for cell in claim["cells"]:
-        if (cell["row"], cell["column"]) == (row, column):
-            if not cell["values"]:
-                return "fails" if cell["failure"] else ""
-            error = cell["estimate"]["error"]
-            return f"{cell['estimate']['mean']:.3f}" + (f" ± {error:.3f}" if error else "")
-    return ""
+def _cell(cell):
+    if not cell["values"]:
+        return "fails" if cell["failure"] else ""
+    error = cell["estimate"]["error"]
+    return f"{cell['estimate']['mean']:.3f}" + (f" ± {error:.3f}" if error else "")
+
+
+def _mean(estimate):
+    return f"{estimate['mean']:+.3f}" if estimate else ""
 
 
 def _interval(estimate):
     if estimate is None or estimate["error"] is None:
         return "none"
     return f"{estimate['low']:+.3f} to {estimate['high']:+.3f}"
-
-
-def _of_interest(comparison):
-    return f"{'-' if comparison['no_loss'] else '+'}{comparison['smallest']:.2f}"
 
 
 MEANING = {
@@ -167,13 +164,14 @@ def _could(comparison):
 def _section(name, claim):
     columns = list(dict.fromkeys(cell["column"] for cell in claim["cells"]))
     rows = list(dict.fromkeys(cell["row"] for cell in claim["cells"]))
+    cells = {(cell["row"], cell["column"]): _cell(cell) for cell in claim["cells"]}
     failures = dict.fromkeys(cell["failure"] for cell in claim["cells"] if cell["failure"])
     compared = [
         [
             comparison["what"],
-            f"{comparison['estimate']['mean']:+.3f}" if comparison["estimate"] else "",
+            _mean(comparison["estimate"]),
             _interval(comparison["estimate"]),
-            _of_interest(comparison),
+            f"{'-' if comparison['no_loss'] else '+'}{comparison['smallest']:.2f}",
             _could(comparison),
             comparison["verdict"],
         ]
@@ -188,7 +186,9 @@ def _section(name, claim):
         f"{FIRST_SEED + claim['seeds'] - 1}; {runs}",
         f"{claim['metric'][0].upper()}{claim['metric'][1:]}; columns: {claim['across']}; mean ± "
         "standard error:",
-        _table(["", *columns], [[row, *(_cell(claim, row, c) for c in columns)] for row in rows]),
+        _table(
+            ["", *columns], [[row, *(cells.get((row, c), "") for c in columns)] for row in rows]
+        ),
         *(f"Fails: `{failure}`" for failure in failures),
         f"![{claim['title']}]({PICTURES}/{name}.png)",
         "Paired by seed:",
@@ -204,9 +204,7 @@ def page(summary):
         [
             f"[{claim['title']}](#{claim['title'].lower().replace(' ', '-')})",
             claim["hypothesis"],
-            f"{claim['comparisons'][0]['estimate']['mean']:+.3f}"
-            if claim["comparisons"][0]["estimate"]
-            else "",
+            _mean(claim["comparisons"][0]["estimate"]),
             _interval(claim["comparisons"][0]["estimate"]),
             claim["comparisons"][0]["verdict"],
         ]

@@ -1,15 +1,16 @@
-"""The interface of a backend: an implementation of some kernels on some devices."""
+"""The interface of a backend: kernels for some devices; and functions that launchers share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from bitkern.reference import Activation
+from bitkern.reference import Activation, compute_dtype
 from bitkern.variant import SgdOptions, Variant
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+KERNELS = "group_norm_act", "group_norm_add_relu", "weight_standardize"
 
 
 class Launchers(Protocol):
@@ -92,3 +93,42 @@ class Backend:
         reference recomputes, and the optimizer steps by itself.
         """
         raise NotImplementedError
+
+
+def empty_normalized(
+    x: Tensor, residual: Tensor | None, num_groups: int
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """``(summed or None, y, mean, rstd)`` of ``group_norm_act_forward``, to be written to."""
+    summed = None if residual is None else torch.empty_like(x)
+    mean = x.new_empty((x.shape[0], num_groups), dtype=compute_dtype(x.dtype))
+    return summed, torch.empty_like(x), mean, torch.empty_like(mean)
+
+
+def empty_standardized(
+    weights: Sequence[Tensor], dtype: torch.dtype, channels_last: bool
+) -> tuple[list[Tensor], Tensor]:
+    """``(outs, stats)`` of ``weight_standardize_forward``, to be written to."""
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    outs = [torch.empty_like(w, dtype=dtype, memory_format=format) for w in weights]
+    filters = sum(w.shape[0] for w in weights)
+    return outs, weights[0].new_empty((2, filters), dtype=compute_dtype(weights[0].dtype))
+
+
+def add_relu_forward(
+    norm_forward: Callable[..., Any], x: Tensor, residual: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By a ``group_norm_act_forward`` that takes a shortcut; residual in the format of x."""
+    _, y, mean, rstd = norm_forward(x, None, *args, "relu", shortcut=residual)
+    return y, mean, rstd
+
+
+def add_relu_backward(
+    norm_backward: Callable[..., Any], dy: Tensor, x: Tensor, y: Tensor, num_groups: int,
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, need_dx: bool,
+    need_dresidual: bool, need_dparams: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """By a ``group_norm_act_backward`` that takes y and dshortcut; dy, y in the format of x."""
+    dresidual = torch.empty_like(x) if need_dresidual else None
+    args = num_groups, weight, bias, mean, rstd, "relu", need_dx, need_dparams
+    dx, dweight, dbias = norm_backward(dy, None, x, *args, y=y, dshortcut=dresidual)
+    return dx, dresidual, dweight, dbias

@@ -7,12 +7,15 @@ TypeError.
 
 import functools
 import importlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from bitkern.backends.backend import empty_standardized
 from bitkern.variant import SgdOptions, Variant
 
 Struct = dict[str, Any]
@@ -36,111 +39,89 @@ def load() -> tuple[Any, str]:
 def standardize_forward(
     kernels: Any,
     how: int,
-    weights: Sequence[torch.Tensor],
-    gains: Sequence[torch.Tensor] | None,
+    weights: Sequence[Tensor],
+    gains: Sequence[Tensor] | None,
     scales: Sequence[float],
     variant: Variant,
     dtype: torch.dtype,
     channels_last: bool,
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     """Launch the kernels of a device; ``how`` is the number of threads, or the stream."""
-    format = torch.channels_last if channels_last else torch.contiguous_format
-    outs = [torch.empty_like(w, dtype=dtype, memory_format=format) for w in weights]
-    filters = sum(w.shape[0] for w in weights)
-    stats = weights[0].new_empty((2, filters), dtype=torch.float32)
-    problem, layers = _standardization(weights, gains, scales, stats, variant, outs)
-    for layer, out in zip(layers, outs, strict=True):
-        layer["out"] = out.data_ptr()
-    kernels.weight_standardize_forward(problem, layers, how)
+    outs, stats = empty_standardized(weights, dtype, channels_last)
+    gradients = dict.fromkeys(("dout", "dweight", "dgain"))
+    layers = _layers(weights, outs, scales, stats, gain=gains, out=outs, **gradients)
+    kernels.weight_standardize_forward(_problem(weights, outs, variant), layers, how)
     return outs, stats
 
 
 def standardize_backward(
     kernels: Any,
     how: int,
-    douts: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    gains: Sequence[torch.Tensor] | None,
+    douts: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    gains: Sequence[Tensor] | None,
     scales: Sequence[float],
-    stats: torch.Tensor,
+    stats: Tensor,
     variant: Variant,
-) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+) -> tuple[list[Tensor], list[Tensor] | None]:
     """Launch as ``standardize_forward`` does."""
     dweights = [torch.empty_like(w) for w in weights]
     dgains = None if gains is None else [torch.empty_like(gain) for gain in gains]
-    problem, layers = _standardization(weights, gains, scales, stats, variant, douts)
-    for i, layer in enumerate(layers):
-        layer["dout"] = douts[i].data_ptr()
-        layer["dweight"] = dweights[i].data_ptr()
-        if dgains is not None:
-            layer["dgain"] = dgains[i].data_ptr()
-    kernels.weight_standardize_backward(problem, layers, how)
+    given = {"gain": gains, "out": None, "dout": douts, "dweight": dweights, "dgain": dgains}
+    layers = _layers(weights, douts, scales, stats, **given)
+    kernels.weight_standardize_backward(_problem(weights, douts, variant), layers, how)
     return dweights, dgains
 
 
 def standardize_sgd(
     kernels: Any,
     how: int,
-    douts: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    buffers: Sequence[torch.Tensor],
+    douts: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    buffers: Sequence[Tensor],
     scales: Sequence[float],
-    stats: torch.Tensor,
+    stats: Tensor,
     variant: Variant,
     options: SgdOptions,
 ) -> None:
     """Launch as ``standardize_forward`` does."""
-    problem, layers = _standardization(weights, None, scales, stats, variant, douts)
-    for layer, dout, buffer in zip(layers, douts, buffers, strict=True):
-        for name in ("gain", "out", "dweight", "dgain"):
-            del layer[name]
-        layer |= {"dout": dout.data_ptr(), "buffer": buffer.data_ptr()}
+    layers = _layers(weights, douts, scales, stats, dout=douts, buffer=buffers)
     lr = options.lr_on(weights[0].device)
     problem = {**variant._asdict(), **options._asdict(), "lr": lr.data_ptr()}
     kernels.weight_standardize_sgd(problem, layers, how)
 
 
-def _standardization(
-    weights: Sequence[torch.Tensor],
-    gains: Sequence[torch.Tensor] | None,
+def _problem(weights: Sequence[Tensor], outs: Sequence[Tensor], variant: Variant) -> Struct:
+    dtypes = {"weight_dtype": DTYPES[weights[0].dtype], "out_dtype": DTYPES[outs[0].dtype]}
+    return variant._asdict() | dtypes
+
+
+def _layers(
+    weights: Sequence[Tensor],
+    outs: Sequence[Tensor],  # or their gradients
     scales: Sequence[float],
-    stats: torch.Tensor,
-    variant: Variant,
-    outs: Sequence[torch.Tensor],  # or their gradients
-) -> tuple[Struct, list[Struct]]:
-    """The structs, without the addresses that only one direction has."""
-    problem = {
-        "eps": variant.eps,
-        "eps_outside": variant.eps_outside,
-        "unbiased": variant.unbiased,
-        "weight_dtype": DTYPES[weights[0].dtype],
-        "out_dtype": DTYPES[outs[0].dtype],
-    }
+    stats: Tensor,
+    **tensors: Sequence[Tensor] | None,
+) -> list[Struct]:
+    """The structs of the layers; ``tensors`` are those of their fields with these names."""
     mean, std = stats.data_ptr(), stats.data_ptr() + 4 * stats.shape[1]
     layers = []
     for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
         filters, inner, *kernel = weight.shape
-        taps = 1
-        for size in kernel:
-            taps *= size
-        layers.append(
-            {
-                "filters": filters,
-                "inner": inner,
-                "taps": taps,
-                "scale": scales[i],
-                "weight_channels_last": not weight.is_contiguous(),
-                "out_channels_last": not out.is_contiguous(),
-                "weight": weight.data_ptr(),
-                "gain": 0 if gains is None else gains[i].data_ptr(),
-                "mean": mean,
-                "std": std,
-                "out": 0,
-                "dout": 0,
-                "dweight": 0,
-                "dgain": 0,
-            }
-        )
+        layer: Struct = {
+            "filters": filters,
+            "inner": inner,
+            "taps": math.prod(kernel),
+            "scale": scales[i],
+            "weight_channels_last": not weight.is_contiguous(),
+            "out_channels_last": not out.is_contiguous(),
+            "weight": weight.data_ptr(),
+            "mean": mean,
+            "std": std,
+        }
+        for name, given in tensors.items():
+            layer[name] = 0 if given is None else given[i].data_ptr()
+        layers.append(layer)
         mean += 4 * filters
         std += 4 * filters
-    return problem, layers
+    return layers

@@ -106,17 +106,14 @@ def _canonicalize(graph: fx.Graph) -> None:
         results = 2 * calls(node, norm) + calls(node, norm_add_relu)
         if not results or any(user.args[1] >= results for user in node.users):
             continue  # another operator, or the statistics are wanted too
-        if calls(node, norm):
-            x, residual, *affine = node.args
-            with graph.inserting_before(node):
-                if residual is None:
-                    made = [None, graph.call_function(ops.group_norm_act, (x, *affine))]
-                else:
-                    arguments = x, residual, *affine
-                    both = graph.call_function(ops.add_group_norm_act, arguments)
-                    made = [graph.call_function(operator.getitem, (both, i)) for i in range(2)]
-        else:
-            with graph.inserting_before(node):
+        x, residual, *affine = node.args
+        with graph.inserting_before(node):
+            if residual is None:
+                made = [None, graph.call_function(ops.group_norm_act, (x, *affine))]
+            elif calls(node, norm):
+                both = graph.call_function(ops.add_group_norm_act, node.args)
+                made = [graph.call_function(operator.getitem, (both, i)) for i in range(2)]
+            else:
                 made = [graph.call_function(ops.group_norm_add_relu, node.args)]
         for user in list(node.users):
             new = made[user.args[1]]

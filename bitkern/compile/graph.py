@@ -18,16 +18,8 @@ _GROUP_NORM = {"input": None, "num_groups": None, "weight": None, "bias": None, 
 _NORMS: dict[Any, dict[str, Any]] = {
     F.group_norm: _GROUP_NORM,
     torch.group_norm: _GROUP_NORM | {"cudnn_enabled": True},
-    F.instance_norm: {
-        "input": None,
-        "running_mean": None,
-        "running_var": None,
-        "weight": None,
-        "bias": None,
-        "use_input_stats": True,
-        "momentum": 0.1,
-        "eps": 1e-5,
-    },
+    F.instance_norm: dict.fromkeys(("input", "running_mean", "running_var", "weight", "bias"))
+    | {"use_input_stats": True, "momentum": 0.1, "eps": 1e-5},
     ops.group_norm_act: _GROUP_NORM | {"act": "relu"},
 }
 _CONV = {"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0}
@@ -166,14 +158,8 @@ def _conv(given: dict[str, Any]) -> Conv | None:
     if padding is None:
         return None
     transposed = given.get("transposed", "output_padding" in given)
-    conv = Conv(
-        each("stride"),
-        padding,
-        each("dilation"),
-        transposed,
-        each("output_padding"),
-        given["groups"],
-    )
+    more = each("dilation"), transposed, each("output_padding"), given["groups"]
+    conv = Conv(each("stride"), padding, *more)
     numbers = (*conv.stride, *conv.padding, *conv.dilation, *conv.output_padding, conv.groups)
     one = all(len(part) in (1, dimensions) for part in (conv.stride, conv.padding, conv.dilation))
     return conv if one and all(type(n) is int for n in numbers) else None

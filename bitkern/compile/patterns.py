@@ -246,14 +246,9 @@ def _replace(graph: fx.Graph, node: fx.Node, addition: Sum | None, outputs: list
 
 def _convolves(user: fx.Node, source: fx.Node) -> Convolution | None:
     conv = convolution_of(user)
-    if (
-        conv is None
-        or conv.conv is None
-        or conv.x is not source
-        or source in (conv.weight, conv.bias)
-    ):
+    if conv is None or conv.conv is None or conv.x is not source:
         return None
-    return conv
+    return None if source in (conv.weight, conv.bias) else conv
 
 
 def _movable(conv: Convolution, place: fx.Node, parameters: set[fx.Node]) -> bool:

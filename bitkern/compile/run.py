@@ -111,7 +111,7 @@ def norm_act_conv(
 
 
 class LazyWeights:
-    """A group of weights, standardized in one launch when the first convolution needs one."""
+    """A group of weights for ``standardized_weight``."""
 
     def __init__(
         self,
@@ -124,23 +124,22 @@ class LazyWeights:
         self.gains = gains or None
         self.outs: dict[Any, list[Tensor]] = {}
 
-    def get(self, index: int, x: Tensor) -> Tensor:
-        """A standardized weight, in the dtype in which a convolution of x runs."""
-        dtype = conv_dtype(x, self.weights[0])
-        key = dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        if key not in self.outs:
-            channels_last = x.ndim == 4 and conv_channels_last(x, self.weights[0])
-            self.outs[key] = ops.weight_standardize_all(
-                self.weights,
-                self.variant,
-                gains=self.gains,
-                scales=self.scales,
-                dtype=dtype,
-                channels_last=channels_last and self.weights[0].ndim == 4,
-            )
-        return self.outs[key][index]
 
+def standardized_weight(group: LazyWeights, index: int, x: Tensor) -> Tensor:
+    """A weight of a group, in the dtype in which a convolution of x runs.
 
-def standardized_weight(weights: LazyWeights, index: int, x: Tensor) -> Tensor:
-    """A weight of ``weights``; a function, for the graph."""
-    return weights.get(index, x)
+    The first that is needed standardizes all in one launch.
+    """
+    weight = group.weights[0]
+    dtype = conv_dtype(x, weight)
+    key = dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    if key not in group.outs:
+        group.outs[key] = ops.weight_standardize_all(
+            group.weights,
+            group.variant,
+            gains=group.gains,
+            scales=group.scales,
+            dtype=dtype,
+            channels_last=x.ndim == weight.ndim == 4 and conv_channels_last(x, weight),
+        )
+    return group.outs[key][index]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from bitkern import reference
 from bitkern.compile import run
@@ -202,7 +202,8 @@ def _agrees(
     tolerance: float,
 ) -> bool:
     """Compare values and gradients with the reference, for weights of any size and sign."""
-    shape, (eps, eps_outside, unbiased) = value(weight).shape, variant
+    shape = value(weight).shape
+    options: Any = {"scale": scale, **variant._asdict()}
     generator = torch.Generator().manual_seed(2)
     large = 20 * torch.rand(shape, generator=generator, dtype=torch.float64) - 9
     factors = torch.linspace(-2, 1.5, shape[0], dtype=torch.float64)
@@ -212,10 +213,8 @@ def _agrees(
         for ours in (False, True):
             leaves = [w.clone().requires_grad_(), factors.clone().requires_grad_()]
             if ours:
-                options: Any = {"scale": scale, "eps_outside": eps_outside}
-                options["unbiased"] = unbiased
                 options["gain"] = None if gain is None else leaves[1]
-                out = reference.weight_standardize(leaves[0], eps, **options)
+                out = reference.weight_standardize(leaves[0], **options)
             else:
                 out = _evaluate(nodes, weight, leaves[0], gain, leaves[1]).double()
             wanted = leaves if gain is not None else leaves[:1]
@@ -244,21 +243,16 @@ def _evaluate(
     nodes: list[fx.Node], weight: fx.Node, w: Tensor, gain: fx.Node | None, factors: Tensor
 ) -> Tensor:
     """Evaluate nodes for a weight and a gain. Raises ValueError if they draw random numbers."""
-    values: dict[fx.Node, Any] = {weight: w}
+    interpreter = fx.Interpreter(nn.Module(), garbage_collect_values=False, graph=weight.graph)
+    values = interpreter.env
+    values[weight] = w
     if gain is not None:
         values[gain] = factors.view(value(gain).shape)
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         before = torch.get_rng_state()
         for node in nodes:
-            if node in values:
-                continue
-            args = fx.map_arg(node.args, values.__getitem__)
-            kwargs = fx.map_arg(node.kwargs, values.__getitem__)
-            if node.op == "call_method":
-                values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                assert callable(node.target)
-                values[node] = node.target(*args, **kwargs)
+            if node not in values:
+                values[node] = interpreter.run_node(node)
         if not torch.equal(before, torch.get_rng_state()):
             raise ValueError("random numbers")
     result: Tensor = values[nodes[-1]]

@@ -26,9 +26,7 @@ def standardize(module: nn.Module) -> None:
         )
     for conv in convs:
         conv.__class__ = WSConv2d
-        assert isinstance(conv, WSConv2d)
-        conv.eps, conv.eps_outside, conv.unbiased = Variant()
-        conv.scale, conv.gain = 1.0, None
+        vars(conv).update(Variant()._asdict(), scale=1.0, gain=None)
     for norm in module.modules():
         if type(norm) is nn.BatchNorm2d:
             channels = norm.num_features

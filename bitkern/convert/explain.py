@@ -45,15 +45,11 @@ def explain(subject: str | nn.Module, /, *tensors: Tensor | None) -> Choice | Ta
     for name, part in subject.named_modules():
         if isinstance(part, known) or type(part) in (nn.Conv2d, nn.BatchNorm2d):
             reason = _why_left(part, layers | blocks)
-            layer = f"{_library(type(part))} {type(part).__name__}"
-            how = reason or _how(part)
-            rows.append(Row(name, layer, reason is None, how))
+            # Of the class, or of the one it replaces.
+            library = type(part).__module__.removeprefix(f"{LIBRARIES}.").split(".")[0]
+            layer = f"{library} {type(part).__name__}"
+            rows.append(Row(name, layer, reason is None, reason or _how(part)))
     return Table(rows)
-
-
-def _library(cls: type) -> str:
-    """The library that a class, or the class it replaces, belongs to."""
-    return cls.__module__.removeprefix(f"{LIBRARIES}.").split(".")[0]
 
 
 _PLAIN = nn.GroupNorm, *INSTANCE_NORMS, WSConv2d
@@ -63,7 +59,7 @@ def _how(module: nn.Module) -> str:
     if isinstance(module, WSConv2d):
         return "weights standardized by a kernel"
     if isinstance(module, nn.GroupNorm | InstanceNorm):
-        act, after = module.fusion()  # type: ignore[operator]
+        act, after = module.fusion()  # type: ignore[operator, misc]
         then = ", then ".join(type(m).__name__ for m in after if type(m) is not nn.Identity)
         if then:
             return f"norm by a kernel, then {then}, which it cannot apply"

@@ -38,15 +38,9 @@ def fold(module: _Module) -> _Module:
                 raise ValueError(f"fold: {name or 'the module'} ({type(conv).__name__}) {reason}")
             convs.append(conv)
     for conv in convs:
-        eps, eps_outside, unbiased = conv.variant
-        weight = ops.weight_standardize(
-            conv.weight.detach(),
-            eps,
-            gain=None if conv.gain is None else conv.gain.detach(),
-            scale=conv.scale,
-            eps_outside=eps_outside,
-            unbiased=unbiased,
-        )
+        gain = None if conv.gain is None else conv.gain.detach()
+        options = {"gain": gain, "scale": conv.scale, **conv.variant._asdict()}
+        weight = ops.weight_standardize(conv.weight.detach(), **options)
         conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
         for name in ("eps", "scale", "gain", "eps_outside", "unbiased"):
             vars(conv).pop(name, None)

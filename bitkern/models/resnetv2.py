@@ -74,11 +74,9 @@ class Bottleneck(preact.Bottleneck, nn.Module):
         out_channels: int,
         stride: int = 1,
         dilation: int = 1,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> None:
         super().__init__()
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         middle = out_channels // 4
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
@@ -106,11 +104,9 @@ class Stage(preact.Stage, nn.Module):
         depth: int,
         stride: int,
         dilation: int,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> None:
         super().__init__()
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
         first = Bottleneck(in_channels, out_channels, stride, max(1, dilation // 2), **factory)
         rest = (

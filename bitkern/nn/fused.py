@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from bitkern import _torch, ops
 from bitkern.nn.layers import GroupNormAct, WSConv2d, conv_fusion
 from bitkern.nn.norms import InstanceNorm
-from bitkern.ops import Conv, group_norm_act
+from bitkern.ops import Conv
 from bitkern.ops.convolution import convolution_parameters
+from bitkern.ops.group_norm_act import sum_group_norm_act
 from bitkern.reference import Activation
 
 
@@ -92,8 +93,5 @@ def norm_act_conv(
         if parameters is not None and all(w.ndim == x.ndim for w, _ in pairs):
             specs = [conv for _, conv in fused]
             return ops.group_norm_act_conv(x, residual, *affine, *parameters, specs)
-    if residual is None:
-        summed, activation = x, group_norm_act(x, *affine)
-    else:
-        summed, activation = ops.add_group_norm_act(x, residual, *affine)
+    summed, activation = sum_group_norm_act(x, residual, *affine)
     return summed, [conv(activation) for conv in convs]

@@ -48,10 +48,6 @@ class WSConv2d(nn.Conv2d):
     folded: ClassVar[Any] = nn.Conv2d  # the class that bitkern.fold assigns
     __prepare_scriptable__ = _refuse_to_script
 
-    eps: float
-    scale: float
-    eps_outside: bool
-    unbiased: bool
     gain: nn.Parameter | None
 
     def __init__(
@@ -74,19 +70,8 @@ class WSConv2d(nn.Conv2d):
         eps_outside: bool = False,
         unbiased: bool = False,
     ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,  # type: ignore[arg-type]
-            device,
-            dtype,
-        )
+        shape = in_channels, out_channels, kernel_size, stride, padding, dilation, groups
+        super().__init__(*shape, bias, padding_mode, device, dtype)  # type: ignore[arg-type]
         self.eps = eps
         self.scale = scale
         self.eps_outside = eps_outside

@@ -12,8 +12,8 @@ from bitkern.reference import Activation
 torch.fx.wrap("group_norm_act")  # torch.fx records the call
 
 
-class GroupNorm(nn.GroupNorm):
-    """``nn.GroupNorm``, with nothing after it."""
+class Norm:
+    """Mixin of norms, with nothing after them unless a subclass says so."""
 
     __prepare_scriptable__ = GroupNormAct.__prepare_scriptable__
     takes = GroupNormAct.takes
@@ -24,10 +24,15 @@ class GroupNorm(nn.GroupNorm):
         return "none", ()
 
 
+class GroupNorm(Norm, nn.GroupNorm):
+    """``nn.GroupNorm``, with nothing after it."""
+
+
 class InstanceNorm(nn.Module):
     """Mixin of instance norms (Ulyanov et al., arXiv 1607.08022): a group for each channel."""
 
     __prepare_scriptable__ = GroupNormAct.__prepare_scriptable__
+    fusion = Norm.fusion
 
     dimensions: ClassVar[int]  # of a batch
     num_features: int
@@ -39,10 +44,6 @@ class InstanceNorm(nn.Module):
     @property
     def num_groups(self) -> int:
         return self.num_features
-
-    def fusion(self) -> tuple[Activation, tuple[nn.Module, ...]]:
-        """As ``GroupNormAct.fusion``."""
-        return "none", ()
 
     def takes(self, input: Tensor) -> bool:
         """Return whether an input is a batch that PyTorch accepts and a kernel supports."""

@@ -7,6 +7,7 @@ with the same names: norm1, conv1, … conv3, downsample.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -77,19 +78,11 @@ class Bottleneck(DeferredResidual):
         """The block applied to x + residual; returns branch and shortcut."""
         projection = self.projection()
         convs = [self.conv1] if projection is None else [projection, self.conv1]
-        summed, (*projected, branch) = self._norm_act_conv(self.norm1, convs, x, residual)
-        _, (branch,) = self._norm_act_conv(self.norm2, [self.conv2], branch)
-        _, (branch,) = self._norm_act_conv(self.norm3, [self.conv3], branch)
+        fused = partial(norm_act_conv, recompute=self.recompute)
+        summed, (*projected, branch) = fused(self.norm1, convs, x, residual)
+        _, (branch,) = fused(self.norm2, [self.conv2], branch)
+        _, (branch,) = fused(self.norm3, [self.conv3], branch)
         return self.finish(branch), projected[0] if projected else summed
-
-    def _norm_act_conv(
-        self,
-        norm: nn.Module,
-        convs: list[nn.Module],
-        x: Tensor,
-        residual: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        return norm_act_conv(norm, convs, x, residual, self.recompute)
 
 
 class Stage(DeferredResidual):

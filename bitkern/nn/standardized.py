@@ -187,15 +187,11 @@ def _is_available(conv: WSConv2d) -> bool:
 
 
 class _Shared(NamedTuple):
-    """A standardized weight, and the tensors it was computed from."""
+    """A standardized weight, and the tensors it was computed from, in this state."""
 
     out: Tensor
     sources: Sequence[Tensor]
     state: Hashable
-
-    def is_current(self, weight: Tensor) -> bool:
-        """Return whether it was computed from a weight as that is now."""
-        return weight is self.sources[0] and _torch.version_key(self.sources) == self.state
 
 
 class StandardizedWeights:
@@ -221,7 +217,7 @@ class StandardizedWeights:
         shared = self.shared.get(conv)
         if shared is None or _torch.forward_pre_hooked(conv):  # may change the weight
             return None
-        if not shared.is_current(weight):
+        if weight is not shared.sources[0] or _torch.version_key(shared.sources) != shared.state:
             return self.on_changed(conv, weight)
         trained = any(source.requires_grad for source in shared.sources)
         without = trained and torch.is_grad_enabled() and not shared.out.requires_grad

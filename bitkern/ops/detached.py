@@ -8,12 +8,7 @@ from torch import Tensor
 
 from bitkern.backends import Launchers, choose_launchers
 from bitkern.layout import dense
-from bitkern.ops.weight_standardize import (
-    backward_used,
-    check,
-    checked_scales,
-    stats_used,
-)
+from bitkern.ops.weight_standardize import backward_used, check, stats_used
 from bitkern.variant import SgdOptions, Variant
 
 
@@ -81,12 +76,12 @@ def weight_standardize_detached(
     channels_last: bool,
 ) -> DetachedWeights:
     """``weight_standardize_all`` outside of autograd; its backward is called by hand."""
-    check(weights, gains, dtype, channels_last, variant.unbiased)
+    scales = check(weights, gains, scales, dtype, channels_last, variant.unbiased)
     implementation = choose_launchers("weight_standardize", weights[0])
     parameters = (
         [dense(w.detach()) for w in weights],
         None if gains is None else [g.detach().contiguous() for g in gains],
-        checked_scales(weights, gains, scales),
+        scales,
     )
     outs, stats = implementation.weight_standardize_forward(
         *parameters, variant, dtype, channels_last

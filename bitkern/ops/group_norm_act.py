@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bitkern import _torch, reference
 from bitkern.backends import Launchers, choose, choose_launchers, launchers, operator
+from bitkern.backends.backend import empty_normalized
 from bitkern.layout import dense, dense_like
 from bitkern.reference import Activation
 
@@ -103,12 +104,6 @@ def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
-def empty_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Fake mean and rstd."""
-    shape, dtype = (x.shape[0], num_groups), reference.compute_dtype(x.dtype)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
-
-
 def empty_gradients(*wanted: tuple[bool, Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """Fake gradients of tensors, each with whether it is wanted."""
     grads = (torch.empty_like(p) if need and p is not None else None for need, p in wanted)
@@ -140,17 +135,9 @@ def _group_norm_act(
 
 
 @_group_norm_act.register_fake
-def _(
-    x: Tensor,
-    residual: Tensor | None,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    act: str,
-) -> tuple[Tensor, ...]:
-    summed = None if residual is None else torch.empty_like(dense(x))
-    return or_empty(summed, x), torch.empty_like(dense(x)), *empty_statistics(x, num_groups)
+def _(x: Tensor, residual: Tensor | None, num_groups: int, *_: Any) -> tuple[Tensor, ...]:
+    summed, *rest = empty_normalized(dense(x), residual, num_groups)
+    return or_empty(summed, x), *rest
 
 
 @torch.library.custom_op(
@@ -272,7 +259,7 @@ class GroupNormActFunction(torch.autograd.Function):
         return *_gradients(ctx, backward, dsummed, dy), None
 
 
-def _run(
+def sum_group_norm_act(
     x: Tensor,
     residual: Tensor | None,
     num_groups: int,
@@ -281,7 +268,7 @@ def _run(
     eps: float,
     act: Activation,
 ) -> tuple[Tensor, Tensor]:
-    """-> (summed, y); summed only means something with a residual."""
+    """``add_group_norm_act``, or without a residual ``(x, group_norm_act(x))``."""
     check(x, residual, num_groups, weight, bias, act)
     choice = choose("group_norm_act", x, weight, bias)
     if choice.name == "reference":
@@ -290,12 +277,11 @@ def _run(
     weight, bias = parameters(weight, bias)
     if torch.compiler.is_compiling():
         arguments = x, residual, num_groups, weight, bias, eps, act
-        summed, activation, _, _ = torch.ops.bitkern.group_norm_act(*arguments)
-        return summed, activation
-    x = dense(x)
-    residual = dense_like(residual, x)
-    implementation = launchers(choice.name, "group_norm_act")
-    y = GroupNormActFunction.apply(x, residual, num_groups, weight, bias, eps, act, implementation)
+        summed, y, _, _ = torch.ops.bitkern.group_norm_act(*arguments)
+        return x if residual is None else summed, y
+    inner = dense(x)
+    args = num_groups, weight, bias, eps, act, launchers(choice.name, "group_norm_act")
+    y = GroupNormActFunction.apply(inner, dense_like(residual, inner), *args)
     return (x, y) if residual is None else y
 
 
@@ -328,7 +314,7 @@ def group_norm_act(
         ValueError: a shape, a device or ``act`` does not fit.
         TypeError: a dtype does not fit.
     """
-    return _run(x, None, num_groups, weight, bias, eps, act)[1]
+    return sum_group_norm_act(x, None, num_groups, weight, bias, eps, act)[1]
 
 
 @operator("group_norm_act")
@@ -349,4 +335,4 @@ def add_group_norm_act(
     """
     if residual is None:
         raise TypeError("residual: expected a tensor, got None")
-    return _run(x, residual, num_groups, weight, bias, eps, act)
+    return sum_group_norm_act(x, residual, num_groups, weight, bias, eps, act)

@@ -17,7 +17,7 @@ from bitkern import _torch, reference
 from bitkern.backends import Launchers, choose_launchers
 from bitkern.layout import dense, dense_like
 from bitkern.ops.convolution import Conv, convolution, convolution_backward
-from bitkern.ops.group_norm_act import add_group_norm_act, check, group_norm_act, parameters
+from bitkern.ops.group_norm_act import check, parameters, sum_group_norm_act
 from bitkern.reference import Activation
 
 
@@ -146,11 +146,7 @@ def group_norm_act_conv(
                 f"{conv.groups} groups, got {tuple(w.shape)}"
             )
     if torch.compiler.is_compiling() or _torch.active_transform():  # which see no autograd.Function
-        affine = num_groups, weight, bias, eps, act
-        if residual is None:
-            summed, a = x, group_norm_act(x, *affine)
-        else:
-            summed, a = add_group_norm_act(x, residual, *affine)
+        summed, a = sum_group_norm_act(x, residual, num_groups, weight, bias, eps, act)
         each = zip(weights, biases, convs, strict=True)
         return summed, [torch.convolution(a, w, b, *conv) for w, b, conv in each]
     implementation = choose_launchers("group_norm_act", x, weight, bias)

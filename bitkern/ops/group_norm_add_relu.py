@@ -14,14 +14,9 @@ from torch import Tensor
 
 from bitkern import _torch, reference
 from bitkern.backends import Launchers, choose, choose_launchers, launchers, operator
+from bitkern.backends.backend import empty_normalized
 from bitkern.layout import dense, dense_like
-from bitkern.ops.group_norm_act import (
-    check,
-    empty_gradients,
-    empty_statistics,
-    or_empty,
-    parameters,
-)
+from bitkern.ops.group_norm_act import check, empty_gradients, or_empty, parameters
 
 # The registered operators, for torch.compile and torch.export. An operator cannot return None: an
 # empty tensor stands for a gradient that is not wanted.
@@ -50,15 +45,8 @@ def _group_norm_add_relu(
 
 
 @_group_norm_add_relu.register_fake
-def _(
-    x: Tensor,
-    residual: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, ...]:
-    return torch.empty_like(dense(x)), *empty_statistics(x, num_groups)
+def _(x: Tensor, residual: Tensor, num_groups: int, *_: Any) -> tuple[Tensor, ...]:
+    return empty_normalized(dense(x), None, num_groups)[1:]
 
 
 @torch.library.custom_op(
@@ -211,8 +199,6 @@ def group_norm_add_relu(
         y, _, _ = torch.ops.bitkern.group_norm_add_relu(*arguments)
         return y
     x = dense(x)
-    residual = dense_like(residual, x)
-    implementation = launchers(choice.name, "group_norm_add_relu")
-    args = num_groups, weight, bias, eps, implementation
-    y = GroupNormAddReluFunction.apply(x, residual, *args)
+    args = num_groups, weight, bias, eps, launchers(choice.name, "group_norm_add_relu")
+    y = GroupNormAddReluFunction.apply(x, dense_like(residual, x), *args)
     return y

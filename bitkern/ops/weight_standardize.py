@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitkern import _torch, reference
 from bitkern.backends import Launchers, choose, choose_launchers, launchers, operator
+from bitkern.backends.backend import empty_standardized
 from bitkern.layout import dense
 from bitkern.variant import Variant
 
@@ -21,10 +22,16 @@ from bitkern.variant import Variant
 def check(
     weights: Sequence[Tensor],
     gains: Sequence[Tensor] | None,
+    scales: Sequence[float] | None,
     dtype: torch.dtype | None,
     channels_last: bool,
     unbiased: bool,
-) -> None:
+) -> list[float]:
+    """The scales, 1 by default. Raises ValueError or TypeError naming what does not fit."""
+    scales = [1.0] * len(weights) if scales is None else list(scales)
+    for name, values in (("gains", gains), ("scales", scales)):
+        if values is not None and len(values) != len(weights):
+            raise ValueError(f"{name}: expected {len(weights)}, one per weight, got {len(values)}")
     for i, w in enumerate(weights):
         if w.ndim < 2:
             raise ValueError(f"weight: expected shape (O, I, *kernel), got {tuple(w.shape)}")
@@ -56,16 +63,11 @@ def check(
                 f"gain: expected the dtype and device of weight, {w.dtype} on {w.device}, "
                 f"got {gain.dtype} on {gain.device}"
             )
-    if dtype is None:
-        return
-    if not dtype.is_floating_point:
+    if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
     if dtype == torch.float64 and weights[0].dtype != torch.float64:
         raise TypeError(f"dtype: float64 needs a float64 weight, got {weights[0].dtype}")
-
-
-def _format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
+    return scales
 
 
 # The registered operators, for torch.compile and torch.export. An empty list of gains is none.
@@ -102,21 +104,9 @@ def _weight_standardize(
 
 
 @_weight_standardize.register_fake
-def _(
-    weights: list[Tensor],
-    gains: list[Tensor],
-    scales: list[float],
-    eps: float,
-    eps_outside: bool,
-    unbiased: bool,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> tuple[list[Tensor], Tensor]:
-    format = _format(channels_last)
-    outs = [torch.empty_like(w, dtype=dtype, memory_format=format) for w in weights]
-    filters = sum(w.shape[0] for w in weights)
-    stats_dtype = reference.compute_dtype(weights[0].dtype)
-    return outs, weights[0].new_empty((2, filters), dtype=stats_dtype)
+def _(weights: list[Tensor], *rest: Any) -> tuple[list[Tensor], Tensor]:
+    *_, dtype, channels_last = rest
+    return empty_standardized(weights, dtype, channels_last)
 
 
 @torch.library.custom_op(
@@ -132,28 +122,19 @@ def _weight_standardize_backward(
     gains: list[Tensor],
     scales: list[float],
     stats: Tensor,
-    eps: float,
-    eps_outside: bool,
-    unbiased: bool,
+    *variant: Any,
 ) -> tuple[list[Tensor], list[Tensor]]:
     douts, weights = [dense(d) for d in douts], [dense(w) for w in weights]
     kernels = choose_launchers("weight_standardize", weights[0])
     dweights, dgains = kernels.weight_standardize_backward(
-        douts, weights, gains or None, scales, stats, Variant(eps, eps_outside, unbiased)
+        douts, weights, gains or None, scales, stats, Variant(*variant)
     )
     return dweights, dgains or []
 
 
 @_weight_standardize_backward.register_fake
 def _(
-    douts: list[Tensor],
-    weights: list[Tensor],
-    gains: list[Tensor],
-    scales: list[float],
-    stats: Tensor,
-    eps: float,
-    eps_outside: bool,
-    unbiased: bool,
+    douts: list[Tensor], weights: list[Tensor], gains: list[Tensor], *_: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
     return [torch.empty_like(dense(w)) for w in weights], [torch.empty_like(g) for g in gains]
 
@@ -269,19 +250,18 @@ def weight_standardize_all(
     weights = list(weights)
     if not weights:
         return []
-    scales = checked_scales(weights, gains, scales)
-    check(weights, gains, dtype, channels_last, variant.unbiased)
+    scales = check(weights, gains, scales, dtype, channels_last, variant.unbiased)
     dtype = dtype or weights[0].dtype
     choice = choose("weight_standardize", weights[0])
     if choice.name == "reference":
-        format, (eps, eps_outside, unbiased) = _format(channels_last), variant
-        options = {"eps_outside": eps_outside, "unbiased": unbiased}
-        none = [None] * len(weights)
+        options: Any = {"dtype": dtype, **variant._asdict()}
+        every: Sequence[Tensor | None] = gains or [None] * len(weights)
+        format = torch.channels_last if channels_last else torch.contiguous_format
         return [
-            reference.weight_standardize(
-                w, eps, gain=gain, scale=scale, dtype=dtype, **options
-            ).contiguous(memory_format=format)
-            for w, gain, scale in zip(weights, gains or none, scales, strict=True)
+            reference.weight_standardize(w, gain=gain, scale=scale, **options).contiguous(
+                memory_format=format
+            )
+            for w, gain, scale in zip(weights, every, scales, strict=True)
         ]
     if torch.compiler.is_compiling():
         arguments = weights, list(gains or []), scales, *variant, dtype, channels_last
@@ -293,16 +273,6 @@ def weight_standardize_all(
     return list(
         WeightStandardizeFunction.apply(implementation, constants, len(weights), *parameters)
     )
-
-
-def checked_scales(
-    weights: Sequence[Tensor], gains: Sequence[Tensor] | None, scales: Sequence[float] | None
-) -> list[float]:
-    scales = [1.0] * len(weights) if scales is None else list(scales)
-    for name, values in (("gains", gains), ("scales", scales)):
-        if values is not None and len(values) != len(weights):
-            raise ValueError(f"{name}: expected {len(weights)}, one per weight, got {len(values)}")
-    return scales
 
 
 @operator("weight_standardize")

@@ -7,7 +7,7 @@ import types
 
 import torch
 
-from bitkern.backends.backend import FLOATS, Backend
+from bitkern.backends.backend import FLOATS, KERNELS, Backend
 
 
 @functools.cache
@@ -22,11 +22,7 @@ def load() -> tuple[types.ModuleType | None, str]:
 class Triton(Backend):
     name = "triton"
     devices = auto = ("cuda",)
-    dtypes = {
-        "group_norm_act": FLOATS,
-        "group_norm_add_relu": FLOATS,
-        "weight_standardize": FLOATS,
-    }
+    dtypes = dict.fromkeys(KERNELS, FLOATS)
 
     def runs_on(self, device: str) -> bool:
         return device in self.devices or os.environ.get("TRITON_INTERPRET") == "1"

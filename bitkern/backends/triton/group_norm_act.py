@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from bitkern.backends.backend import empty_normalized
 from bitkern.backends.triton import config
 from bitkern.backends.triton.kernels import group_norm_act_backward as backward
 from bitkern.backends.triton.kernels import group_norm_act_forward as forward
@@ -49,10 +50,7 @@ def group_norm_act_forward(x, residual, num_groups, weight, bias, eps, act, shor
     before the activation, alike; weight and bias both (C,) or both (N, C), or None; mean,
     rstd (N, G) fp32.
     """
-    out = None if residual is None else torch.empty_like(x)
-    y = torch.empty_like(x)
-    mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
-    rstd = torch.empty_like(mean)
+    out, y, mean, rstd = empty_normalized(x, residual, num_groups)
     if x.numel() == 0:
         return out, y, mean.zero_(), rstd.zero_()
     summed = x if out is None else out

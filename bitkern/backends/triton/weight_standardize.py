@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 
+from bitkern.backends.backend import empty_standardized
 from bitkern.backends.triton import config
 from bitkern.backends.triton.kernels import weight_standardize as kernels
 from bitkern.backends.triton.launch import launch, refuse_capture
@@ -69,12 +70,18 @@ def _pointers(tensors):
     return table
 
 
-def _launch(one, many, tensors, layers, gains, stats, variant, dtypes):
+def _layers(tensors, scales):
+    """Sizes of the layers, and whether any has a permuted dimension."""
+    layers = [_layer(t[1], t[0], t, scale) for t, scale in zip(tensors, scales, strict=True)]
+    return tuple(layers), any(layer.permuted_dim != layer.length for layer in layers)
+
+
+def _launch(one, many, tensors, scales, gains, stats, variant, dtypes):
     """The kernel for one layer, or that for many; tensors: a tuple per layer, some of them None."""
-    permuted = any(layer.permuted_dim != layer.length for layer in layers)
+    layers, permuted = _layers(tensors, scales)
     eps, *variant = variant
     if len(layers) > 1:
-        sizes, programs = _layer_tables(tuple(layers), stats.device)
+        sizes, programs = _layer_tables(layers, stats.device)
         pointers = (sizes, programs, _pointers(tensors), stats)
         dtypes = [_DTYPES[dtype] for dtype in dtypes]
         options = (*dtypes, int(gains is not None), *variant, permuted, config.FILTER_TILES)
@@ -94,16 +101,12 @@ def weight_standardize_forward(weights, gains, scales, variant, dtype, channels_
 
     weights (O, I, *kernel), dense, each in either memory format; outs in the one asked for.
     """
-    format = torch.channels_last if channels_last else torch.contiguous_format
-    outs = [torch.empty_like(w, dtype=dtype, memory_format=format) for w in weights]
-    filters = sum(w.shape[0] for w in weights)
-    stats = weights[0].new_empty((2, filters), dtype=torch.float32)
-    if filters == 0:
+    outs, stats = empty_standardized(weights, dtype, channels_last)
+    if stats.numel() == 0:
         return outs, stats
     tensors = list(zip(weights, outs, gains or [None] * len(weights), strict=True))
-    layers = [_layer(t[1], t[0], t, scale) for t, scale in zip(tensors, scales, strict=True)]
     one, many = kernels.weight_standardize_forward_one, kernels.weight_standardize_forward_all
-    _launch(one, many, tensors, layers, gains, stats, variant, (weights[0].dtype, dtype))
+    _launch(one, many, tensors, scales, gains, stats, variant, (weights[0].dtype, dtype))
     return outs, stats
 
 
@@ -118,9 +121,8 @@ def weight_standardize_backward(douts, weights, gains, scales, stats, variant):
         return dweights, dgains
     none = [None] * len(weights)
     tensors = list(zip(douts, weights, dweights, gains or none, dgains or none, strict=True))
-    layers = [_layer(t[1], t[0], t, scale) for t, scale in zip(tensors, scales, strict=True)]
     one, many = kernels.weight_standardize_backward_one, kernels.weight_standardize_backward_all
-    _launch(one, many, tensors, layers, gains, stats, variant, (weights[0].dtype, douts[0].dtype))
+    _launch(one, many, tensors, scales, gains, stats, variant, (weights[0].dtype, douts[0].dtype))
     return dweights, dgains
 
 
@@ -132,9 +134,8 @@ def weight_standardize_sgd(douts, weights, buffers, scales, stats, variant, opti
     if stats.numel() == 0:
         return
     tensors = list(zip(douts, weights, buffers, strict=True))
-    layers = [_layer(t[1], t[0], t, scale) for t, scale in zip(tensors, scales, strict=True)]
-    permuted = any(layer.permuted_dim != layer.length for layer in layers)
-    sizes, programs = _layer_tables(tuple(layers), stats.device, config.SGD_TILES)
+    layers, permuted = _layers(tensors, scales)
+    sizes, programs = _layer_tables(layers, stats.device, config.SGD_TILES)
     eps, *variant = variant
     lr, (_, momentum, dampening, decay, nesterov) = options.lr_on(stats.device), options
     pointers = (sizes, programs, _pointers(tensors), stats, lr)

@@ -26,31 +26,19 @@ class StandardizedConv(WSConv2d):
 
 
 class PaddedConv(StandardizedConv):
-    """A convolution that may pad its input according to its size."""
-
-    def pads(self) -> bool:
-        """Return whether this layer pads."""
-        raise NotImplementedError
+    """A convolution that may pad its input according to its size; ``folded`` tells whether."""
 
     def padded(self, x: Tensor) -> Tensor:
-        """Pad ``x``."""
+        """Pad ``x``, or return it if the layer does not pad."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = nn.Conv2d.forward(self, self.padded(x) if self.pads() else x)
+        y: Tensor = nn.Conv2d.forward(self, self.padded(x))
         return y
 
     def fusion(self) -> Conv | None:
         own = type(self).forward is PaddedConv.forward
-        return conv_fusion(self) if own and not self.pads() else None
-
-
-class Norm:
-    """Mixin of norms; they say what is fused by a ``fusion`` of their own."""
-
-    forward = GroupNormAct.forward
-    takes = GroupNormAct.takes
-    __prepare_scriptable__ = GroupNormAct.__prepare_scriptable__
+        return conv_fusion(self) if own and self.folded is nn.Conv2d else None
 
 
 def fusion(

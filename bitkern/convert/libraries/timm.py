@@ -9,8 +9,9 @@ from timm.models import resnetv2
 from torch import nn
 
 from bitkern.convert.libraries import common
-from bitkern.convert.libraries.common import Norm, PaddedConv, StandardizedConv, fusion
+from bitkern.convert.libraries.common import PaddedConv, StandardizedConv, fusion
 from bitkern.nn import activations as nn_activations
+from bitkern.nn.norms import Norm
 from bitkern.nn.preact import add_residual, run_all_deferred
 from bitkern.nn.standardized import per_forward
 
@@ -37,11 +38,9 @@ class Same(PaddedConv):
     def folded(self):
         return layers.Conv2dSame if self.same_pad else nn.Conv2d
 
-    def pads(self):
-        return self.same_pad
-
     def padded(self, x):
-        return layers.pad_same(x, self.kernel_size, self.stride, self.dilation)
+        sizes = self.kernel_size, self.stride, self.dilation
+        return layers.pad_same(x, *sizes) if self.same_pad else x
 
 
 class StdConv2dSame(Same, layers.StdConv2dSame):
@@ -54,21 +53,16 @@ class ScaledStdConv2dSame(Same, layers.ScaledStdConv2dSame):
     __init__ = layers.ScaledStdConv2dSame.__init__
 
 
-class PlainNorm(Norm):
-    def fusion(self):
-        return "none", ()
-
-
 class NormAct(Norm):
     def fusion(self):
         return fusion(self.drop, self.act, acts=ACTS)
 
 
-class GroupNorm(PlainNorm, layers.GroupNorm):
+class GroupNorm(Norm, layers.GroupNorm):
     pass
 
 
-class GroupNorm1(PlainNorm, layers.GroupNorm1):
+class GroupNorm1(Norm, layers.GroupNorm1):
     pass
 
 

@@ -7,8 +7,9 @@ from transformers.activations import GELUActivation, MishActivation, SiLUActivat
 from transformers.models.bit import modeling_bit as bit
 
 from bitkern.convert.libraries import common
-from bitkern.convert.libraries.common import Norm, PaddedConv, fusion
+from bitkern.convert.libraries.common import PaddedConv, fusion
 from bitkern.nn import activations as nn_activations
+from bitkern.nn.norms import Norm
 from bitkern.nn.standardized import per_forward
 
 ACTS = nn_activations.ACTS | {
@@ -34,11 +35,8 @@ class WeightStandardizedConv2d(PaddedConv, bit.WeightStandardizedConv2d):
     def folded(self):
         return nn.Conv2d if self.pad is None else PaddedConv2d
 
-    def pads(self):
-        return self.pad is not None
-
     def padded(self, x):
-        return self.pad(x)
+        return x if self.pad is None else self.pad(x)
 
 
 class BitGroupNormActivation(Norm, bit.BitGroupNormActivation):

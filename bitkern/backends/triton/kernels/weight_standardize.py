@@ -15,12 +15,7 @@ A step of SGD has buffer, of the momentum (fp32) [filters, K] as weight, and lr 
 import triton
 import triton.language as tl
 
-from bitkern.backends.triton.kernels.tiles import STAGES
-
-
-@triton.jit
-def _load(pointer, mask):
-    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+from bitkern.backends.triton.kernels.tiles import STAGES, load
 
 
 @triton.jit
@@ -55,7 +50,7 @@ def _forward_tile(
     if WHOLE:
         own, other = _addresses(filter, k, K, permuted_dim, PERMUTED)
         mask = valid[:, None] & (k < K)[None, :]
-        value = _load(weight + other, mask)
+        value = load(weight + other, mask)
         mean = tl.div_rn(tl.sum(value, 1), n)
         centered = tl.where(mask, value - mean[:, None], 0.0)
         # What the mean lost by rounding may be large against the standard deviation.
@@ -65,13 +60,13 @@ def _forward_tile(
     else:
         # Sums of d = value - that of the first tile, then Chan's combination over the block.
         own, other = _addresses(filter, k, K, permuted_dim, PERMUTED)
-        origin = _load(weight + other, valid[:, None] & (k < K)[None, :])
+        origin = load(weight + other, valid[:, None] & (k < K)[None, :])
         sum_d = tl.zeros([FILTERS, BLOCK], tl.float32)
         sum_dd = tl.zeros([FILTERS, BLOCK], tl.float32)
         for i in tl.range(1, tl.cdiv(K, BLOCK), num_stages=STAGES if ALIGNED else 1):
             own, other = _addresses(filter, i * BLOCK + k, K, permuted_dim, PERMUTED)
             mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
-            d = tl.where(mask, _load(weight + other, mask) - origin, 0.0)
+            d = tl.where(mask, load(weight + other, mask) - origin, 0.0)
             sum_d += d
             sum_dd += d * d
         count = tl.cdiv(K - k, BLOCK).to(tl.float32)[None, :]
@@ -89,7 +84,7 @@ def _forward_tile(
         std = tl.sqrt_rn(var + eps)
         factor = scale / std
     if gain is not None:
-        factor *= _load(gain + filter, valid)
+        factor *= load(gain + filter, valid)
     tl.store(stats + first_stat + filter, mean, mask=valid)
     tl.store(stats + all_filters + first_stat + filter, std, mask=valid)
     if WHOLE:
@@ -98,7 +93,7 @@ def _forward_tile(
         for i in tl.range(tl.cdiv(K, BLOCK), num_stages=STAGES if ALIGNED else 1):
             own, other = _addresses(filter, i * BLOCK + k, K, permuted_dim, PERMUTED)
             mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
-            value = _load(weight + other, mask)
+            value = load(weight + other, mask)
             centered = value - mean[:, None] - rest[:, None]
             tl.store(out + own, centered * factor[:, None], mask=mask)
 
@@ -110,9 +105,9 @@ def _store_or_step(gradient, weight, dweight, buffer, at, mask, sgd, NESTEROV: t
         tl.store(dweight + at, gradient, mask=mask)
     else:
         lr, momentum, share, decay = sgd
-        before = _load(weight + at, mask)
+        before = load(weight + at, mask)
         gradient += before * decay
-        mean = _load(buffer + at, mask) * momentum + gradient * share
+        mean = load(buffer + at, mask) * momentum + gradient * share
         tl.store(buffer + at, mean, mask=mask)
         if NESTEROV:
             mean = mean * momentum + gradient
@@ -136,13 +131,13 @@ def _backward_tile(
     filter = first + tl.arange(0, FILTERS)
     valid = filter < filters
     k = tl.arange(0, BLOCK)
-    mean = _load(stats + first_stat + filter, valid)[:, None]
+    mean = load(stats + first_stat + filter, valid)[:, None]
     std = tl.load(stats + all_filters + first_stat + filter, mask=valid, other=1.0)
     if WHOLE:
         own, other = _addresses(filter, k, K, permuted_dim, PERMUTED)
         mask = valid[:, None] & (k < K)[None, :]
-        g = _load(dout + other, mask)
-        centered = _load(weight + own, mask) - mean
+        g = load(dout + other, mask)
+        centered = load(weight + own, mask) - mean
         sum_g = tl.sum(g, 1)
         rest = tl.div_rn(tl.sum(tl.where(mask, centered, 0.0), 1), n)
         centered -= rest[:, None]
@@ -154,8 +149,8 @@ def _backward_tile(
         for i in tl.range(tl.cdiv(K, BLOCK), num_stages=STAGES if ALIGNED else 1):
             own, other = _addresses(filter, i * BLOCK + k, K, permuted_dim, PERMUTED)
             mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
-            g = _load(dout + other, mask)
-            centered = tl.where(mask, _load(weight + own, mask) - mean, 0.0)
+            g = load(dout + other, mask)
+            centered = tl.where(mask, load(weight + own, mask) - mean, 0.0)
             sums_g += g
             sums_c += centered
             sums_gc += g * centered
@@ -172,7 +167,7 @@ def _backward_tile(
     factor = scale / d
     if gain is not None:
         tl.store(dgain + filter, factor * sum_gc, mask=valid)
-        factor *= _load(gain + filter, valid)
+        factor *= load(gain + filter, valid)
     constant = tl.div_rn(sum_g, n)[:, None]
     slope = slope[:, None]
     factor = factor[:, None]
@@ -183,8 +178,8 @@ def _backward_tile(
         for i in tl.range(tl.cdiv(K, BLOCK), num_stages=STAGES if ALIGNED else 1):
             own, other = _addresses(filter, i * BLOCK + k, K, permuted_dim, PERMUTED)
             mask = valid[:, None] & (i * BLOCK + k < K)[None, :]
-            centered = _load(weight + own, mask) - mean - rest[:, None]
-            value = _load(dout + other, mask) - constant - centered * slope
+            centered = load(weight + own, mask) - mean - rest[:, None]
+            value = load(dout + other, mask) - constant - centered * slope
             _store_or_step(value * factor, weight, dweight, buffer, own, mask, sgd, NESTEROV)
 
 
