@@ -64,7 +64,7 @@ CLAIM = Claim(
     },
     comparisons=(
         Comparison(
-            "the rule less the choice from the grid",
+            "the rule minus the choice from the grid",
             ((1, ("WS + GroupNorm", RULE)), (-1, ("WS + GroupNorm", CHOSEN))),
             0.02,
             no_loss=True,

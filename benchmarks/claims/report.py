@@ -17,23 +17,25 @@ STATED = "title", "hypothesis", "setting", "metric", "across"
 
 INTRODUCTION = """\
 Do the claims of the BiT paper (arXiv 1912.11370) hold in this code, in networks small enough for \
-two cores? A bottleneck in each stage, 32 pixels, letters rendered from fonts upstream, \
-handwritten digits of scikit-learn and of MNIST downstream, 80 to 1000 optimizer steps. It shows \
-what this code does in miniature; it is no evidence about ImageNet, large networks or long \
-trainings, and where a claim is not seen here it may hold there. Hypotheses, metrics, seeds and \
-the smallest effects of interest were committed before the runs; learning rates were tried on \
-seed 100, how many seeds there should be on seeds 0 to 4, with weight decay on all parameters; \
-these seeds are not below. Seconds are by the clock, on two cores that other programs shared. Two \
-more claims, that MixUp gains more with many examples than with few and that sigmoids transfer \
-better than a softmax from images of several labels, were undecided and are no longer run.
+two CPU cores? The networks have one bottleneck block per stage and take images of 32 pixels. They \
+are trained on letters rendered from fonts, then on the handwritten digits of scikit-learn and of \
+MNIST, for 80 to 1000 optimizer steps. The results say nothing about ImageNet, large networks or \
+long trainings: a claim that is not seen here may hold there.
 
-A difference is taken seed by seed, its interval is Student's t of 95 %. A gain is *seen* if the \
-interval lies above zero and the mean is of interest, *not seen* if the interval excludes a gain \
-of interest; where no loss is claimed, it is *seen* if the interval excludes a loss of interest. \
-The opposite is *seen* likewise, and all else is *too uncertain to say*. An interval is *narrow \
-enough* to tell an effect of interest from none if half of it is no wider than that effect. \
-Intervals are not widened for the number of comparisons: the first of each claim decides, the \
-others complete the picture.
+Hypotheses, metrics, seeds and the smallest effects of interest were committed before the runs. \
+Learning rates were chosen on seed 100, the number of seeds on seeds 0 to 4, with weight decay on \
+all parameters; these seeds are left out below. Seconds are wall time on two cores that other \
+programs shared. Two more claims were undecided after all their seeds and are no longer run: that \
+MixUp gains more with many examples than with few, and that sigmoids transfer better than a \
+softmax from images with several labels.
+
+Differences are paired by seed, with a 95 % confidence interval from Student's t. A gain is *seen* \
+if the interval lies above zero and the mean is at least the smallest effect of interest, *not \
+seen* if the interval excludes such a gain. Where the claim is that there is no loss, it is *seen* \
+if the interval excludes a loss of that size. *Opposite seen* means a loss of that size; all \
+else is *too uncertain to say*. An interval is *narrow enough* if half of it is no wider than the \
+smallest effect of interest. Intervals are not corrected for the number of comparisons: the first \
+comparison of each claim decides, the others are for information.
 
 The runs: `python -m benchmarks.claims --out DIR` (PyTorch {torch}, commit {commit}). This page: \
 `python -m benchmarks.claims.report benchmarks/results/claims.json docs`."""

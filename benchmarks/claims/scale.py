@@ -82,17 +82,17 @@ CLAIM = Claim(
         for name in (FEW, MNIST, MEASURED["all"], MEASURED["letters"])
         for what, terms, smallest in (
             (
-                f"x1 less x0.5, at {LARGE} less at {SMALL}: {{}}",
+                f"x1 minus x0.5, at {LARGE} minus at {SMALL}: {{}}",
                 _wider(name, LARGE) + _wider(name, SMALL, -1),
                 0.02,
             ),
-            (f"x1 less x0.5, at {LARGE}: {{}}", _wider(name, LARGE), 0.02),
-            (f"x0.5 less x1, at {SMALL}: {{}}", _wider(name, SMALL, -1), 0.02),
+            (f"x1 minus x0.5, at {LARGE}: {{}}", _wider(name, LARGE), 0.02),
+            (f"x0.5 minus x1, at {SMALL}: {{}}", _wider(name, SMALL, -1), 0.02),
         )
     )
     + tuple(
         Comparison(
-            f"{LARGE} less {SMALL} letters, x{width}: {name}",
+            f"{LARGE} minus {SMALL} letters, x{width}: {name}",
             tuple((f, (f"x{width}, {name}", str(n))) for f, n in ((1, LARGE), (-1, SMALL))),
             0.02,
         )

@@ -42,27 +42,27 @@ CLAIM = Claim(
     cells={(network, str(n)): (f"{network}, {n}", "top1") for network in NETWORKS for n in IMAGES},
     comparisons=(
         Comparison(
-            "WS + GroupNorm less BatchNorm, 2 images a device",
+            "WS + GroupNorm minus BatchNorm, 2 images a device",
             _less("WS + GroupNorm", 2, "BatchNorm", 2),
             0.05,
         ),
         Comparison(
-            "WS + GroupNorm less BatchNorm, 64 images a device",
+            "WS + GroupNorm minus BatchNorm, 64 images a device",
             _less("WS + GroupNorm", 64, "BatchNorm", 64),
             0.05,
             no_loss=True,
         ),
         Comparison(
-            "BatchNorm, 64 less 2 images a device", _less("BatchNorm", 64, "BatchNorm", 2), 0.05
+            "BatchNorm, 64 minus 2 images a device", _less("BatchNorm", 64, "BatchNorm", 2), 0.05
         ),
         Comparison(
-            "WS + GroupNorm, 2 less 64 images a device",
+            "WS + GroupNorm, 2 minus 64 images a device",
             _less("WS + GroupNorm", 2, "WS + GroupNorm", 64),
             0.05,
             no_loss=True,
         ),
         Comparison(
-            "WS + GroupNorm less GroupNorm, 64 images a device",
+            "WS + GroupNorm minus GroupNorm, 64 images a device",
             _less("WS + GroupNorm", 64, "GroupNorm", 64),
             0.02,
         ),

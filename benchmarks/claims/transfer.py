@@ -65,7 +65,7 @@ CLAIM = Claim(
         for way in ways
     },
     comparisons=tuple(
-        Comparison(f"WS + GroupNorm less BatchNorm, {way}: {name}", _less(name, way), 0.02)
+        Comparison(f"WS + GroupNorm minus BatchNorm, {way}: {name}", _less(name, way), 0.02)
         for name in SETS
         for way in WAYS["BatchNorm"]
     ),
