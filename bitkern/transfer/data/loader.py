@@ -4,6 +4,7 @@ Batches are uint8 (N, 3, crop, crop), views of (N, crop, crop, 3) and so channel
 scaled to [-1, 1] on the device.
 """
 
+import dataclasses
 import math
 import sys
 import weakref
@@ -95,6 +96,7 @@ class Crop(NamedTuple):
     region: Region | None = None
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class TrainBatches:
     """This process's micro-batches of a schedule, from optimizer step ``start`` on.
 
@@ -103,22 +105,14 @@ class TrainBatches:
     uint8 (N, resize, resize, 3) are the images, if they are kept on a GPU.
     """
 
-    def __init__(
-        self,
-        data: ImageSet,
-        resized: ResizedImages,
-        schedule: Schedule,
-        config: DeviceConfig,
-        *,
-        flip: bool,
-        skip_corrupt: bool,
-        start: int,
-        on_device: Tensor | None,
-    ) -> None:
-        self.resized, self.schedule, self.config = resized, schedule, config
-        self.flip, self.skip_corrupt, self.start = flip, skip_corrupt, start
-        self.on_device = on_device
-        self.data = data
+    data: ImageSet
+    resized: ResizedImages
+    schedule: Schedule
+    config: DeviceConfig
+    flip: bool
+    skip_corrupt: bool
+    start: int
+    on_device: Tensor | None
 
     def __iter__(self) -> Generator[tuple[Tensor, Tensor]]:
         crop, full_image = self.schedule.recipe.crop, self.schedule.recipe.resize is not None
