@@ -19,10 +19,14 @@ from bitkern.transfer.recipes.hyperrule import HyperRule
 from bitkern.transfer.run import Journal, Progress, Run
 from bitkern.transfer.selection import BestModel
 from bitkern.transfer.step import AsyncScalar, TrainStep
-from bitkern.transfer.train_setup import TrainingError, TrainSetup
+from bitkern.transfer.train_setup import TrainSetup
 
 FORWARD = 3  # duration of forward and backward relative to forward alone
 LONG = 3600  # seconds on a CPU after which the quick preset is suggested
+
+
+class TrainingError(RuntimeError):
+    """Training cannot continue: the loss is not finite, or there is too little memory."""
 
 
 @dataclasses.dataclass
@@ -69,7 +73,8 @@ class TrainLoop:
                 self._evaluate_if_due()
             (stop,) = ranks.all_reduce_sum(self.interrupted.is_set())
             over = self.step == rule.steps or self._is_over()
-            if stop or self.step > first and (over or self.setup.intervals.checkpoint(self.step)):
+            due = over or self.setup.is_due(self.step, self.setup.checkpoint_every)
+            if stop or self.step > first and due:
                 self._save()
             if stop:
                 raise KeyboardInterrupt
@@ -92,7 +97,7 @@ class TrainLoop:
         rule, setup = self.setup.rule, self.setup
         per_image = trial.seconds / setup.micro_batch
         left = range(self.step + 1, rule.steps + 1)
-        evaluations = sum(map(self.setup.intervals.evaluation, left))
+        evaluations = sum(setup.is_due(step, setup.eval_every) for step in left)
         eval_images = evaluations * (len(self.evaluation[1].images) if self.evaluation else 0)
         eval_cost = eval_images / FORWARD / ranks.world_size()  # in training images
         step = setup.batch_split * trial.seconds
@@ -120,19 +125,19 @@ class TrainLoop:
         )
 
     def _evaluate_if_due(self) -> None:
-        journal, last = self.run.journal, self.run.journal.records[-1:]
-        done = last and last[0]["step"] == self.step and "top1" in last[0]
-        if not self.evaluation or not self.setup.intervals.evaluation(self.step) or done:
+        setup, journal = self.setup, self.run.journal
+        due = self.step > 0 and setup.is_due(self.step, setup.eval_every)
+        done = any(r["step"] == self.step and "top1" in r for r in journal.records[-1:])
+        if not self.evaluation or not due or done:
             return
         self.losses.read()
         self.predictions = self.predict(*self.evaluation)
         metrics = self.predictions.metrics()
-        _check_finite(metrics["eval_loss"], "evaluation loss", self.step, self.setup.rule)
+        _check_finite(metrics["eval_loss"], "evaluation loss", self.step, setup.rule)
         journal.add(step=self.step, **metrics)
         self.display.show(journal.records[-1])
-        selection = self.setup.selection
-        if selection and selection.keep == "best":
-            if selection.best(journal.records) is journal.records[-1]:
+        if setup.selection and setup.selection.keep == "best":
+            if setup.selection.best(journal.records) is journal.records[-1]:
                 self.best_model.save()
 
     def predict(self, resized: ResizedImages, data: ImageSet) -> RankPredictions:

@@ -28,7 +28,7 @@ from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.report import check_report
 from bitkern.transfer.run import REPORT, check_out
 from bitkern.transfer.selection import Selection
-from bitkern.transfer.train_setup import Intervals, TrainSetup
+from bitkern.transfer.train_setup import TrainSetup
 from bitkern.transfer.trainer import Trainer, TrainResult
 
 
@@ -130,7 +130,8 @@ def train(
         eval_set,
         selection,
         None if out is None else Path(out),
-        Intervals(rule.steps, eval_every, checkpoint_every),
+        eval_every,
+        checkpoint_every,
         progress and ranks.rank() == 0,
         dict(about or {}),
     )
