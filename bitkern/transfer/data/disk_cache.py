@@ -15,7 +15,6 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -143,9 +142,7 @@ def size_limit() -> int:
 
 def _existing_folder() -> Path:
     folder = images_folder()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def available_bytes() -> int:
@@ -276,7 +273,7 @@ def fill(
     """
     try:
         entry.folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(entry):
+        with _lock(entry):
             found = open_complete(entry, resized)
             if not found:
                 _fill(entry, fresh, resized, skip_corrupt)
@@ -291,17 +288,13 @@ def fill(
     return found
 
 
-@contextlib.contextmanager
-def _locked(entry: CacheEntry) -> Iterator[None]:
+def _lock(entry: CacheEntry) -> contextlib.AbstractContextManager[object]:
+    """Acquire the lock of an entry, which leaving the block releases."""
     try:
-        entry.lock.acquire(timeout=0)
+        return entry.lock.acquire(timeout=0)
     except Timeout:
         print(f"waiting for another process, which fills {entry.folder}", file=sys.stderr)
-        entry.lock.acquire()
-    try:
-        yield
-    finally:
-        entry.lock.release()
+        return entry.lock.acquire()
 
 
 def _fill(entry: CacheEntry, fresh: CacheIndex, resized: ResizedImages, skip_corrupt: bool) -> None:
@@ -316,26 +309,23 @@ def _fill(entry: CacheEntry, fresh: CacheIndex, resized: ResizedImages, skip_cor
         except DataError:
             resized.corrupt[int(i)] = why
     every = max(1, BYTES_PER_SYNC // pixels[0].nbytes)
-    done = index.done
 
-    def progress(count: int) -> None:
-        nonlocal done
-        done = count
+    def progress(done: int) -> None:
+        index.done = done
         if done % every == 0:
             write_index()
 
     def write_index() -> None:
-        index.done = done
-        index.corrupt = {str(i): why for i, why in resized.corrupt.items() if i < done}
+        index.corrupt = {str(i): why for i, why in resized.corrupt.items() if i < index.done}
         index.notes = sorted({*index.notes, *(noted() - before)})
         entry.write(index)
 
     try:
-        resized.decode_all(pixels.__setitem__, skip_corrupt, done, progress)
+        resized.decode_all(pixels.__setitem__, skip_corrupt, index.done, progress)
     except (DataError, KeyboardInterrupt):
         write_index()
         raise
-    spread = np.unique(np.linspace(0, done - 1, SAMPLES).astype(int))
+    spread = np.unique(np.linspace(0, index.done - 1, SAMPLES).astype(int))
     index.checksums = {str(i): zlib.crc32(pixels[i]) for i in spread}
     write_index()
 

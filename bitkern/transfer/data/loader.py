@@ -246,21 +246,17 @@ def train_batches(
     )
 
 
-class EvalBatch(NamedTuple):
-    """Readable images, uint8 (N, 3, crop, crop), and the errors by position in the batch."""
-
-    images: Tensor
-    unreadable: dict[int, DataError]
-
-
 def eval_batches(
     resized: ResizedImages,
     rows: Sequence[int] | npt.NDArray[np.int64],
     config: DeviceConfig,
     *,
     batch_size: int = 64,
-) -> Iterator[EvalBatch]:
-    """Yield the images of these rows in batches, in order."""
+) -> Iterator[tuple[Tensor, dict[int, DataError]]]:
+    """Yield the images of these rows in batches, in order.
+
+    Each is readable images, uint8 (N, 3, crop, crop), and the errors by position in the batch.
+    """
 
     def load(image: Tensor, row: int) -> DataError | None:
         try:
@@ -274,4 +270,4 @@ def eval_batches(
         unreadable = {i: error for i, error in enumerate(errors) if error}
         if unreadable:
             images = images[[i not in unreadable for i in range(len(images))]]
-        yield EvalBatch(images, unreadable)
+        yield images, unreadable

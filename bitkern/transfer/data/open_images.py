@@ -47,14 +47,6 @@ class ImageReadOptions(NamedTuple):
         return count <= CHECKED if self.check is None else self.check
 
 
-class _Opened(NamedTuple):
-    """The file of the pixels, or None; the corrupt images; a description of the cache."""
-
-    path: str | None
-    corrupt: dict[int, str]
-    cache: str
-
-
 def open_resized(
     images: Sequence[Source],
     size: int,
@@ -72,9 +64,9 @@ def open_resized(
     resized = ResizedImages(images, size, find_decoder(options.decoder))
     opened = ranks.run_on_local_rank0(_open, resized, options, reused, full_image)
     with ranks.propagate_errors():
-        resized.corrupt, resized.cache = opened.corrupt, opened.cache
-        if opened.path:
-            with open(opened.path, "rb") as file:
+        path, resized.corrupt, resized.cache = opened
+        if path:
+            with open(path, "rb") as file:
                 resized.cached = disk_cache.map_pixels(file, resized)
         if not options.skip_corrupt:
             resized.raise_if_corrupt()
@@ -83,13 +75,14 @@ def open_resized(
 
 def _open(
     resized: ResizedImages, options: ImageReadOptions, reused: bool, full_image: bool
-) -> _Opened:
-    """Find or fill the cache. The path is that of the open file in /proc.
+) -> tuple[str | None, dict[int, str], str]:
+    """Find or fill the cache; returns the path of its pixels, corrupt images and a description.
 
-    The file's own name may be gone, or another file's, before all processes have mapped it.
+    The path is that of the open file in /proc: the file's own name may be gone, or another file's,
+    before all processes have mapped it.
     """
     if not len(resized):
-        return _Opened(None, {}, "off, no images")
+        return None, {}, "off, no images"
     entry_for = functools.cache(lambda: disk_cache.entry_for(resized, options.decoder))
     found = None
     if full_image and (options.cache == "disk" or options.cache == "auto" and cache_entries()):
@@ -111,7 +104,7 @@ def _open(
         resized.decode_all(lambda *_: None, options.skip_corrupt)
     path = f"/proc/{os.getpid()}/fd/{resized.file.fileno()}" if resized.file else None
     count = f", {len(resized.corrupt)} cannot be read" if resized.corrupt else ""
-    return _Opened(path, resized.corrupt, f"{mode}, {why}{count}")
+    return path, resized.corrupt, f"{mode}, {why}{count}"
 
 
 def _choose(resized: ResizedImages, options: ImageReadOptions, reused: bool) -> tuple[str, str]:

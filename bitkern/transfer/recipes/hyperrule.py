@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from bitkern.transfer.recipes.checks import check, check_schedule
+from bitkern.transfer.recipes.checks import StepSchedule, check
 from bitkern.transfer.recipes.mixup import cross_entropy
 
 
 @dataclass(frozen=True)
-class HyperRule:
+class HyperRule(StepSchedule):
     """The hyper-parameters of one transfer. Override values with ``dataclasses.replace``.
 
     ``resize`` and ``crop`` are pixels (square images); ``steps``, ``decay_steps`` and
@@ -47,7 +47,7 @@ class HyperRule:
         )
         finite_alpha = 0 <= self.mixup_alpha < math.inf
         check(finite_alpha, "mixup_alpha", "a finite number, 0 or more", self.mixup_alpha)
-        check_schedule(self)
+        self.check_schedule()
 
     def lr(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0 (so the first is 0).

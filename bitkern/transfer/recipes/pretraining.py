@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitkern.transfer.recipes.checks import check, check_schedule
+from bitkern.transfer.recipes.checks import StepSchedule, check
 from bitkern.transfer.recipes.mixup import cross_entropy
 
 # Epochs, the epochs after which the learning rate decays, and sigmoids or a softmax.
@@ -28,7 +28,7 @@ ASPECT_RATIOS = 3 / 4, 4 / 3
 
 
 @dataclass(frozen=True)
-class Pretraining:
+class Pretraining(StepSchedule):
     """The hyper-parameters of one pre-training. Override values with ``dataclasses.replace``.
 
     ``crop`` is pixels (square), ``min_area`` the least fraction of an image in a crop;
@@ -51,7 +51,7 @@ class Pretraining:
     def __post_init__(self) -> None:
         check(self.crop >= 1, "image_size", "a positive number of pixels", self.crop)
         check(0 < self.min_area <= 1, "min_area", "a fraction up to 1", self.min_area)
-        check_schedule(self)
+        self.check_schedule()
         check(
             self.warmup_steps < self.steps,
             "warmup_steps",
