@@ -8,7 +8,6 @@ import torch
 from bitkern.cli import options, training
 from bitkern.models import create_model
 from bitkern.models.pretrained import find_release, get_release
-from bitkern.models.registry import weights_path
 from bitkern.transfer import HyperRule, ImageSet, few_shot, hyperrule, ranks
 from bitkern.transfer.data import image_size
 
@@ -63,20 +62,17 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
 
 def run(args: argparse.Namespace) -> None:
     choice = training.prepare(args)
-    data = ranks.run_on_local_rank0(_load_data, args)
-    train_set, eval_set = data.train_set, data.eval_set
-    training.check_same_everywhere(args.data, train_set, eval_set)
-    rule = ranks.run_on_rank0(_rule, args, train_set)
+    data = training.load_data(args)
+    if args.shots is not None:
+        data = data._replace(train_set=few_shot(data.train_set, args.shots, args.seed))
+    rule = ranks.run_on_rank0(_rule, args, data.train_set)
+    torch.manual_seed(args.seed)
+    weights = _weights(args)
+    path = training.weights_file(args, weights)
     with ranks.propagate_errors():
-        torch.manual_seed(args.seed)
-        weights = _weights(args)
-        # The other processes then find it in the cache.
-        if weights and not args.resume and ranks.is_local_rank0():
-            weights_path(weights, args.model)
-    with ranks.propagate_errors():
-        model = create_model(args.model, 0, weights=None if args.resume else weights)
+        model = create_model(args.model, 0, weights=path)
     # A new head always, because the same number of classes need not be the same classes.
-    model.reset_classifier(len(train_set.classes))
+    model.reset_classifier(len(data.train_set.classes))
     if args.freeze:
         model.freeze_backbone()
     about = {"shots": args.shots, "freeze": args.freeze}
@@ -91,13 +87,6 @@ def _weights(args: argparse.Namespace) -> str | None:
     if args.weights == "none":
         return None
     return get_release(args.model).name if args.weights == "pretrained" else args.weights
-
-
-def _load_data(args: argparse.Namespace) -> training.Data:
-    data = training.load_data(args)
-    if args.shots is not None:
-        return data._replace(train_set=few_shot(data.train_set, args.shots, args.seed))
-    return data
 
 
 def _rule(args: argparse.Namespace, train_set: ImageSet) -> HyperRule:

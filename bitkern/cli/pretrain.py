@@ -10,7 +10,6 @@ import torch
 from bitkern.cli import options, training
 from bitkern.models import ResNetV2, create_model
 from bitkern.models.checkpoints import read_metadata
-from bitkern.models.registry import weights_path
 from bitkern.transfer import DataError, ImageSet, Pretraining, pretraining, ranks
 from bitkern.transfer.data import check_same_classes
 from bitkern.transfer.recipes.pretraining import PRESETS
@@ -64,17 +63,14 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
 
 def run(args: argparse.Namespace) -> None:
     choice = training.prepare(args)
-    data = ranks.run_on_local_rank0(training.load_data, args)
-    train_set, eval_set = data.train_set, data.eval_set
-    training.check_same_everywhere(args.data, train_set, eval_set)
+    data = training.load_data(args)
     with ranks.propagate_errors():
-        rule = _rule(args, len(train_set.images))
-        _check_labels(args, train_set, rule)
-        torch.manual_seed(args.seed)
-        if args.weights and not args.resume and ranks.is_local_rank0():
-            weights_path(args.weights, args.model)
+        rule = _rule(args, len(data.train_set.images))
+        _check_labels(args, data.train_set, rule)
+    torch.manual_seed(args.seed)
+    path = training.weights_file(args, args.weights or None)
     with ranks.propagate_errors():
-        model = _model(args, train_set.classes, rule)
+        model = _model(args, Path(path) if path else None, data.train_set.classes, rule)
     training.run(args, model, args.weights, rule, data, choice, {"preset": args.preset})
 
 
@@ -98,19 +94,20 @@ def _check_labels(args: argparse.Namespace, data: ImageSet, rule: Pretraining) -
         raise DataError(f"{args.data}: {image}: expected a label, got none")
 
 
-def _model(args: argparse.Namespace, classes: Sequence[str], rule: Pretraining) -> ResNetV2:
-    if args.weights and not args.resume:
-        path = Path(weights_path(args.weights, args.model))
-        model = create_model(args.model, weights=path)
-        if model.num_classes != len(classes):
-            raise ValueError(
-                f"weights: expected a head of {len(classes)} classes as {args.data} has, "
-                f"got {args.weights} with {model.num_classes}"
-            )
-        named = read_metadata(path).get("classes") if path.suffix == ".safetensors" else None
-        if named:
-            check_same_classes(named, classes, args.weights, args.data)
+def _model(
+    args: argparse.Namespace, path: Path | None, classes: Sequence[str], rule: Pretraining
+) -> ResNetV2:
+    if path is None:
+        model = create_model(args.model, len(classes))
+        torch.nn.init.constant_(model.get_parameter("head.fc.bias"), rule.head_bias(len(classes)))
         return model
-    model = create_model(args.model, len(classes))
-    torch.nn.init.constant_(model.get_parameter("head.fc.bias"), rule.head_bias(len(classes)))
+    model = create_model(args.model, weights=path)
+    if model.num_classes != len(classes):
+        raise ValueError(
+            f"weights: expected a head of {len(classes)} classes as {args.data} has, "
+            f"got {args.weights} with {model.num_classes}"
+        )
+    named = read_metadata(path).get("classes") if path.suffix == ".safetensors" else None
+    if named:
+        check_same_classes(named, classes, args.weights, args.data)
     return model

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from bitkern.cli import options
 from bitkern.models import ResNetV2
+from bitkern.models.registry import weights_path
 from bitkern.packages import require
 from bitkern.transfer import (
     DataError,
@@ -182,7 +184,23 @@ class Data(NamedTuple):
 
 
 def load_data(args: argparse.Namespace) -> Data:
-    """Load the sets that the options name. Raises ``DataError``."""
+    """Load the sets that the options name, once on each machine.
+
+    Raises ``DataError``, also if the machines that train together have other data.
+    """
+    data = ranks.run_on_local_rank0(_load_sets, args)
+    own = [(each.classes, _digest(each.labels)) for each in (data.train_set, data.eval_set)]
+    if any(other != own for other in ranks.all_gather_object(own)):
+        raise DataError(f"{args.data}: expected the same images on all machines, found others")
+    return data
+
+
+def _digest(labels: Any) -> str:
+    parts = (labels,) if isinstance(labels, np.ndarray) else (labels.indptr, labels.indices)
+    return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+
+
+def _load_sets(args: argparse.Namespace) -> Data:
     train_set = load_split(args.data, "train", flat=args.holdout is not None)
     selects = args.keep == "best" or args.patience is not None
     held_out = val_set = None
@@ -211,17 +229,11 @@ def _load(args: argparse.Namespace, split: str, train_set: ImageSet) -> ImageSet
     return found
 
 
-def check_same_everywhere(source: str, *sets: ImageSet) -> None:
-    """Raise DataError if the machines that train together have other data."""
-    own = [(data.classes, _digest(data)) for data in sets]
-    if any(other != own for other in ranks.all_gather_object(own)):
-        raise DataError(f"{source}: expected the same images on all machines, found others")
-
-
-def _digest(data: ImageSet) -> str:
-    labels = data.labels
-    parts = (labels,) if isinstance(labels, np.ndarray) else (labels.indptr, labels.indices)
-    return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+def weights_file(args: argparse.Namespace, weights: str | None) -> str | PathLike[str] | None:
+    """Return the file of the initial weights, if any; one process of each machine downloads it."""
+    if weights is None or args.resume:
+        return None
+    return ranks.run_on_local_rank0(weights_path, weights, args.model)
 
 
 def given_options(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
