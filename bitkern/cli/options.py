@@ -9,9 +9,8 @@ from typing import Any, Literal, NoReturn
 import torch
 
 from bitkern.transfer import ranks
+from bitkern.transfer.checks import CACHE, PRECISIONS
 from bitkern.transfer.data import SOURCES
-from bitkern.transfer.data.open_images import CACHE
-from bitkern.transfer.device_config import PRECISIONS
 
 
 class Parser(argparse.ArgumentParser):

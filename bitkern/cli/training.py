@@ -27,14 +27,11 @@ from bitkern.transfer import (
     ranks,
     train,
 )
-from bitkern.transfer.balance import BALANCE
-from bitkern.transfer.curves import Record
+from bitkern.transfer.checks import BALANCE, CUDA_GRAPH, KEEP, METRICS
 from bitkern.transfer.data import NoSplitError, check_apart, check_same_classes, load_split
 from bitkern.transfer.data.decoders import DECODERS
-from bitkern.transfer.device_config import CUDA_GRAPH
 from bitkern.transfer.progress import format_duration, format_metrics
 from bitkern.transfer.run import CHECKPOINT, REPORT, OnRecord, check_out, read_checkpoint
-from bitkern.transfer.selection import KEEP, METRICS
 
 # Options that are arguments of ``train`` of the same name.
 TRAIN_ARGUMENTS = (
@@ -320,7 +317,7 @@ def _tensorboard(args: argparse.Namespace) -> Iterator[OnRecord | None]:
 
     writers: list[SummaryWriter] = []  # created with the first record
 
-    def write(record: Record) -> None:
+    def write(record: dict[str, Any]) -> None:
         if not writers:
             writers.append(SummaryWriter(args.out))
         for name, value in record.items():

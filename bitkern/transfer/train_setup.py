@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bitkern.optim import SGD
 from bitkern.transfer import balance, ranks
+from bitkern.transfer.checks import BALANCE, check, check_choice
 from bitkern.transfer.data.images import ImageSet
 from bitkern.transfer.data.open_images import ImageReadOptions
 from bitkern.transfer.device_config import DeviceConfig
@@ -48,19 +49,12 @@ class TrainSetup:
             raise ValueError("model: expected trainable parameters, found none")
         if not len(self.train_set.images):
             raise ValueError("train_set: expected images, got none")
-        if self.balance not in balance.BALANCE:
-            expected = ", ".join(balance.BALANCE)
-            raise ValueError(f"balance: expected {expected}, got {self.balance!r}")
-        if not self.most_splits:
-            raise ValueError(
-                f"batch_size: expected {ranks.world_size()} or more, an image for each process, "
-                f"got {self.rule.batch_size}"
-            )
-        if not 1 <= self.batch_split <= self.most_splits:
-            limit = "the batch size" + " of each process" * (ranks.world_size() > 1)
-            raise ValueError(
-                f"batch_split: expected 1 to {self.most_splits}, {limit}, got {self.batch_split}"
-            )
+        check_choice("balance", self.balance, BALANCE)
+        processes, most = ranks.world_size(), self.most_splits
+        least = f"{processes} or more, an image for each process"
+        check(most >= 1, "batch_size", least, self.rule.batch_size)
+        limit = f"1 to {most}, the batch size" + " of each process" * (processes > 1)
+        check(1 <= self.batch_split <= most, "batch_split", limit, self.batch_split)
 
     @property
     def decoder(self) -> str:

@@ -105,8 +105,7 @@ def train(
     ``RankError`` when another process fails.
     """
     for name, every in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
-        if every is not None and every < 1:
-            raise ValueError(f"{name}: expected a positive number of steps, got {every}")
+        check(every is None or every >= 1, name, "a positive number of steps", every)
     config = DeviceConfig.create(device, precision, workers, cuda_graph)
     if rule.sigmoid:
         train_set = train_set.as_multi_label()

@@ -18,6 +18,7 @@ import numpy as np
 
 from bitkern.packages import require
 from bitkern.text import one_line
+from bitkern.transfer.checks import check_choice
 from bitkern.transfer.data.images import DataError, ImageSet, Pixels, Region, Source
 
 if TYPE_CHECKING:
@@ -242,8 +243,7 @@ DECODERS: dict[str, Decoder] = {"pillow": pillow, "torchvision": torchvision}
 
 def find_decoder(name: str) -> Decoder:
     """Return the decoder of that name. Raises ValueError if it is unknown or not installed."""
-    if name not in DECODERS:
-        raise ValueError(f"decoder: expected {' or '.join(DECODERS)}, got {name!r}")
+    check_choice("decoder", name, DECODERS)
     require("PIL" if name == "pillow" else name)
     return DECODERS[name]
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from bitkern.transfer import ranks
+from bitkern.transfer.checks import CACHE, check_choice
 from bitkern.transfer.data import disk_cache
 from bitkern.transfer.data.decoders import find_decoder
 from bitkern.transfer.data.disk_cache import available_bytes, cache_entries
@@ -13,7 +14,6 @@ from bitkern.transfer.data.images import DataError, Source
 from bitkern.transfer.data.memory import free_memory
 from bitkern.transfer.data.resized import ResizedImages
 
-CACHE = ("auto", "ram", "disk", "off")
 CHECKED = 100_000  # largest set whose images are all checked by default
 
 
@@ -37,8 +37,7 @@ class ImageReadOptions(NamedTuple):
         cls, cache: str, decoder: str, skip_corrupt: bool, check: bool | None = None
     ) -> "ImageReadOptions":
         """Validate a user's arguments. Raises ValueError for an unknown value."""
-        if cache not in CACHE:
-            raise ValueError(f"cache: expected {', '.join(CACHE)}, got {cache!r}")
+        check_choice("cache", cache, CACHE)
         find_decoder(decoder)
         return cls(cache, decoder, skip_corrupt, check)
 

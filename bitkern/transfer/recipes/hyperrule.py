@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from bitkern.transfer.recipes.checks import StepSchedule, check
+from bitkern.transfer.checks import StepSchedule, check
 from bitkern.transfer.recipes.mixup import cross_entropy
 
 

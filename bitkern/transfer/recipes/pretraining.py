@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitkern.transfer.recipes.checks import StepSchedule, check
+from bitkern.transfer.checks import StepSchedule, check, check_choice
 from bitkern.transfer.recipes.mixup import cross_entropy
 
 # Epochs, the epochs after which the learning rate decays, and sigmoids or a softmax.
@@ -136,7 +136,7 @@ def pretraining(
     Epochs are rounded to the nearest step. Raises ``ValueError`` for an unknown preset, for numbers
     that are not positive, and for a set so small that the training would end within its warm-up.
     """
-    check(preset in PRESETS, "preset", ", ".join(PRESETS), preset)
+    check_choice("preset", preset, PRESETS)
     published, decays, sigmoid = PRESETS[preset]
 
     def steps_of(count: float, stretch: float = 1) -> int:

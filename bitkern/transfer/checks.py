@@ -1,12 +1,28 @@
-"""Checks of the values of recipes."""
+"""Checks of arguments, and the choices of some, which the command line offers."""
 
 import math
+from collections.abc import Collection
+
+import torch
+
+BALANCE = ("none", "sample", "loss")
+CACHE = ("auto", "ram", "disk", "off")
+CUDA_GRAPH = ("auto", "on", "off")
+KEEP = ("last", "best")
+METRICS = ("top1", "balanced_accuracy", "macro_f1", "loss")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check(valid: bool, name: str, expected: str, got: object) -> None:
     """Raise ValueError, naming the argument, unless it is valid."""
     if not valid:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise ValueError, naming the argument, unless it is one of the choices."""
+    separator = ", " if len(choices) > 2 else " or "
+    check(value in choices, name, separator.join(choices), value)
 
 
 class StepSchedule:
