@@ -11,22 +11,12 @@ import sys
 from collections.abc import Sequence
 
 import bitkern
-from bitkern.cli import (
-    cache,
-    demo,
-    evaluate,
-    export,
-    finetune,
-    info,
-    predict,
-    pretrain,
-    training,
-    weights,
-)
+from bitkern.cli import cache, demo, evaluate, export, finetune, info, predict, pretrain, weights
 from bitkern.cli.options import Parser
+from bitkern.cli.training import restore_arguments, resume_hint
 from bitkern.export import ExportError
 from bitkern.transfer import TrainingError, ranks
-from bitkern.transfer.data.memory import is_out_of_memory
+from bitkern.transfer.data import is_out_of_memory
 
 # Modules with add(commands), run(args), and DISTRIBUTED: True if torchrun may start it.
 COMMANDS = (finetune, pretrain, evaluate, predict, export, weights, cache, demo, info)
@@ -77,7 +67,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _run(argv: Sequence[str]) -> int:
     commands = {command.__name__.rpartition(".")[2]: command for command in COMMANDS}
     try:
-        argv = training.restore_arguments(argv)
+        argv = restore_arguments(argv)
         args = _parse(argv)
         args.command_line = shlex.join(["bitkern", *argv])
         command = commands[args.command]
@@ -89,7 +79,7 @@ def _run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
         if command in (finetune, pretrain):
-            message += training.resume_hint(args)
+            message += resume_hint(args)
     except BrokenPipeError:  # the reader of the output has closed it, as head does
         # Output that is still buffered goes to the null device.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

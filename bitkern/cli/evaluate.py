@@ -8,12 +8,11 @@ import torch
 
 from bitkern.cli import options
 from bitkern.packages import require
+from bitkern.text import format_metrics
 from bitkern.transfer import DataError, check_report, load_run, ranks, write_report
-from bitkern.transfer.data import check_same_classes, load_split
-from bitkern.transfer.data.open_images import ImageReadOptions
+from bitkern.transfer.data import ImageReadOptions, check_same_classes, load_split
 from bitkern.transfer.device_config import DeviceConfig
 from bitkern.transfer.inference import open_and_predict
-from bitkern.transfer.progress import format_metrics
 
 DISTRIBUTED = True
 EXAMPLES = """\

@@ -12,7 +12,7 @@ from bitkern.cli import options
 from bitkern.packages import require
 from bitkern.text import one_line
 from bitkern.transfer import FinishedRun, load_run
-from bitkern.transfer.data.folder import find_images
+from bitkern.transfer.data import find_images
 from bitkern.transfer.device_config import DeviceConfig
 from bitkern.transfer.inference import predict_images
 

@@ -16,6 +16,7 @@ from bitkern.cli import options
 from bitkern.models import ResNetV2
 from bitkern.models.registry import weights_path
 from bitkern.packages import require
+from bitkern.text import format_duration, format_metrics
 from bitkern.transfer import (
     DataError,
     ImageSet,
@@ -28,9 +29,13 @@ from bitkern.transfer import (
     train,
 )
 from bitkern.transfer.checks import BALANCE, CUDA_GRAPH, KEEP, METRICS
-from bitkern.transfer.data import NoSplitError, check_apart, check_same_classes, load_split
-from bitkern.transfer.data.decoders import DECODERS
-from bitkern.transfer.progress import format_duration, format_metrics
+from bitkern.transfer.data import (
+    DECODERS,
+    NoSplitError,
+    check_apart,
+    check_same_classes,
+    load_split,
+)
 from bitkern.transfer.run import CHECKPOINT, REPORT, OnRecord, check_out, read_checkpoint
 
 # Options that are arguments of ``train`` of the same name.

@@ -21,8 +21,9 @@ from bitkern.demo.letters import letters
 from bitkern.demo.plots import DemoRun, draw_curves, draw_predictions, table
 from bitkern.models import create_model
 from bitkern.models.checkpoints import save_safetensors
+from bitkern.text import format_duration
 from bitkern.transfer import HyperRule, ImageSet, digits, few_shot, hyperrule, predict, train
-from bitkern.transfer.progress import Display, format_duration
+from bitkern.transfer.progress import Display
 from bitkern.transfer.run import CURVES, METRICS, SUMMARY, WEIGHTS, check_out, write_summary
 
 MODEL = "R26x0.5"

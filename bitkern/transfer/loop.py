@@ -8,12 +8,13 @@ import time
 
 from torch import Tensor
 
+from bitkern.text import format_duration
 from bitkern.transfer import ranks
 from bitkern.transfer.data.images import ImageSet
 from bitkern.transfer.data.resized import ResizedImages
 from bitkern.transfer.inference import RankPredictions, predict_on_rank
 from bitkern.transfer.micro_batch import Trial
-from bitkern.transfer.progress import Display, StopRequested, format_duration
+from bitkern.transfer.progress import Display, StopRequested
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.recipes.hyperrule import HyperRule
 from bitkern.transfer.run import Journal, Progress, Run
