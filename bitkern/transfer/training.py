@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkern.packages import require
-from bitkern.transfer import ranks
+from bitkern.transfer import checks, ranks
 from bitkern.transfer.curves import Record
 from bitkern.transfer.data.images import ImageSet
 from bitkern.transfer.data.open_images import ImageReadOptions
@@ -105,7 +105,7 @@ def train(
     ``RankError`` when another process fails.
     """
     for name, every in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
-        check(every is None or every >= 1, name, "a positive number of steps", every)
+        checks.check(every is None or every >= 1, name, "a positive number of steps", every)
     config = DeviceConfig.create(device, precision, workers, cuda_graph)
     if rule.sigmoid:
         train_set = train_set.as_multi_label()
