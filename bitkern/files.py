@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import json
 import os
 import pickle
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from bitkern.text import one_line
 
@@ -63,6 +65,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             replace_atomically(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object, **options: Any) -> None:
+    """Write an indented JSON file; ``options`` are those of ``json.dumps``."""
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(content, indent=2, **options) + "\n")
 
 
 def replace_atomically(part: Path, path: Path) -> None:

@@ -24,7 +24,7 @@ from bitkern.models.checkpoints import save_safetensors
 from bitkern.text import format_duration
 from bitkern.transfer import HyperRule, ImageSet, digits, few_shot, hyperrule, predict, train
 from bitkern.transfer.progress import Display
-from bitkern.transfer.run import CURVES, METRICS, SUMMARY, WEIGHTS, check_out, write_summary
+from bitkern.transfer.run import CURVES, METRICS, SUMMARY, WEIGHTS, check_out
 
 MODEL = "R26x0.5"
 LETTERS = 8000  # default number to train on
@@ -159,7 +159,7 @@ def run(out: str | PathLike[str], seed: int = 0, num_letters: int | None = None)
         "seconds": round(time.perf_counter() - began, 1),
         "torch": torch.__version__,
     }
-    write_summary(out, summary)
+    files.write_json(out / SUMMARY, summary)
     print(table(pairs, len(test_set.images)))
     duration = format_duration(time.perf_counter() - began)
     print(f"{duration}; open {out / CURVES} and {out / PREDICTIONS}")

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bitkern.export.common import scaled_state, write_card, write_json
+from bitkern import files
+from bitkern.export.common import scaled_state, write_card
 from bitkern.models import ARCHITECTURES
 from bitkern.transfer.run import FinishedRun
 
@@ -76,7 +77,7 @@ def write(run: FinishedRun, out: Path) -> None:
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
-    write_json(processor, out / "preprocessor_config.json")
+    files.write_json(out / "preprocessor_config.json", processor)
     write_card(run, out / "README.md", "transformers", SNIPPET)
 
 

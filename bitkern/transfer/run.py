@@ -167,7 +167,7 @@ class Run:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, which marks the run as finished, and remove last.pt."""
         if self.out is not None:
-            write_summary(self.out, summary)
+            files.write_json(self.out / SUMMARY, summary)
             (self.out / CHECKPOINT).unlink(missing_ok=True)
 
 
@@ -218,11 +218,6 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten the settings of the rule to "rule.NAME"."""
     rule = {f"rule.{name}": value for name, value in settings["rule"].items()}
     return {**{name: value for name, value in settings.items() if name != "rule"}, **rule}
-
-
-def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
-    with files.atomic_write(out / SUMMARY) as part:
-        part.write_text(json.dumps(summary, indent=2) + "\n")
 
 
 class FinishedRun(NamedTuple):
