@@ -33,8 +33,7 @@ examples:
 ALIASES = {"--epochs": "--steps", "--lr": "--base-lr", "--learning-rate": "--base-lr"}
 
 
-def _parser() -> tuple[Parser, dict[str, Parser]]:
-    """Build the parser; returns it with those of the commands."""
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="bitkern",
         description="Fine-tune, evaluate and export Big Transfer (BiT) models.",
@@ -44,15 +43,10 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     commands = parser.add_subparsers(metavar="command", dest="command")
     for command in COMMANDS:
         command.add(commands)
-    return parser, commands.choices
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser, commands = _parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         option = unknown[0].partition("=")[0]
-        words = commands[args.command].format_help().replace(",", " ").split()
+        words = commands.choices[args.command].format_help().replace(",", " ").split()
         known = [word for word in words if word.startswith("--")]
         near = [ALIASES[option]] if ALIASES.get(option) in known else []
         near += difflib.get_close_matches(option, known, n=1) if not near else []

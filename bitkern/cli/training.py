@@ -58,7 +58,12 @@ def add_options(parser: options.Parser) -> None:
         help="hold out this part of the training images for evaluation; --keep best and --patience "
         "choose the model by it",
     )
-    add_selection(parser)
+    help = "model to keep: the last, as published, or the best on images of --holdout or DIR/val"
+    data("--keep", choices=KEEP, default="last", help=f"{help} (default: last)")
+    help = "metric of the best model (default: top1)"
+    data("--metric", choices=METRICS, default="top1", help=help)
+    help = "stop after N evaluations without a better one (default: never)"
+    data("--patience", type=options.positive, metavar="N", help=help)
     data("--seed", type=options.non_negative, default=0, help="random seed (default: 0)")
     data("--no-flip", action="store_true", help="no horizontal flips, for digits and letters")
     data(
@@ -106,17 +111,6 @@ def add_options(parser: options.Parser) -> None:
         help = f"steps between {what}{'uation' * (what == 'eval')}s (default: a tenth of the run)"
         output(f"--{what}-every", type=options.positive, metavar="STEPS", help=help)
     output("--tensorboard", action="store_true", help="write the curves for TensorBoard to DIR")
-
-
-def add_selection(parser: options.Parser) -> None:
-    add = parser.group("data")
-    help = "model to keep: the last, as published, or the best on images of --holdout or DIR/val"
-    add("--keep", choices=KEEP, default="last", help=f"{help} (default: last)")
-    add(
-        "--metric", choices=METRICS, default="top1", help="metric of the best model (default: top1)"
-    )
-    help = "stop after N evaluations without a better one (default: never)"
-    add("--patience", type=options.positive, metavar="N", help=help)
 
 
 SCHEDULE = "schedule: override the values of the recipe"

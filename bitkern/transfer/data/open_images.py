@@ -18,14 +18,7 @@ CHECKED = 100_000  # largest set whose images are all checked by default
 
 
 class ImageReadOptions(NamedTuple):
-    """Arguments of ``train`` about reading images.
-
-    ``cache`` is "ram" to keep the resized pixels of a set in memory that the processes of a machine
-    share, "disk" in a file that later runs use too, "off" to decode images at every use, "auto" for
-    whichever there is room for. ``decoder`` is one of ``DECODERS``. With ``skip_corrupt`` the next
-    readable image takes the place of a corrupt one. ``check`` reads all images before they are
-    used; None means in sets of up to 100 000. "auto" caches only sets that are checked.
-    """
+    """The arguments about reading images, as ``train`` describes them."""
 
     cache: str = "auto"
     decoder: str = "pillow"
