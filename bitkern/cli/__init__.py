@@ -22,13 +22,7 @@ from bitkern.transfer.data import is_out_of_memory
 COMMANDS = (finetune, pretrain, evaluate, predict, export, weights, cache, demo, info)
 
 
-EXAMPLES = """\
-examples:
-  bitkern finetune --data DATA --model BiT-M-R50x1 --out runs/mine
-  bitkern finetune --data DATA --model BiT-M-R50x1 --out runs/quick --preset quick
-  bitkern finetune --resume --out runs/mine
-  bitkern predict runs/mine photo.jpg
-"""
+EXAMPLES = f"{finetune.EXAMPLES}  bitkern predict runs/mine photo.jpg\n"
 # Other programs' names of options that are too different for a spelling suggestion.
 ALIASES = {"--epochs": "--steps", "--lr": "--base-lr", "--learning-rate": "--base-lr"}
 

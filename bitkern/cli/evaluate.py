@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(
             f"{args.data}: expected one label per image as {args.run} has learnt, found several"
         )
-    read_options = ImageReadOptions.create(args.cache, finished.decoder, args.skip_corrupt)
+    read_options = ImageReadOptions(args.cache, finished.decoder, args.skip_corrupt)
     predictions = open_and_predict(
         config, finished.model, test_set, finished.crop, read_options, args.batch_size
     )

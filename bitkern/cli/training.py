@@ -12,22 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bitkern import transfer
 from bitkern.cli import options
 from bitkern.models import ResNetV2
 from bitkern.models.registry import weights_path
 from bitkern.packages import require
 from bitkern.text import format_duration, format_metrics
-from bitkern.transfer import (
-    DataError,
-    ImageSet,
-    Recipe,
-    Selection,
-    TrainResult,
-    default_precision,
-    hold_out,
-    ranks,
-    train,
-)
+from bitkern.transfer import ranks
 from bitkern.transfer.checks import BALANCE, CUDA_GRAPH, KEEP, METRICS
 from bitkern.transfer.data import (
     DECODERS,
@@ -163,7 +154,7 @@ def prepare(args: argparse.Namespace) -> DeviceChoice:
         out = Path(args.out)
         began = read_checkpoint(out)["settings"]["precision"] if args.resume else None
         if args.precision == "auto":
-            chosen = (began, "as the run began") if began else default_precision(device)
+            chosen = (began, "as the run began") if began else transfer.default_precision(device)
             return DeviceChoice(device, *chosen)
         other = began not in (None, args.precision)
         reason = "asked for" + f"; the run began in {began}" * other
@@ -173,10 +164,10 @@ def prepare(args: argparse.Namespace) -> DeviceChoice:
 class Data(NamedTuple):
     """The sets of a training; ``split`` names ``eval_set``; ``val_set`` selects the model."""
 
-    train_set: ImageSet
-    eval_set: ImageSet
+    train_set: transfer.ImageSet
+    eval_set: transfer.ImageSet
     split: str
-    val_set: ImageSet | None = None
+    val_set: transfer.ImageSet | None = None
 
 
 def load_data(args: argparse.Namespace) -> Data:
@@ -187,7 +178,8 @@ def load_data(args: argparse.Namespace) -> Data:
     data = ranks.run_on_local_rank0(_load_sets, args)
     own = [(each.classes, _digest(each.labels)) for each in (data.train_set, data.eval_set)]
     if any(other != own for other in ranks.all_gather_object(own)):
-        raise DataError(f"{args.data}: expected the same images on all machines, found others")
+        message = "expected the same images on all machines, found others"
+        raise transfer.DataError(f"{args.data}: {message}")
     return data
 
 
@@ -201,7 +193,7 @@ def _load_sets(args: argparse.Namespace) -> Data:
     selects = args.keep == "best" or args.patience is not None
     held_out = val_set = None
     if args.holdout is not None:
-        train_set, held_out = hold_out(train_set, args.holdout, args.seed)
+        train_set, held_out = transfer.hold_out(train_set, args.holdout, args.seed)
         if not selects:
             return Data(train_set, held_out, "holdout")
     if selects:
@@ -217,7 +209,7 @@ def _load_sets(args: argparse.Namespace) -> Data:
     return Data(train_set, test_set, "test", val_set)
 
 
-def _load(args: argparse.Namespace, split: str, train_set: ImageSet) -> ImageSet:
+def _load(args: argparse.Namespace, split: str, train_set: transfer.ImageSet) -> transfer.ImageSet:
     found = load_split(args.data, split, train_set.classes)
     names = f"{args.data}/{split}", f"{args.data}/train"
     check_same_classes(found.classes, train_set.classes, *names)
@@ -246,7 +238,7 @@ def run(
     args: argparse.Namespace,
     model: ResNetV2,
     weights: str | None,
-    rule: Recipe,
+    rule: transfer.Recipe,
     data: Data,
     choice: DeviceChoice,
     about: Mapping[str, Any],
@@ -264,13 +256,13 @@ def run(
     settings |= {"command": args.command_line, **about}
     selection = None
     if val_set is not None:
-        selection = Selection(val_set, args.keep, args.metric, args.patience)
+        selection = transfer.Selection(val_set, args.keep, args.metric, args.patience)
         optimistic = ""
         if val_set is eval_set:
             optimistic = ", which are also the test images, so the result is optimistic"
         print(f"{args.keep} model by {args.metric} on {len(val_set.images)} images{optimistic}")
     with _tensorboard(args) as on_record:
-        result = train(
+        result = transfer.train(
             model,
             train_set,
             rule,
@@ -288,7 +280,7 @@ def run(
     print(f"open {Path(args.out) / REPORT}")
 
 
-def _describe(result: TrainResult, eval_set: ImageSet, split: str) -> str:
+def _describe(result: transfer.TrainResult, eval_set: transfer.ImageSet, split: str) -> str:
     """Describe the results beside a baseline that always names the largest class."""
     assert result.metrics is not None
     counts = np.bincount(eval_set.labels) if not eval_set.multi_label else eval_set.labels.sum(0)

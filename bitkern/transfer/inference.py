@@ -55,7 +55,7 @@ def evaluate(
     """
     config = DeviceConfig.create(device, precision, workers, cuda_graph)
     require("sklearn")
-    options = ImageReadOptions.create(cache, decoder, skip_corrupt)
+    options = ImageReadOptions(cache, decoder, skip_corrupt)
     return open_and_predict(config, model, eval_set, crop, options, batch_size).metrics()
 
 

@@ -125,7 +125,7 @@ def train(
         first_split,
         balance,
         flip,
-        ImageReadOptions.create(cache, decoder, skip_corrupt, check),
+        ImageReadOptions(cache, decoder, skip_corrupt, check),
         eval_set,
         selection,
         None if out is None else Path(out),

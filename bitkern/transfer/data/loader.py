@@ -230,7 +230,7 @@ def train_batches(
 
     Raises ``DataError`` for an image that cannot be read, ValueError for a bad argument.
     """
-    options = ImageReadOptions.create(cache, decoder, skip_corrupt, check)
+    options = ImageReadOptions(cache, decoder, skip_corrupt, check)
     resized = open_for_recipe(rule, data.images, options)
     schedule = Schedule(len(data.images), rule, seed, batch_split, rank, world_size)
     config = DeviceConfig.create(device, "fp32", workers)

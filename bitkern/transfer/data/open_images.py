@@ -1,9 +1,9 @@
 """Open the images of a set at one size: check them, and cache their pixels where there is room."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from bitkern.transfer import ranks
 from bitkern.transfer.checks import CACHE, check_choice
@@ -17,22 +17,21 @@ from bitkern.transfer.data.resized import ResizedImages
 CHECKED = 100_000  # largest set whose images are all checked by default
 
 
-class ImageReadOptions(NamedTuple):
-    """The arguments about reading images, as ``train`` describes them."""
+@dataclasses.dataclass(frozen=True)
+class ImageReadOptions:
+    """The arguments about reading images, as ``train`` describes them.
+
+    Raises ValueError for an unknown value.
+    """
 
     cache: str = "auto"
     decoder: str = "pillow"
     skip_corrupt: bool = False
     check: bool | None = None
 
-    @classmethod
-    def create(
-        cls, cache: str, decoder: str, skip_corrupt: bool, check: bool | None = None
-    ) -> "ImageReadOptions":
-        """Validate a user's arguments. Raises ValueError for an unknown value."""
-        check_choice("cache", cache, CACHE)
-        find_decoder(decoder)
-        return cls(cache, decoder, skip_corrupt, check)
+    def __post_init__(self) -> None:
+        check_choice("cache", self.cache, CACHE)
+        find_decoder(self.decoder)
 
     def checks(self, count: int) -> bool:
         """Return True if a set of so many images is read before it is used."""
