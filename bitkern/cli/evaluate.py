@@ -10,9 +10,9 @@ from bitkern.cli import options
 from bitkern.packages import require
 from bitkern.text import format_metrics
 from bitkern.transfer import DataError, check_report, load_run, ranks, write_report
-from bitkern.transfer.data import ImageReadOptions, check_same_classes, load_split
+from bitkern.transfer.data import ImageReadOptions, check_same_classes, load_split, open_resized
 from bitkern.transfer.device_config import DeviceConfig
-from bitkern.transfer.inference import open_and_predict
+from bitkern.transfer.inference import predict_on_rank
 
 DISTRIBUTED = True
 EXAMPLES = """\
@@ -54,9 +54,9 @@ def run(args: argparse.Namespace) -> None:
             f"{args.data}: expected one label per image as {args.run} has learnt, found several"
         )
     read_options = ImageReadOptions(args.cache, finished.decoder, args.skip_corrupt)
-    predictions = open_and_predict(
-        config, finished.model, test_set, finished.crop, read_options, args.batch_size
-    )
+    resized = open_resized(test_set.images, finished.crop, read_options, reused=False)
+    parts = config, finished.model, resized, test_set, args.batch_size
+    predictions = predict_on_rank(*parts, args.skip_corrupt)
     metrics = predictions.metrics()
     skipped = len(test_set.images) - predictions.readable
     options.report_skipped(skipped)

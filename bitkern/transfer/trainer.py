@@ -180,27 +180,15 @@ class Trainer:
                 journal = stack.enter_context(run.recording(resume, on_record))
             journal.records = ranks.run_on_rank0(lambda: journal.records)
             display = Display(self.done.step, rule.steps, split, setup.shown, self.done.seconds)
-            loop = TrainLoop(
-                setup,
-                run,
-                stack.enter_context(contextlib.closing(display)),
-                stack.enter_context(deferred_interrupt(setup.shown)),
-                self.train_images,
-                self.evaluation,
-                self.best_model,
-            )
+            stack.enter_context(contextlib.closing(display))
+            interrupted = stack.enter_context(deferred_interrupt(setup.shown))
+            images = self.train_images, self.evaluation
+            loop = TrainLoop(setup, run, display, interrupted, *images, self.best_model)
             if setup.shown and trial:
                 display.print(loop.estimate(trial))
-            batches = TrainBatches(
-                setup.train_set,
-                self.train_images,
-                setup.schedule,
-                setup.config,
-                flip=setup.flip,
-                skip_corrupt=setup.read_options.skip_corrupt,
-                start=self.done.step,
-                on_device=self.on_device,
-            )
+            parts = setup.train_set, self.train_images, setup.schedule, setup.config, setup.flip
+            skip_corrupt = setup.read_options.skip_corrupt
+            batches = TrainBatches(*parts, skip_corrupt, self.done.step, self.on_device)
             loading = stack.enter_context(contextlib.closing(iter(batches)))
             predictions = loop.fit(self._train_step(setup, loading, loop.on_micro_batch))
             return self._finish(run, loop, predictions)

@@ -234,16 +234,8 @@ def train_batches(
     resized = open_for_recipe(rule, data.images, options)
     schedule = Schedule(len(data.images), rule, seed, batch_split, rank, world_size)
     config = DeviceConfig.create(device, "fp32", workers)
-    return TrainBatches(
-        data,
-        resized,
-        schedule,
-        config,
-        flip=flip,
-        skip_corrupt=skip_corrupt,
-        start=start,
-        on_device=copy_to_gpu(config.device, resized),
-    )
+    on_device = copy_to_gpu(config.device, resized)
+    return TrainBatches(data, resized, schedule, config, flip, skip_corrupt, start, on_device)
 
 
 def eval_batches(
