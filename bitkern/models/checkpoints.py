@@ -7,6 +7,7 @@ checked against the model, key by key, and only then copied into it. Nothing is 
 import json
 import math
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -254,9 +255,10 @@ def save_safetensors(model: nn.Module, path: str | PathLike[str], **metadata: An
         mode = part.stat().st_mode
         # In a folder, because safetensors writes to a name of its own, which outlives a kill, and
         # lets the owner alone read the file.
-        with files.temporary_folder(part) as folder:
-            safetensors.torch.save_file(state, folder / part.name, header)
-            (folder / part.name).replace(part)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=part.parent) as folder:
+            whole = Path(folder, part.name)
+            safetensors.torch.save_file(state, whole, header)
+            whole.replace(part)
         part.chmod(mode)
         _sort_metadata(part)
 

@@ -8,7 +8,7 @@ as in google-research/big_vision, by the same authors (``utils.py``, ``optax.py`
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,8 @@ class Pretraining(StepSchedule):
     ``crop`` is pixels (square), ``min_area`` the least fraction of an image in a crop;
     ``steps``, ``decay_steps`` and ``warmup_steps`` optimizer steps; ``base_lr`` the learning rate
     per 256 images of ``batch_size``; ``sigmoid`` selects the loss of sigmoids, also for single
-    labels. ``weight_decay`` applies to the weights of convolutions and head.
+    labels. ``weight_decay`` applies to the weights of convolutions and head. ``resize`` is None:
+    crops are cut out of original images; ``mixup_alpha`` is 0: there is no MixUp upstream.
     Raises ``ValueError`` for values that make no schedule.
     """
 
@@ -47,6 +48,8 @@ class Pretraining(StepSchedule):
     sigmoid: bool = False
     crop: int = 224
     min_area: float = 0.05
+    resize: ClassVar[None] = None
+    mixup_alpha: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         check(self.crop >= 1, "image_size", "a positive number of pixels", self.crop)
@@ -58,15 +61,6 @@ class Pretraining(StepSchedule):
             f"fewer than the {self.steps} steps of the training",
             self.warmup_steps,
         )
-
-    @property
-    def resize(self) -> None:
-        """None: crops are cut out of original images."""
-
-    @property
-    def mixup_alpha(self) -> float:
-        """There is no MixUp upstream."""
-        return 0.0
 
     def lr(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0 (so the first is 0).
