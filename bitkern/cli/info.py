@@ -64,14 +64,8 @@ def _operators() -> list[dict[str, str]]:
             for name, operator in backends.OPERATORS.items():
                 takes_weight = operator.kernel == "weight_standardize"
                 choice = backends.choose(operator.kernel, weight if takes_weight else maps)
-                rows.append(
-                    {
-                        "operator": name,
-                        "device": device,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        **choice._asdict(),
-                    }
-                )
+                kind = {"device": device, "dtype": str(dtype).removeprefix("torch.")}
+                rows.append({"operator": name, **kind, **choice._asdict()})
     return rows
 
 

@@ -71,11 +71,8 @@ def add_device_options(parser: Parser) -> None:
         default=min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
         help="threads that load images; do not change results (default: %(default)s)",
     )
-    parser.group("data")(
-        "--skip-corrupt",
-        action="store_true",
-        help="skip images that cannot be read; training replaces them by others",
-    )
+    help = "skip images that cannot be read; training replaces them by others"
+    parser.group("data")("--skip-corrupt", action="store_true", help=help)
 
 
 def add_cache(parser: Parser, help: str) -> None:

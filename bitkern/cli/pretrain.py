@@ -27,23 +27,13 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
     help = "train a BiT model from scratch, as published"
     parser = commands.add_parser("pretrain", help=help, description=f"{help}.", epilog=EXAMPLES)
     training.add_options(parser)
-    parser.group("model and weights")(
-        "--weights",
-        metavar="FILE|RUN|NAME",
-        help="initial weights, including the head (default: random)",
-    )
+    help = "initial weights, including the head (default: random)"
+    parser.group("model and weights")("--weights", metavar="FILE|RUN|NAME", help=help)
     rule = parser.group(training.SCHEDULE)
-    rule(
-        "--preset",
-        required=True,
-        choices=PRESETS,
-        help="the published model whose schedule and loss to use",
-    )
-    rule(
-        "--epochs",
-        type=float,
-        help="epochs of training; scales the decays (default: 90; BiT-L: 40)",
-    )
+    help = "the published model whose schedule and loss to use"
+    rule("--preset", required=True, choices=PRESETS, help=help)
+    help = "epochs of training; scales the decays (default: 90; BiT-L: 40)"
+    rule("--epochs", type=float, help=help)
     rule("--steps", type=options.positive, help="optimizer steps, instead of --epochs")
     help = "epochs after which the learning rate falls to a tenth"
     rule("--decay-epochs", type=float, nargs="*", metavar="EPOCH", help=help)

@@ -64,17 +64,10 @@ def add_options(parser: options.Parser) -> None:
         help="for unbalanced classes: sample draws all equally often, loss weights rare ones more "
         "(default: none)",
     )
-    data(
-        "--check",
-        action=argparse.BooleanOptionalAction,
-        help="read all images before training (default: for sets of up to 100 000)",
-    )
-    data(
-        "--decoder",
-        choices=DECODERS,
-        default="pillow",
-        help="image decoder; results differ slightly (default: pillow)",
-    )
+    help = "read all images before training (default: for sets of up to 100 000)"
+    data("--check", action=argparse.BooleanOptionalAction, help=help)
+    help = "image decoder; results differ slightly (default: pillow)"
+    data("--decoder", choices=DECODERS, default="pillow", help=help)
     model("--model", required=True, metavar="NAME", help="such as BiT-M-R50x1; see bitkern weights")
     memory(
         "--batch-split",
@@ -90,12 +83,8 @@ def add_options(parser: options.Parser) -> None:
         "where to cache resized images, so that each is decoded once (default: auto, in memory or "
         "on disk if there is room)",
     )
-    memory(
-        "--cuda-graph",
-        choices=CUDA_GRAPH,
-        default="auto",
-        help="replay steps as CUDA graphs, on one GPU (default: auto, off for now)",
-    )
+    help = "replay steps as CUDA graphs, on one GPU (default: auto, off for now)"
+    memory("--cuda-graph", choices=CUDA_GRAPH, default="auto", help=help)
     output("--out", required=True, metavar="DIR", help="folder of the results")
     output("--resume", action="store_true", help="continue the run in --out; needs no other option")
     for what in ("eval", "checkpoint"):
