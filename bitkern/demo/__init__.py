@@ -114,15 +114,8 @@ def run(out: str | PathLike[str], seed: int = 0, num_letters: int | None = None)
     letters_test = letters(HELD_OUT_LETTERS, seed, held_out=True)
     train_set, test_set = digits("train"), digits("test")
 
-    upstream = fit(
-        "letters",
-        upstream_set,
-        letters_test,
-        UPSTREAM_STEPS,
-        seed,
-        evaluations=5,
-        weight_decay=1e-4,
-    )
+    arguments = upstream_set, letters_test, UPSTREAM_STEPS, seed
+    upstream = fit("letters", *arguments, evaluations=5, weight_decay=1e-4)
     pairs: dict[str, tuple[DemoRun, DemoRun]] = {}
     for shots in (*SHOTS, None):
         name = str(shots or "all")
@@ -143,10 +136,8 @@ def run(out: str | PathLike[str], seed: int = 0, num_letters: int | None = None)
     summary = {
         "model": MODEL,
         "upstream": {"top1": upstream.top1, "steps": UPSTREAM_STEPS, "letters": upstream.images},
-        **{
-            how: {"top1": r.top1, "steps": FULL_STEPS}
-            for how, r in (("transfer", transfer), ("scratch", scratch))
-        },
+        "transfer": {"top1": transfer.top1, "steps": FULL_STEPS},
+        "scratch": {"top1": scratch.top1, "steps": FULL_STEPS},
         "few_shot": {
             shots: {"transfer": one.top1, "scratch": other.top1, "steps": FEW_SHOT_STEPS}
             for shots, (one, other) in pairs.items()

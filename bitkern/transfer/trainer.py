@@ -200,8 +200,7 @@ class Trainer:
         setup, journal = self.setup, run.journal
         skipped = len(gather_corrupt(self.train_images))
         evaluated = metrics = None
-        if setup.selection and setup.selection.keep == "best":
-            self.best_model.restore()
+        self.best_model.restore()
         if self.test:
             # There are no predictions if the run was stopped after its last step.
             if predictions is None or setup.selection:
