@@ -138,9 +138,8 @@ def train(
     trainer = Trainer(setup)
     resumed = trainer.restore(resume, precision == "auto", batch_split == "auto")
     trainer.open_images()
-    trial, auto = None, batch_split == "auto" and not resumed
-    if auto or progress:
-        trial = trainer.fit_memory(auto)
+    auto = batch_split == "auto" and not resumed
+    trial = trainer.fit_memory(auto) if auto or progress else None
     return trainer.run(resume, trial, on_record)
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import io
 import re
@@ -246,8 +245,3 @@ def find_decoder(name: str) -> Decoder:
     check_choice("decoder", name, DECODERS)
     require("PIL" if name == "pillow" else name)
     return DECODERS[name]
-
-
-def decoder_version(name: str) -> str:
-    """Name the decoder with the version of its package, because pixels may depend on it."""
-    return f"{name} {importlib.metadata.version(name)}"

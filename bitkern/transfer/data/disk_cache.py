@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import mmap
 import os
@@ -22,7 +23,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from bitkern import files
-from bitkern.transfer.data.decoders import decoder_version, note_once, noted
+from bitkern.transfer.data.decoders import note_once, noted
 from bitkern.transfer.data.images import DataError, Pixels, Source
 from bitkern.transfer.data.resized import ResizedImages
 
@@ -217,7 +218,7 @@ def _origin(resized: ResizedImages) -> str:
 def entry_for(resized: ResizedImages, decoder: str) -> tuple[CacheEntry, CacheIndex]:
     """Return the entry of these images, and the index of an empty one."""
     digest = hashlib.blake2b(digest_size=16)
-    name = decoder_version(decoder)
+    name = f"{decoder} {importlib.metadata.version(decoder)}"  # pixels may depend on the version
     head = FORMAT, name, resized.size, len(resized)
     for part in (*map(str, head), *map(_version, resized.images)):
         digest.update(part.encode("utf-8", "surrogateescape") + b"\0")

@@ -9,6 +9,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -157,18 +158,15 @@ class TrainBatches:
         return [Crop(image, top, left, flip) for (image, _), (top, left), flip in rows]
 
     def _regions(self, batch: Sequence[tuple[int, int]]) -> list[Crop]:
-        chance, flips = self._uniforms(batch, 4)
+        rows = zip(batch, *self._uniforms(batch, 4), strict=True)
+        return [Crop(i, 0, 0, flip, partial(self._region, row)) for (i, _), row, flip in rows]
 
-        def region(row: int) -> Region:
-            def of_size(height: int, width: int) -> tuple[int, int, int, int]:
-                sizes = np.array([[height, width]])
-                ((top, left, tall, wide),) = self.schedule.recipe.regions(chance[row, None], sizes)
-                return int(top), int(left), int(tall), int(wide)
-
-            return of_size
-
-        rows = enumerate(zip(batch, flips, strict=True))
-        return [Crop(image, 0, 0, flip, region(row)) for row, ((image, _), flip) in rows]
+    def _region(
+        self, chance: npt.NDArray[np.float64], height: int, width: int
+    ) -> tuple[int, int, int, int]:
+        sizes = np.array([[height, width]])
+        ((top, left, tall, wide),) = self.schedule.recipe.regions(chance[None], sizes)
+        return int(top), int(left), int(tall), int(wide)
 
 
 def gather_crops(images: Tensor, crops: Tensor, size: int) -> Tensor:
