@@ -73,9 +73,8 @@ class Trainer:
                 setup = dataclasses.replace(setup, config=config, batch_split=split, about=about)
             setup.config.place(self.model)
             self.reducer = GradientReducer(self.model)
-        self.setup, self.scaler = setup, setup.config.scaler()
-        if folder and checkpoint:
-            with ranks.propagate_errors():
+            self.setup, self.scaler = setup, setup.config.scaler()
+            if folder and checkpoint:
                 self.done = load_checkpoint(folder, checkpoint, self._state, setup.settings)
         return checkpoint is not None
 

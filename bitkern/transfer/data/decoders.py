@@ -1,5 +1,6 @@
 """Image decoders: Pillow and torchvision. Their pixels differ, so a run keeps to one."""
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -75,7 +76,7 @@ def read_image(
     ``on_open`` is called with the opened image before it is decoded. Raises ``DataError``, naming
     the file, if it cannot be decoded.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if isinstance(source, np.ndarray):
         image = Image.fromarray(source).convert("RGB")
@@ -94,7 +95,9 @@ def read_image(
                 # Pillow would clip these to 255 instead of scaling them.
                 raise ValueError(f"mode {image.mode}, expected 8 bits per channel, or 16 of grey")
             on_open(image)
-            _apply_orientation(image)
+            image.load()  # errors raised here concern the pixels
+            with contextlib.suppress(Exception):  # damaged EXIF data can raise anything
+                ImageOps.exif_transpose(image, in_place=True)
             if wide:
                 note_once(SCALED)
                 grey = np.rint(np.asarray(image, np.float32) / 257).astype(np.uint8)
@@ -151,16 +154,6 @@ def orientation_of(image: "Image.Image") -> int:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # damaged EXIF data can raise anything
         return 1
-
-
-def _apply_orientation(image: "Image.Image") -> None:
-    from PIL import ImageOps
-
-    image.load()  # errors raised here concern the pixels
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # damaged EXIF data can raise anything; the pixels are intact
-        pass
 
 
 def image_size(data: ImageSet) -> tuple[int, int]:

@@ -109,11 +109,8 @@ class CacheEntry:
 
     def remove(self) -> bool:
         """Delete the entry unless it is being filled; processes that use it keep their pixels."""
-        try:
-            with self.lock.acquire(timeout=0):
-                shutil.rmtree(self.folder, ignore_errors=True)
-        except (Timeout, OSError):
-            pass
+        with contextlib.suppress(Timeout, OSError), self.lock.acquire(timeout=0):
+            shutil.rmtree(self.folder, ignore_errors=True)
         return not self.folder.exists()
 
 
@@ -133,11 +130,9 @@ def cache_entries() -> list[CacheEntry]:
 def size_limit() -> int:
     """Return the bytes that all entries may take: ``BITKERN_CACHE_LIMIT``, in GB, else 100 GB."""
     text = os.environ.get("BITKERN_CACHE_LIMIT") or str(LIMIT_GB)
-    try:
+    with contextlib.suppress(ValueError):
         if 0 <= float(text) < float("inf"):
             return int(float(text) * 1e9)
-    except ValueError:
-        pass
     raise ValueError(f"BITKERN_CACHE_LIMIT: expected a number of GB, got {text!r}")
 
 

@@ -1,5 +1,6 @@
 """Images in tar files, in the layout of the webdataset library."""
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -211,11 +212,9 @@ def _cached_index(shards: Sequence[Shard]) -> _Index:
     key = json.dumps([FORMAT, [shard[1:] for shard in shards]])
     digest = hashlib.sha256(key.encode()).hexdigest()[:32]
     path = index_folder() / f"{digest}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return _Index(*(arrays[field] for field in _Index._fields))
-    except Exception:  # a damaged file can raise anything
-        pass
+    # A damaged file can raise anything.
+    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as arrays:
+        return _Index(*(arrays[field] for field in _Index._fields))
     indexer = _Indexer()
     for shard in tqdm(shards, "indexing shards", leave=False, disable=None):
         indexer.add(shard)
