@@ -62,15 +62,14 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
 
 def run(args: argparse.Namespace) -> None:
     choice = training.prepare(args)
-    data = training.load_data(args)
-    if args.shots is not None:
-        data = data._replace(train_set=few_shot(data.train_set, args.shots, args.seed))
+    data = training.load_once(_load_data, args)
     rule = ranks.run_on_rank0(_rule, args, data.train_set)
-    torch.manual_seed(args.seed)
-    weights = _weights(args)
-    path = training.weights_file(args, weights)
     with ranks.propagate_errors():
-        model = create_model(args.model, 0, weights=path)
+        torch.manual_seed(args.seed)
+        weights = _weights(args)
+        training.fetch_weights(args, weights)
+    with ranks.propagate_errors():
+        model = create_model(args.model, 0, weights=None if args.resume else weights)
     # A new head always, because the same number of classes need not be the same classes.
     model.reset_classifier(len(data.train_set.classes))
     if args.freeze:
@@ -87,6 +86,13 @@ def _weights(args: argparse.Namespace) -> str | None:
     if args.weights == "none":
         return None
     return get_release(args.model).name if args.weights == "pretrained" else args.weights
+
+
+def _load_data(args: argparse.Namespace) -> training.Data:
+    data = training.load_data(args)
+    if args.shots is not None:
+        return data._replace(train_set=few_shot(data.train_set, args.shots, args.seed))
+    return data
 
 
 def _rule(args: argparse.Namespace, train_set: ImageSet) -> HyperRule:

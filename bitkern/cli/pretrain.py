@@ -10,6 +10,7 @@ import torch
 from bitkern.cli import options, training
 from bitkern.models import ResNetV2, create_model
 from bitkern.models.checkpoints import read_metadata
+from bitkern.models.registry import weights_path
 from bitkern.transfer import DataError, ImageSet, Pretraining, pretraining, ranks
 from bitkern.transfer.data import check_same_classes
 from bitkern.transfer.recipes.pretraining import PRESETS
@@ -53,14 +54,14 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
 
 def run(args: argparse.Namespace) -> None:
     choice = training.prepare(args)
-    data = training.load_data(args)
+    data = training.load_once(training.load_data, args)
     with ranks.propagate_errors():
         rule = _rule(args, len(data.train_set.images))
         _check_labels(args, data.train_set, rule)
-    torch.manual_seed(args.seed)
-    path = training.weights_file(args, args.weights or None)
+        torch.manual_seed(args.seed)
+        training.fetch_weights(args, args.weights)
     with ranks.propagate_errors():
-        model = _model(args, Path(path) if path else None, data.train_set.classes, rule)
+        model = _model(args, data.train_set.classes, rule)
     training.run(args, model, args.weights, rule, data, choice, {"preset": args.preset})
 
 
@@ -84,13 +85,12 @@ def _check_labels(args: argparse.Namespace, data: ImageSet, rule: Pretraining) -
         raise DataError(f"{args.data}: {image}: expected a label, got none")
 
 
-def _model(
-    args: argparse.Namespace, path: Path | None, classes: Sequence[str], rule: Pretraining
-) -> ResNetV2:
-    if path is None:
+def _model(args: argparse.Namespace, classes: Sequence[str], rule: Pretraining) -> ResNetV2:
+    if not args.weights or args.resume:
         model = create_model(args.model, len(classes))
         torch.nn.init.constant_(model.get_parameter("head.fc.bias"), rule.head_bias(len(classes)))
         return model
+    path = Path(weights_path(args.weights, args.model))
     model = create_model(args.model, weights=path)
     if model.num_classes != len(classes):
         raise ValueError(

@@ -5,8 +5,7 @@ import contextlib
 import dataclasses
 import hashlib
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from os import PathLike
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,12 +158,12 @@ class Data(NamedTuple):
     val_set: transfer.ImageSet | None = None
 
 
-def load_data(args: argparse.Namespace) -> Data:
-    """Load the sets that the options name, once on each machine.
+def load_once(load: Callable[[argparse.Namespace], Data], args: argparse.Namespace) -> Data:
+    """Call ``load`` in one process of each machine.
 
-    Raises ``DataError``, also if the machines that train together have other data.
+    Raises ``DataError`` if the machines that train together have other data.
     """
-    data = ranks.run_on_local_rank0(_load_sets, args)
+    data = ranks.run_on_local_rank0(load, args)
     own = [(each.classes, _digest(each.labels)) for each in (data.train_set, data.eval_set)]
     if any(other != own for other in ranks.all_gather_object(own)):
         message = "expected the same images on all machines, found others"
@@ -177,7 +176,8 @@ def _digest(labels: Any) -> str:
     return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
 
-def _load_sets(args: argparse.Namespace) -> Data:
+def load_data(args: argparse.Namespace) -> Data:
+    """Load the sets that the options name. Raises ``DataError``."""
     train_set = load_split(args.data, "train", flat=args.holdout is not None)
     selects = args.keep == "best" or args.patience is not None
     held_out = val_set = None
@@ -206,11 +206,13 @@ def _load(args: argparse.Namespace, split: str, train_set: transfer.ImageSet) ->
     return found
 
 
-def weights_file(args: argparse.Namespace, weights: str | None) -> str | PathLike[str] | None:
-    """Return the file of the initial weights, if any; one process of each machine downloads it."""
-    if weights is None or args.resume:
-        return None
-    return ranks.run_on_local_rank0(weights_path, weights, args.model)
+def fetch_weights(args: argparse.Namespace, weights: str | None) -> None:
+    """Download the initial weights, if any, in one process of each machine.
+
+    The others then find them in the cache.
+    """
+    if weights and not args.resume and ranks.is_local_rank0():
+        weights_path(weights, args.model)
 
 
 def given_options(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:

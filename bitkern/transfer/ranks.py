@@ -35,6 +35,11 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def is_local_rank0() -> bool:
+    """Return True in the first process of each machine."""
+    return world_size() == 1 or int(os.environ.get("LOCAL_RANK", rank())) == 0
+
+
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
     """Initialize the process group for the block, under torchrun and unless it is there already."""
