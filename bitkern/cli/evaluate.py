@@ -66,9 +66,7 @@ def run(args: argparse.Namespace) -> None:
         about |= {"precision": config.precision, "device": device, "torch": torch.__version__}
         about["training"] = finished.summary
         history = [record for record in finished.history if "run" not in record]  # a demo's has
-        with ranks.propagate_errors():
-            if ranks.rank() == 0:
-                write_report(page, *evaluated, history=history, about=about)
+        ranks.run_on_rank0(write_report, page, *evaluated, history=history, about=about)
     if args.json:
         print(json.dumps({**metrics, "images": predictions.readable}))
         return
