@@ -2,12 +2,15 @@
 
 import contextlib
 import errno
+import json
 import os
 import pickle
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from bitkern.text import one_line
 
@@ -65,6 +68,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: object, **options: Any) -> None:
+    """Write an indented JSON file; ``options`` are those of ``json.dumps``."""
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(content, indent=2, **options) + "\n")
+
+
 def replace_atomically(part: Path, path: Path) -> None:
     """Sync a written file and rename it to ``path``, in the same folder."""
     sync(part)
@@ -73,23 +82,13 @@ def replace_atomically(part: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def temporary_folder(part: Path) -> Iterator[Path]:
-    """Yield a folder beside a temporary path, for libraries that write temporary files."""
-    folder = part.with_name(f"{part.name}.d")
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
 def atomic_create(path: Path) -> Iterator[Path]:
     """Yield a temporary path of the same name for a new file or folder.
 
     It is moved to ``path`` when the block succeeds, along with files written beside it.
     """
-    with temporary_folder(path.with_name(f".part-{os.getpid()}-{path.name}")) as folder:
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as name:
+        folder = Path(name)
         yield folder / path.name
         for part in folder.rglob("*"):
             sync(part)

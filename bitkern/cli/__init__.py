@@ -11,40 +11,23 @@ import sys
 from collections.abc import Sequence
 
 import bitkern
-from bitkern.cli import (
-    cache,
-    demo,
-    evaluate,
-    export,
-    finetune,
-    info,
-    predict,
-    pretrain,
-    training,
-    weights,
-)
+from bitkern.cli import cache, demo, evaluate, export, finetune, info, predict, pretrain, weights
 from bitkern.cli.options import Parser
+from bitkern.cli.training import restore_arguments, resume_hint
 from bitkern.export import ExportError
 from bitkern.transfer import TrainingError, ranks
-from bitkern.transfer.data.memory import is_out_of_memory
+from bitkern.transfer.data import is_out_of_memory
 
 # Modules with add(commands), run(args), and DISTRIBUTED: True if torchrun may start it.
 COMMANDS = (finetune, pretrain, evaluate, predict, export, weights, cache, demo, info)
 
 
-EXAMPLES = """\
-examples:
-  bitkern finetune --data DATA --model BiT-M-R50x1 --out runs/mine
-  bitkern finetune --data DATA --model BiT-M-R50x1 --out runs/quick --preset quick
-  bitkern finetune --resume --out runs/mine
-  bitkern predict runs/mine photo.jpg
-"""
+EXAMPLES = f"{finetune.EXAMPLES}  bitkern predict runs/mine photo.jpg\n"
 # Other programs' names of options that are too different for a spelling suggestion.
 ALIASES = {"--epochs": "--steps", "--lr": "--base-lr", "--learning-rate": "--base-lr"}
 
 
-def _parser() -> tuple[Parser, dict[str, Parser]]:
-    """Build the parser; returns it with those of the commands."""
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="bitkern",
         description="Fine-tune, evaluate and export Big Transfer (BiT) models.",
@@ -54,15 +37,10 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     commands = parser.add_subparsers(metavar="command", dest="command")
     for command in COMMANDS:
         command.add(commands)
-    return parser, commands.choices
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser, commands = _parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         option = unknown[0].partition("=")[0]
-        words = commands[args.command].format_help().replace(",", " ").split()
+        words = commands.choices[args.command].format_help().replace(",", " ").split()
         known = [word for word in words if word.startswith("--")]
         near = [ALIASES[option]] if ALIASES.get(option) in known else []
         near += difflib.get_close_matches(option, known, n=1) if not near else []
@@ -77,7 +55,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _run(argv: Sequence[str]) -> int:
     commands = {command.__name__.rpartition(".")[2]: command for command in COMMANDS}
     try:
-        argv = training.restore_arguments(argv)
+        argv = restore_arguments(argv)
         args = _parse(argv)
         args.command_line = shlex.join(["bitkern", *argv])
         command = commands[args.command]
@@ -89,7 +67,7 @@ def _run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
         if command in (finetune, pretrain):
-            message += training.resume_hint(args)
+            message += resume_hint(args)
     except BrokenPipeError:  # the reader of the output has closed it, as head does
         # Output that is still buffered goes to the null device.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,8 +6,7 @@ import json
 from typing import Any
 
 from bitkern.cli import options
-from bitkern.transfer.data.disk_cache import CacheEntry, cache_entries, images_folder
-from bitkern.transfer.data.shards import index_folder
+from bitkern.transfer.data import CacheEntry, cache_entries, images_folder, index_folder
 
 DISTRIBUTED = False
 

@@ -11,12 +11,8 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
     help = "Big Transfer in miniature, in about two minutes: from letters to digits"
     parser = commands.add_parser("demo", help=help, description=f"{help}.")
     add = parser.add_argument
-    add(
-        "--out",
-        default="runs/demo",
-        metavar="DIR",
-        help="folder of the results (default: %(default)s)",
-    )
+    help = "folder of the results (default: %(default)s)"
+    add("--out", default="runs/demo", metavar="DIR", help=help)
     add("--seed", type=options.non_negative, default=0, help="random seed (default: 0)")
     add("--letters", type=options.positive, help="training letters to render (default: 8000)")
 

@@ -8,12 +8,11 @@ import torch
 
 from bitkern.cli import options
 from bitkern.packages import require
+from bitkern.text import format_metrics
 from bitkern.transfer import DataError, check_report, load_run, ranks, write_report
-from bitkern.transfer.data import check_same_classes, load_split
-from bitkern.transfer.data.open_images import ImageReadOptions
+from bitkern.transfer.data import ImageReadOptions, check_same_classes, load_split, open_resized
 from bitkern.transfer.device_config import DeviceConfig
-from bitkern.transfer.inference import open_and_predict
-from bitkern.transfer.progress import format_metrics
+from bitkern.transfer.inference import predict_on_rank
 
 DISTRIBUTED = True
 EXAMPLES = """\
@@ -54,10 +53,10 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(
             f"{args.data}: expected one label per image as {args.run} has learnt, found several"
         )
-    read_options = ImageReadOptions.create(args.cache, finished.decoder, args.skip_corrupt)
-    predictions = open_and_predict(
-        config, finished.model, test_set, finished.crop, read_options, args.batch_size
-    )
+    read_options = ImageReadOptions(args.cache, finished.decoder, args.skip_corrupt)
+    resized = open_resized(test_set.images, finished.crop, read_options, reused=False)
+    parts = config, finished.model, resized, test_set, args.batch_size
+    predictions = predict_on_rank(*parts, args.skip_corrupt)
     metrics = predictions.metrics()
     skipped = len(test_set.images) - predictions.readable
     options.report_skipped(skipped)
@@ -67,9 +66,7 @@ def run(args: argparse.Namespace) -> None:
         about |= {"precision": config.precision, "device": device, "torch": torch.__version__}
         about["training"] = finished.summary
         history = [record for record in finished.history if "run" not in record]  # a demo's has
-        with ranks.propagate_errors():
-            if ranks.rank() == 0:
-                write_report(page, *evaluated, history=history, about=about)
+        ranks.run_on_rank0(write_report, page, *evaluated, history=history, about=about)
     if args.json:
         print(json.dumps({**metrics, "images": predictions.readable}))
         return

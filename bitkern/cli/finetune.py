@@ -8,7 +8,6 @@ import torch
 from bitkern.cli import options, training
 from bitkern.models import create_model
 from bitkern.models.pretrained import find_release, get_release
-from bitkern.models.registry import weights_path
 from bitkern.transfer import HyperRule, ImageSet, few_shot, hyperrule, ranks
 from bitkern.transfer.data import image_size
 
@@ -63,20 +62,16 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
 
 def run(args: argparse.Namespace) -> None:
     choice = training.prepare(args)
-    data = ranks.run_on_local_rank0(_load_data, args)
-    train_set, eval_set = data.train_set, data.eval_set
-    training.check_same_everywhere(args.data, train_set, eval_set)
-    rule = ranks.run_on_rank0(_rule, args, train_set)
+    data = training.load_once(_load_data, args)
+    rule = ranks.run_on_rank0(_rule, args, data.train_set)
     with ranks.propagate_errors():
         torch.manual_seed(args.seed)
         weights = _weights(args)
-        # The other processes then find it in the cache.
-        if weights and not args.resume and ranks.is_local_rank0():
-            weights_path(weights, args.model)
+        training.fetch_weights(args, weights)
     with ranks.propagate_errors():
         model = create_model(args.model, 0, weights=None if args.resume else weights)
     # A new head always, because the same number of classes need not be the same classes.
-    model.reset_classifier(len(train_set.classes))
+    model.reset_classifier(len(data.train_set.classes))
     if args.freeze:
         model.freeze_backbone()
     about = {"shots": args.shots, "freeze": args.freeze}

@@ -48,12 +48,6 @@ def _devices() -> list[str]:
     return devices
 
 
-def _precisions() -> list[str]:
-    """Describe the choice of ``--precision auto`` on each device."""
-    devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return ["{1} on {0}: {2}".format(name, *default_precision(name)) for name in devices]
-
-
 def _operators() -> list[dict[str, str]]:
     """List the backend of each operator on each device, for typical tensors."""
     rows = []
@@ -64,14 +58,8 @@ def _operators() -> list[dict[str, str]]:
             for name, operator in backends.OPERATORS.items():
                 takes_weight = operator.kernel == "weight_standardize"
                 choice = backends.choose(operator.kernel, weight if takes_weight else maps)
-                rows.append(
-                    {
-                        "operator": name,
-                        "device": device,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        **choice._asdict(),
-                    }
-                )
+                kind = {"device": device, "dtype": str(dtype).removeprefix("torch.")}
+                rows.append({"operator": name, **kind, **choice._asdict()})
     return rows
 
 
@@ -83,6 +71,7 @@ def collect() -> dict[str, Any]:
     triton_module, reason = triton.load()
     with warnings.catch_warnings(action="ignore"):  # the table shows the same
         operators = _operators()
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     packages = ("torch", "numpy", "safetensors", "torchvision", "timm", "transformers")
     return {
         "bitkern": bitkern.__version__,
@@ -93,7 +82,7 @@ def collect() -> dict[str, Any]:
         "devices": _devices(),
         "extension": built,
         "backend": backends.requested(),
-        "precision": _precisions(),
+        "precision": ["{1} on {0}: {2}".format(d, *default_precision(d)) for d in devices],
         "environment": {k: v for k, v in os.environ.items() if k.startswith("BITKERN_")},
         "operators": operators,
     }

@@ -9,9 +9,8 @@ from typing import Any, Literal, NoReturn
 import torch
 
 from bitkern.transfer import ranks
+from bitkern.transfer.checks import CACHE, PRECISIONS
 from bitkern.transfer.data import SOURCES
-from bitkern.transfer.data.open_images import CACHE
-from bitkern.transfer.device_config import PRECISIONS
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,11 +71,8 @@ def add_device_options(parser: Parser) -> None:
         default=min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
         help="threads that load images; do not change results (default: %(default)s)",
     )
-    parser.group("data")(
-        "--skip-corrupt",
-        action="store_true",
-        help="skip images that cannot be read; training replaces them by others",
-    )
+    help = "skip images that cannot be read; training replaces them by others"
+    parser.group("data")("--skip-corrupt", action="store_true", help=help)
 
 
 def add_cache(parser: Parser, help: str) -> None:

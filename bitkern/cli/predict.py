@@ -12,9 +12,9 @@ from bitkern.cli import options
 from bitkern.packages import require
 from bitkern.text import one_line
 from bitkern.transfer import FinishedRun, load_run
-from bitkern.transfer.data.folder import find_images
+from bitkern.transfer.data import ResizedImages, find_decoder, find_images
 from bitkern.transfer.device_config import DeviceConfig
-from bitkern.transfer.inference import predict_images
+from bitkern.transfer.inference import predict_batches
 
 DISTRIBUTED = False
 EXAMPLES = """\
@@ -78,8 +78,9 @@ def _predict(
     """Yield the predictions in order; corrupt images are added to ``skipped``."""
     names, top_k = finished.classes, min(args.top_k, len(finished.classes))
     paths = iter(images)
-    parts = images, finished.crop, finished.decoder, args.batch_size
-    for logits, unreadable in predict_images(config, finished.model, *parts):
+    resized = ResizedImages(images, finished.crop, find_decoder(finished.decoder))
+    parts = resized, range(len(images)), args.batch_size
+    for logits, unreadable in predict_batches(config, finished.model, *parts):
         probabilities = logits.sigmoid() if finished.multi_label else logits.softmax(1)
         best = probabilities.topk(top_k) if len(logits) else None
         rows = zip(best.values.tolist(), best.indices.tolist(), strict=True) if best else iter(())

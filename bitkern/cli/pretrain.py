@@ -28,23 +28,13 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
     help = "train a BiT model from scratch, as published"
     parser = commands.add_parser("pretrain", help=help, description=f"{help}.", epilog=EXAMPLES)
     training.add_options(parser)
-    parser.group("model and weights")(
-        "--weights",
-        metavar="FILE|RUN|NAME",
-        help="initial weights, including the head (default: random)",
-    )
+    help = "initial weights, including the head (default: random)"
+    parser.group("model and weights")("--weights", metavar="FILE|RUN|NAME", help=help)
     rule = parser.group(training.SCHEDULE)
-    rule(
-        "--preset",
-        required=True,
-        choices=PRESETS,
-        help="the published model whose schedule and loss to use",
-    )
-    rule(
-        "--epochs",
-        type=float,
-        help="epochs of training; scales the decays (default: 90; BiT-L: 40)",
-    )
+    help = "the published model whose schedule and loss to use"
+    rule("--preset", required=True, choices=PRESETS, help=help)
+    help = "epochs of training; scales the decays (default: 90; BiT-L: 40)"
+    rule("--epochs", type=float, help=help)
     rule("--steps", type=options.positive, help="optimizer steps, instead of --epochs")
     help = "epochs after which the learning rate falls to a tenth"
     rule("--decay-epochs", type=float, nargs="*", metavar="EPOCH", help=help)
@@ -64,17 +54,14 @@ def add(commands: "argparse._SubParsersAction[options.Parser]") -> None:
 
 def run(args: argparse.Namespace) -> None:
     choice = training.prepare(args)
-    data = ranks.run_on_local_rank0(training.load_data, args)
-    train_set, eval_set = data.train_set, data.eval_set
-    training.check_same_everywhere(args.data, train_set, eval_set)
+    data = training.load_once(training.load_data, args)
     with ranks.propagate_errors():
-        rule = _rule(args, len(train_set.images))
-        _check_labels(args, train_set, rule)
+        rule = _rule(args, len(data.train_set.images))
+        _check_labels(args, data.train_set, rule)
         torch.manual_seed(args.seed)
-        if args.weights and not args.resume and ranks.is_local_rank0():
-            weights_path(args.weights, args.model)
+        training.fetch_weights(args, args.weights)
     with ranks.propagate_errors():
-        model = _model(args, train_set.classes, rule)
+        model = _model(args, data.train_set.classes, rule)
     training.run(args, model, args.weights, rule, data, choice, {"preset": args.preset})
 
 
@@ -99,18 +86,18 @@ def _check_labels(args: argparse.Namespace, data: ImageSet, rule: Pretraining) -
 
 
 def _model(args: argparse.Namespace, classes: Sequence[str], rule: Pretraining) -> ResNetV2:
-    if args.weights and not args.resume:
-        path = Path(weights_path(args.weights, args.model))
-        model = create_model(args.model, weights=path)
-        if model.num_classes != len(classes):
-            raise ValueError(
-                f"weights: expected a head of {len(classes)} classes as {args.data} has, "
-                f"got {args.weights} with {model.num_classes}"
-            )
-        named = read_metadata(path).get("classes") if path.suffix == ".safetensors" else None
-        if named:
-            check_same_classes(named, classes, args.weights, args.data)
+    if not args.weights or args.resume:
+        model = create_model(args.model, len(classes))
+        torch.nn.init.constant_(model.get_parameter("head.fc.bias"), rule.head_bias(len(classes)))
         return model
-    model = create_model(args.model, len(classes))
-    torch.nn.init.constant_(model.get_parameter("head.fc.bias"), rule.head_bias(len(classes)))
+    path = Path(weights_path(args.weights, args.model))
+    model = create_model(args.model, weights=path)
+    if model.num_classes != len(classes):
+        raise ValueError(
+            f"weights: expected a head of {len(classes)} classes as {args.data} has, "
+            f"got {args.weights} with {model.num_classes}"
+        )
+    named = read_metadata(path).get("classes") if path.suffix == ".safetensors" else None
+    if named:
+        check_same_classes(named, classes, args.weights, args.data)
     return model

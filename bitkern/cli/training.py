@@ -5,34 +5,28 @@ import contextlib
 import dataclasses
 import hashlib
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from bitkern import transfer
 from bitkern.cli import options
 from bitkern.models import ResNetV2
+from bitkern.models.registry import weights_path
 from bitkern.packages import require
-from bitkern.transfer import (
-    DataError,
-    ImageSet,
-    Recipe,
-    Selection,
-    TrainResult,
-    default_precision,
-    hold_out,
-    ranks,
-    train,
+from bitkern.text import format_duration, format_metrics
+from bitkern.transfer import ranks
+from bitkern.transfer.checks import BALANCE, CUDA_GRAPH, KEEP, METRICS
+from bitkern.transfer.data import (
+    DECODERS,
+    NoSplitError,
+    check_apart,
+    check_same_classes,
+    load_split,
 )
-from bitkern.transfer.balance import BALANCE
-from bitkern.transfer.curves import Record
-from bitkern.transfer.data import NoSplitError, check_apart, check_same_classes, load_split
-from bitkern.transfer.data.decoders import DECODERS
-from bitkern.transfer.device_config import CUDA_GRAPH
-from bitkern.transfer.progress import format_duration, format_metrics
 from bitkern.transfer.run import CHECKPOINT, REPORT, OnRecord, check_out, read_checkpoint
-from bitkern.transfer.selection import KEEP, METRICS
 
 # Options that are arguments of ``train`` of the same name.
 TRAIN_ARGUMENTS = (
@@ -54,7 +48,12 @@ def add_options(parser: options.Parser) -> None:
         help="hold out this part of the training images for evaluation; --keep best and --patience "
         "choose the model by it",
     )
-    add_selection(parser)
+    help = "model to keep: the last, as published, or the best on images of --holdout or DIR/val"
+    data("--keep", choices=KEEP, default="last", help=f"{help} (default: last)")
+    help = "metric of the best model (default: top1)"
+    data("--metric", choices=METRICS, default="top1", help=help)
+    help = "stop after N evaluations without a better one (default: never)"
+    data("--patience", type=options.positive, metavar="N", help=help)
     data("--seed", type=options.non_negative, default=0, help="random seed (default: 0)")
     data("--no-flip", action="store_true", help="no horizontal flips, for digits and letters")
     data(
@@ -64,17 +63,10 @@ def add_options(parser: options.Parser) -> None:
         help="for unbalanced classes: sample draws all equally often, loss weights rare ones more "
         "(default: none)",
     )
-    data(
-        "--check",
-        action=argparse.BooleanOptionalAction,
-        help="read all images before training (default: for sets of up to 100 000)",
-    )
-    data(
-        "--decoder",
-        choices=DECODERS,
-        default="pillow",
-        help="image decoder; results differ slightly (default: pillow)",
-    )
+    help = "read all images before training (default: for sets of up to 100 000)"
+    data("--check", action=argparse.BooleanOptionalAction, help=help)
+    help = "image decoder; results differ slightly (default: pillow)"
+    data("--decoder", choices=DECODERS, default="pillow", help=help)
     model("--model", required=True, metavar="NAME", help="such as BiT-M-R50x1; see bitkern weights")
     memory(
         "--batch-split",
@@ -90,29 +82,14 @@ def add_options(parser: options.Parser) -> None:
         "where to cache resized images, so that each is decoded once (default: auto, in memory or "
         "on disk if there is room)",
     )
-    memory(
-        "--cuda-graph",
-        choices=CUDA_GRAPH,
-        default="auto",
-        help="replay steps as CUDA graphs, on one GPU (default: auto, off for now)",
-    )
+    help = "replay steps as CUDA graphs, on one GPU (default: auto, off for now)"
+    memory("--cuda-graph", choices=CUDA_GRAPH, default="auto", help=help)
     output("--out", required=True, metavar="DIR", help="folder of the results")
     output("--resume", action="store_true", help="continue the run in --out; needs no other option")
     for what in ("eval", "checkpoint"):
         help = f"steps between {what}{'uation' * (what == 'eval')}s (default: a tenth of the run)"
         output(f"--{what}-every", type=options.positive, metavar="STEPS", help=help)
     output("--tensorboard", action="store_true", help="write the curves for TensorBoard to DIR")
-
-
-def add_selection(parser: options.Parser) -> None:
-    add = parser.group("data")
-    help = "model to keep: the last, as published, or the best on images of --holdout or DIR/val"
-    add("--keep", choices=KEEP, default="last", help=f"{help} (default: last)")
-    add(
-        "--metric", choices=METRICS, default="top1", help="metric of the best model (default: top1)"
-    )
-    help = "stop after N evaluations without a better one (default: never)"
-    add("--patience", type=options.positive, metavar="N", help=help)
 
 
 SCHEDULE = "schedule: override the values of the recipe"
@@ -165,7 +142,7 @@ def prepare(args: argparse.Namespace) -> DeviceChoice:
         out = Path(args.out)
         began = read_checkpoint(out)["settings"]["precision"] if args.resume else None
         if args.precision == "auto":
-            chosen = (began, "as the run began") if began else default_precision(device)
+            chosen = (began, "as the run began") if began else transfer.default_precision(device)
             return DeviceChoice(device, *chosen)
         other = began not in (None, args.precision)
         reason = "asked for" + f"; the run began in {began}" * other
@@ -175,10 +152,28 @@ def prepare(args: argparse.Namespace) -> DeviceChoice:
 class Data(NamedTuple):
     """The sets of a training; ``split`` names ``eval_set``; ``val_set`` selects the model."""
 
-    train_set: ImageSet
-    eval_set: ImageSet
+    train_set: transfer.ImageSet
+    eval_set: transfer.ImageSet
     split: str
-    val_set: ImageSet | None = None
+    val_set: transfer.ImageSet | None = None
+
+
+def load_once(load: Callable[[argparse.Namespace], Data], args: argparse.Namespace) -> Data:
+    """Call ``load`` in one process of each machine.
+
+    Raises ``DataError`` if the machines that train together have other data.
+    """
+    data = ranks.run_on_local_rank0(load, args)
+    own = [(each.classes, _digest(each.labels)) for each in (data.train_set, data.eval_set)]
+    if any(other != own for other in ranks.all_gather_object(own)):
+        message = "expected the same images on all machines, found others"
+        raise transfer.DataError(f"{args.data}: {message}")
+    return data
+
+
+def _digest(labels: Any) -> str:
+    parts = (labels,) if isinstance(labels, np.ndarray) else (labels.indptr, labels.indices)
+    return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
 
 def load_data(args: argparse.Namespace) -> Data:
@@ -187,7 +182,7 @@ def load_data(args: argparse.Namespace) -> Data:
     selects = args.keep == "best" or args.patience is not None
     held_out = val_set = None
     if args.holdout is not None:
-        train_set, held_out = hold_out(train_set, args.holdout, args.seed)
+        train_set, held_out = transfer.hold_out(train_set, args.holdout, args.seed)
         if not selects:
             return Data(train_set, held_out, "holdout")
     if selects:
@@ -203,7 +198,7 @@ def load_data(args: argparse.Namespace) -> Data:
     return Data(train_set, test_set, "test", val_set)
 
 
-def _load(args: argparse.Namespace, split: str, train_set: ImageSet) -> ImageSet:
+def _load(args: argparse.Namespace, split: str, train_set: transfer.ImageSet) -> transfer.ImageSet:
     found = load_split(args.data, split, train_set.classes)
     names = f"{args.data}/{split}", f"{args.data}/train"
     check_same_classes(found.classes, train_set.classes, *names)
@@ -211,17 +206,13 @@ def _load(args: argparse.Namespace, split: str, train_set: ImageSet) -> ImageSet
     return found
 
 
-def check_same_everywhere(source: str, *sets: ImageSet) -> None:
-    """Raise DataError if the machines that train together have other data."""
-    own = [(data.classes, _digest(data)) for data in sets]
-    if any(other != own for other in ranks.all_gather_object(own)):
-        raise DataError(f"{source}: expected the same images on all machines, found others")
+def fetch_weights(args: argparse.Namespace, weights: str | None) -> None:
+    """Download the initial weights, if any, in one process of each machine.
 
-
-def _digest(data: ImageSet) -> str:
-    labels = data.labels
-    parts = (labels,) if isinstance(labels, np.ndarray) else (labels.indptr, labels.indices)
-    return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+    The others then find them in the cache.
+    """
+    if weights and not args.resume and ranks.is_local_rank0():
+        weights_path(weights, args.model)
 
 
 def given_options(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
@@ -238,7 +229,7 @@ def run(
     args: argparse.Namespace,
     model: ResNetV2,
     weights: str | None,
-    rule: Recipe,
+    rule: transfer.Recipe,
     data: Data,
     choice: DeviceChoice,
     about: Mapping[str, Any],
@@ -256,13 +247,13 @@ def run(
     settings |= {"command": args.command_line, **about}
     selection = None
     if val_set is not None:
-        selection = Selection(val_set, args.keep, args.metric, args.patience)
+        selection = transfer.Selection(val_set, args.keep, args.metric, args.patience)
         optimistic = ""
         if val_set is eval_set:
             optimistic = ", which are also the test images, so the result is optimistic"
         print(f"{args.keep} model by {args.metric} on {len(val_set.images)} images{optimistic}")
     with _tensorboard(args) as on_record:
-        result = train(
+        result = transfer.train(
             model,
             train_set,
             rule,
@@ -280,7 +271,7 @@ def run(
     print(f"open {Path(args.out) / REPORT}")
 
 
-def _describe(result: TrainResult, eval_set: ImageSet, split: str) -> str:
+def _describe(result: transfer.TrainResult, eval_set: transfer.ImageSet, split: str) -> str:
     """Describe the results beside a baseline that always names the largest class."""
     assert result.metrics is not None
     counts = np.bincount(eval_set.labels) if not eval_set.multi_label else eval_set.labels.sum(0)
@@ -308,7 +299,7 @@ def _tensorboard(args: argparse.Namespace) -> Iterator[OnRecord | None]:
 
     writers: list[SummaryWriter] = []  # created with the first record
 
-    def write(record: Record) -> None:
+    def write(record: dict[str, Any]) -> None:
         if not writers:
             writers.append(SummaryWriter(args.out))
         for name, value in record.items():

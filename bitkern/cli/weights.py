@@ -47,11 +47,7 @@ def _rows() -> list[dict[str, str | int | bool | None]]:
 
 
 def _table(rows: list[dict[str, str | int | bool | None]]) -> str:
-    line = "{:<50} {:<12} {:>7}  {:<6} {}".format
-    lines = [line("name", "architecture", "classes", "cached", "source")]
-    for row in rows:
-        is_cached = "yes" if row["cached"] else "no"
-        lines.append(
-            line(row["name"], row["architecture"], row["classes"], is_cached, row["source"])
-        )
+    line = "{name:<50} {architecture:<12} {classes:>7}  {cached:<6} {source}".format_map
+    lines = [line({key: key for key in rows[0]})]
+    lines += [line(row | {"cached": "yes" if row["cached"] else "no"}) for row in rows]
     return "\n".join([*lines, "and vtab/BiT-M-ARCHITECTURE-run{0,1,2}-TASK"])

@@ -21,9 +21,10 @@ from bitkern.demo.letters import letters
 from bitkern.demo.plots import DemoRun, draw_curves, draw_predictions, table
 from bitkern.models import create_model
 from bitkern.models.checkpoints import save_safetensors
+from bitkern.text import format_duration
 from bitkern.transfer import HyperRule, ImageSet, digits, few_shot, hyperrule, predict, train
-from bitkern.transfer.progress import Display, format_duration
-from bitkern.transfer.run import CURVES, METRICS, SUMMARY, WEIGHTS, check_out, write_summary
+from bitkern.transfer.progress import Display
+from bitkern.transfer.run import CURVES, METRICS, SUMMARY, WEIGHTS, check_out
 
 MODEL = "R26x0.5"
 LETTERS = 8000  # default number to train on
@@ -113,15 +114,8 @@ def run(out: str | PathLike[str], seed: int = 0, num_letters: int | None = None)
     letters_test = letters(HELD_OUT_LETTERS, seed, held_out=True)
     train_set, test_set = digits("train"), digits("test")
 
-    upstream = fit(
-        "letters",
-        upstream_set,
-        letters_test,
-        UPSTREAM_STEPS,
-        seed,
-        evaluations=5,
-        weight_decay=1e-4,
-    )
+    arguments = upstream_set, letters_test, UPSTREAM_STEPS, seed
+    upstream = fit("letters", *arguments, evaluations=5, weight_decay=1e-4)
     pairs: dict[str, tuple[DemoRun, DemoRun]] = {}
     for shots in (*SHOTS, None):
         name = str(shots or "all")
@@ -142,10 +136,8 @@ def run(out: str | PathLike[str], seed: int = 0, num_letters: int | None = None)
     summary = {
         "model": MODEL,
         "upstream": {"top1": upstream.top1, "steps": UPSTREAM_STEPS, "letters": upstream.images},
-        **{
-            how: {"top1": r.top1, "steps": FULL_STEPS}
-            for how, r in (("transfer", transfer), ("scratch", scratch))
-        },
+        "transfer": {"top1": transfer.top1, "steps": FULL_STEPS},
+        "scratch": {"top1": scratch.top1, "steps": FULL_STEPS},
         "few_shot": {
             shots: {"transfer": one.top1, "scratch": other.top1, "steps": FEW_SHOT_STEPS}
             for shots, (one, other) in pairs.items()
@@ -158,7 +150,7 @@ def run(out: str | PathLike[str], seed: int = 0, num_letters: int | None = None)
         "seconds": round(time.perf_counter() - began, 1),
         "torch": torch.__version__,
     }
-    write_summary(out, summary)
+    files.write_json(out / SUMMARY, summary)
     print(table(pairs, len(test_set.images)))
     duration = format_duration(time.perf_counter() - began)
     print(f"{duration}; open {out / CURVES} and {out / PREDICTIONS}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bitkern import files
 from bitkern.export import aoti, npz, onnx, timm, transformers
+from bitkern.transfer.checks import check_choice
 from bitkern.transfer.run import FinishedRun, load_run
 
 TOLERANCE = 1e-4
@@ -63,8 +64,7 @@ def export(run: str | PathLike[str], to: str, out: str | PathLike[str]) -> float
             does not have.
         ExportError: if the difference is above 1e-4; then nothing is left.
     """
-    if to not in TARGETS:
-        raise ValueError(f"to: expected {', '.join(TARGETS)}, got {to!r}")
+    check_choice("to", to, TARGETS)
     target, out = TARGETS[to], Path(out)
     for package in target.REQUIRES:
         if importlib.util.find_spec(package) is None:

@@ -1,6 +1,5 @@
 """Weights, preprocessing and model card shared by several targets."""
 
-import json
 from pathlib import Path
 
 from torch import Tensor
@@ -107,8 +106,3 @@ def _fraction(value: float | None) -> str | None:
 
 def _cell(value: object) -> str:
     return one_line(value).replace("|", "\\|")
-
-
-def write_json(content: object, path: Path) -> None:
-    with files.atomic_write(path) as part:
-        part.write_text(json.dumps(content, indent=2) + "\n")

@@ -32,13 +32,10 @@ def write(run: FinishedRun, out: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    program.model.metadata_props.update(
-        {
-            "classes": json.dumps(run.classes),
-            "preprocessing": preprocessing(run),
-            "probabilities": "sigmoid" if run.multi_label else "softmax",
-        }
-    )
+    properties = program.model.metadata_props
+    properties["classes"] = json.dumps(run.classes)
+    properties["preprocessing"] = preprocessing(run)
+    properties["probabilities"] = "sigmoid" if run.multi_label else "softmax"
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     program.save(out, external_data=size > LARGEST)
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from bitkern.export.common import scaled_state, write_card, write_json
+from bitkern import files
+from bitkern.export.common import scaled_state, write_card
 from bitkern.models.pretrained import timm_name
 from bitkern.transfer.run import FinishedRun
 
@@ -49,7 +50,7 @@ def write(run: FinishedRun, out: Path) -> None:
             "classifier": "head.fc",
         },
     }
-    write_json(config, out / "config.json")
+    files.write_json(out / "config.json", config)
     write_card(run, out / "README.md", "timm", SNIPPET)
     state = {name: tensor.contiguous() for name, tensor in scaled_state(run).items()}
     safetensors.torch.save_file(state, out / "model.safetensors", {"format": "pt"})

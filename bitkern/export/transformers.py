@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bitkern.export.common import scaled_state, write_card, write_json
+from bitkern import files
+from bitkern.export.common import scaled_state, write_card
 from bitkern.models import ARCHITECTURES
 from bitkern.transfer.run import FinishedRun
 
@@ -51,14 +52,9 @@ def write(run: FinishedRun, out: Path) -> None:
     from transformers import BitForImageClassification
 
     names = dict(enumerate(run.classes))
-    model = BitForImageClassification(
-        config(
-            run.architecture,
-            id2label=names,
-            label2id={name: i for i, name in names.items()},
-            problem_type=f"{'multi' if run.multi_label else 'single'}_label_classification",
-        )
-    )
+    labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    problem = f"{'multi' if run.multi_label else 'single'}_label_classification"
+    model = BitForImageClassification(config(run.architecture, problem_type=problem, **labels))
     state = {transformers_name(name): tensor for name, tensor in scaled_state(run).items()}
     state["classifier.1.weight"] = state["classifier.1.weight"].flatten(1)  # nn.Linear
     model.load_state_dict(state)
@@ -76,7 +72,7 @@ def write(run: FinishedRun, out: Path) -> None:
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
-    write_json(processor, out / "preprocessor_config.json")
+    files.write_json(out / "preprocessor_config.json", processor)
     write_card(run, out / "README.md", "transformers", SNIPPET)
 
 

@@ -7,6 +7,7 @@ checked against the model, key by key, and only then copied into it. Nothing is 
 import json
 import math
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -156,10 +157,6 @@ def _architecture_of(state: Mapping[str, Tensor]) -> str:
     return names.get(architecture, "ResNetV2 of depths {} and width {:g}".format(*architecture))
 
 
-def _described(state: Mapping[str, Tensor]) -> str:
-    return f"{_architecture_of(state)} with {num_classes_of(state)} classes"
-
-
 def _for_channels(stem: Tensor, in_chans: int) -> Tensor:
     """RGB filters (O, 3, kh, kw) for another kind of image: summed for one channel, else tiled."""
     if stem.ndim != 4 or stem.shape[1] != 3 or in_chans == 3:
@@ -188,7 +185,7 @@ def load_state_dict(
     """
     state = _renamed(state)
     own = model.state_dict()
-    checkpoint, wanted = _described(state), _described(own)
+    kinds = [f"{_architecture_of(s)} with {num_classes_of(s)} classes" for s in (state, own)]
     if not head:
         state, own = ({k: t for k, t in s.items() if k[:5] != "head."} for s in (state, own))
     if "stem.conv.weight" in state:
@@ -200,7 +197,7 @@ def load_state_dict(
             hint = "; head=False drops its head" if name.startswith("head.") else ""
             raise ValueError(
                 f"{source}: {name}: checkpoint has {shapes[0]}, model has {shapes[1]} "
-                f"(checkpoint is {checkpoint}, model is {wanted}{hint})"
+                f"(checkpoint is {kinds[0]}, model is {kinds[1]}{hint})"
             )
     model.load_state_dict(state, strict=head)
 
@@ -254,9 +251,10 @@ def save_safetensors(model: nn.Module, path: str | PathLike[str], **metadata: An
         mode = part.stat().st_mode
         # In a folder, because safetensors writes to a name of its own, which outlives a kill, and
         # lets the owner alone read the file.
-        with files.temporary_folder(part) as folder:
-            safetensors.torch.save_file(state, folder / part.name, header)
-            (folder / part.name).replace(part)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=part.parent) as folder:
+            whole = Path(folder, part.name)
+            safetensors.torch.save_file(state, whole, header)
+            whole.replace(part)
         part.chmod(mode)
         _sort_metadata(part)
 

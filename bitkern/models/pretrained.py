@@ -73,8 +73,7 @@ def find_release(name: str) -> Release | None:
 
 def get_release(name: str) -> Release:
     """As ``find_release``, but raises ValueError with suggestions for a name without weights."""
-    release = find_release(name)
-    if release is not None:
+    if release := find_release(name):
         return release
     if name.startswith("BiT-L-"):
         raise ValueError(f"{name}: BiT-L was never released; BiT-S and BiT-M were")

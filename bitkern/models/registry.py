@@ -8,12 +8,7 @@ from typing import Literal, overload
 
 import torch
 
-from bitkern.models.checkpoints import (
-    READERS,
-    load_state_dict,
-    num_classes_of,
-    read_checkpoint,
-)
+from bitkern.models.checkpoints import READERS, load_state_dict, num_classes_of, read_checkpoint
 from bitkern.models.pretrained import (
     HUB,
     RELEASES,

@@ -77,17 +77,16 @@ def _from_hub(repository: str, cache_dir: CacheDir) -> Path:
             f"{HUB}{repository}: huggingface_hub is not installed: pip install 'bitkern[train]'"
         )
     import huggingface_hub
-    from huggingface_hub import errors
 
     for file in HUB_FILES:
         try:
             found = huggingface_hub.hf_hub_download(repository, file, cache_dir=_hub_dir(cache_dir))
             return Path(found)
-        except errors.RemoteEntryNotFoundError:
+        except huggingface_hub.errors.RemoteEntryNotFoundError:
             continue
-        except errors.RepositoryNotFoundError:
+        except huggingface_hub.errors.RepositoryNotFoundError:
             reason = "no such repository, or none for you"
-        except errors.LocalEntryNotFoundError:
+        except huggingface_hub.errors.LocalEntryNotFoundError:
             reason = "not in the cache, and the hub cannot be reached"
         # It also raises the errors of its HTTP client and some fifty classes of its own.
         except Exception as error:

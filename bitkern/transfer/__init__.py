@@ -14,6 +14,7 @@ from bitkern.transfer.data import (
 from bitkern.transfer.data.loader import train_batches
 from bitkern.transfer.device_config import default_precision
 from bitkern.transfer.inference import evaluate, predict
+from bitkern.transfer.loop import TrainingError
 from bitkern.transfer.ranks import RankError
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.recipes.hyperrule import HyperRule, hyperrule
@@ -22,7 +23,6 @@ from bitkern.transfer.recipes.pretraining import Pretraining, pretraining
 from bitkern.transfer.report import check_report, scores, write_report
 from bitkern.transfer.run import FinishedRun, RunError, load_run
 from bitkern.transfer.selection import Selection
-from bitkern.transfer.train_setup import TrainingError
 from bitkern.transfer.trainer import TrainResult
 from bitkern.transfer.training import train
 

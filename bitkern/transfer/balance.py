@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     Labels: TypeAlias = npt.NDArray[np.int64] | npt.NDArray[np.bool_] | csr_array
 Weights = npt.NDArray[np.float64]
 
-BALANCE = ("none", "sample", "loss")
-
 
 def sample_weights(labels: "Labels") -> Weights:
     """Compute sampling weights for N examples: one over the number of examples of the class.

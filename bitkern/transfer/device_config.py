@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from bitkern.transfer import ranks
+from bitkern.transfer.checks import CUDA_GRAPH, PRECISIONS, check, check_choice
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CUDA_GRAPH = ("auto", "on", "off")
 # CPU features (x86, then Arm) that multiply bfloat16; without one it is slower than float32.
 _BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
@@ -35,13 +34,12 @@ def use_graph(cuda_graph: str, device: torch.device) -> bool:
 
     Raises ValueError for "on" where graphs are not supported, and for an unknown value.
     """
-    if cuda_graph not in CUDA_GRAPH:
-        raise ValueError(f"cuda_graph: expected {', '.join(CUDA_GRAPH)}, got {cuda_graph!r}")
-    if cuda_graph == "on" and device.type != "cuda":
-        raise ValueError(f"cuda_graph: expected auto or off on {device.type}, got 'on'")
-    if cuda_graph == "on" and ranks.world_size() > 1:
-        raise ValueError("cuda_graph: expected auto or off in several processes, got 'on'")
-    return cuda_graph == "on"
+    check_choice("cuda_graph", cuda_graph, CUDA_GRAPH)
+    on = cuda_graph == "on"
+    gpu, alone = device.type == "cuda", ranks.world_size() == 1
+    check(not on or gpu, "cuda_graph", f"auto or off on {device.type}", cuda_graph)
+    check(not on or alone, "cuda_graph", "auto or off in several processes", cuda_graph)
+    return on
 
 
 class DeviceConfig(NamedTuple):
@@ -63,12 +61,9 @@ class DeviceConfig(NamedTuple):
         device = torch.device(device)
         if precision == "auto":
             precision, _ = default_precision(device)
-        if precision not in PRECISIONS:
-            raise ValueError(
-                f"precision: expected auto, {', '.join(PRECISIONS)}, got {precision!r}"
-            )
-        if cuda_graph == "on" and precision == "fp16":
-            raise ValueError("cuda_graph: expected auto or off with fp16, got 'on'")
+        check_choice("precision", precision, ("auto", *PRECISIONS))
+        graph_of_fp16 = cuda_graph == "on" and precision == "fp16"
+        check(not graph_of_fp16, "cuda_graph", "auto or off with fp16", cuda_graph)
         return cls(device, precision, workers, use_graph(cuda_graph, device))
 
     def place(self, model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from bitkern.packages import require
 from bitkern.transfer import ranks
 from bitkern.transfer.cuda_graphs import Batch, CudaGraphRunner
 from bitkern.transfer.data.decoders import find_decoder
-from bitkern.transfer.data.images import DataError, ImageSet, Source
+from bitkern.transfer.data.images import DataError, ImageSet
 from bitkern.transfer.data.loader import eval_batches
 from bitkern.transfer.data.open_images import ImageReadOptions, open_resized
 from bitkern.transfer.data.resized import ADVICE, ResizedImages
@@ -55,8 +55,9 @@ def evaluate(
     """
     config = DeviceConfig.create(device, precision, workers, cuda_graph)
     require("sklearn")
-    options = ImageReadOptions.create(cache, decoder, skip_corrupt)
-    return open_and_predict(config, model, eval_set, crop, options, batch_size).metrics()
+    options = ImageReadOptions(cache, decoder, skip_corrupt)
+    resized = open_resized(eval_set.images, crop, options, reused=False)
+    return predict_on_rank(config, model, resized, eval_set, batch_size, skip_corrupt).metrics()
 
 
 class RankPredictions(NamedTuple):
@@ -121,19 +122,6 @@ class RankPredictions(NamedTuple):
         return (
             (logits, data) if len(rows) == len(read) else (logits[rows], data.subset(rows.numpy()))
         )
-
-
-def open_and_predict(
-    config: DeviceConfig,
-    model: nn.Module,
-    data: ImageSet,
-    crop: int,
-    options: ImageReadOptions,
-    batch_size: int,
-) -> RankPredictions:
-    """Open a set for a single use and predict this process's share of it."""
-    resized = open_resized(data.images, crop, options, reused=False)
-    return predict_on_rank(config, model, resized, data, batch_size, options.skip_corrupt)
 
 
 def predict_on_rank(
@@ -204,26 +192,13 @@ def predict(
     if not len(images.images):
         raise ValueError("images: expected at least one, got none")
     config = DeviceConfig.create(device, precision, workers, cuda_graph)
-    outputs = []
-    parts = images.images, crop, decoder, batch_size
-    for logits, unreadable in predict_images(config, model, *parts):
+    outputs, resized = [], ResizedImages(images.images, crop, find_decoder(decoder))
+    rows = range(len(resized))
+    for logits, unreadable in predict_batches(config, model, resized, rows, batch_size):
         for error in unreadable.values():
             raise error
         outputs.append(logits)
     return torch.cat(outputs)
-
-
-def predict_images(
-    config: DeviceConfig,
-    model: nn.Module,
-    images: Sequence[Source],
-    crop: int,
-    decoder: str,
-    batch_size: int,
-) -> Iterator[tuple[Tensor, dict[int, DataError]]]:
-    """Yield ``predict_batches`` of images that are resized to (crop, crop)."""
-    resized = ResizedImages(images, crop, find_decoder(decoder))
-    return predict_batches(config, model, resized, range(len(images)), batch_size)
 
 
 def predict_batches(

@@ -6,23 +6,26 @@ import math
 import threading
 import time
 
-from torch import Tensor
-
+from bitkern.text import format_duration
 from bitkern.transfer import ranks
 from bitkern.transfer.data.images import ImageSet
 from bitkern.transfer.data.resized import ResizedImages
 from bitkern.transfer.inference import RankPredictions, predict_on_rank
 from bitkern.transfer.micro_batch import Trial
-from bitkern.transfer.progress import Display, StopRequested, format_duration
+from bitkern.transfer.progress import Display, StopRequested
 from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.recipes.hyperrule import HyperRule
-from bitkern.transfer.run import Journal, Progress, Run
+from bitkern.transfer.run import Progress, Run
 from bitkern.transfer.selection import BestModel
 from bitkern.transfer.step import AsyncScalar, TrainStep
-from bitkern.transfer.train_setup import TrainingError, TrainSetup
+from bitkern.transfer.train_setup import TrainSetup
 
 FORWARD = 3  # duration of forward and backward relative to forward alone
 LONG = 3600  # seconds on a CPU after which the quick preset is suggested
+
+
+class TrainingError(RuntimeError):
+    """Training cannot continue: the loss is not finite, or there is too little memory."""
 
 
 @dataclasses.dataclass
@@ -38,9 +41,9 @@ class TrainLoop:
     best_model: BestModel
 
     def __post_init__(self) -> None:
-        rule, self.step = self.setup.rule, self.run.done.step
-        self.losses = _LossLog(rule, self.run.journal, self.display)
+        self.step = self.run.done.step
         self.began = time.perf_counter() - self.run.done.seconds
+        self.unread: tuple[int, AsyncScalar] | None = None  # the last step, and its loss
         self.predictions: RankPredictions | None = None
         # Within a step only if no other process waits and gradients are the only state.
         has_buffers = any(True for _ in self.setup.model.buffers())
@@ -63,36 +66,52 @@ class TrainLoop:
 
         Raises KeyboardInterrupt after Ctrl-C, once the finished steps are saved.
         """
-        rule, first = self.setup.rule, self.step
+        rule, selection = self.setup.rule, self.setup.selection
+        first, records = self.step, self.run.journal.records
         while True:
             with contextlib.suppress(StopRequested):
                 self._evaluate_if_due()
             (stop,) = ranks.all_reduce_sum(self.interrupted.is_set())
-            over = self.step == rule.steps or self._is_over()
-            if stop or self.step > first and (over or self.setup.intervals.checkpoint(self.step)):
-                self._save()
+            over = self.step == rule.steps or bool(selection and selection.is_over(records))
+            due = over or self.setup.is_due(self.step, self.setup.checkpoint_every)
+            if stop or self.step > first and due:
+                self._read_loss()  # raises if it is not finite, so that no such step is saved
+                corrupt = gather_corrupt(self.train_images)
+                with ranks.propagate_errors():
+                    self.run.save(Progress(self.step, self.seconds, corrupt=corrupt))
             if stop:
                 raise KeyboardInterrupt
             if over:
                 break
             try:
-                self.losses.add(self.step, take_step(self.step, rule.lr(self.step)))
+                loss = AsyncScalar(take_step(self.step, rule.lr(self.step)))
+                self._read_loss()  # that of the step before, while the device computes this one
                 self.step += 1
+                self.unread = self.step, loss
                 self.display.update(self.step)
             except StopRequested:
                 take_step.optimizer.zero_grad()  # those of a part of the step
         return self.predictions
 
-    def _is_over(self) -> bool:
-        selection = self.setup.selection
-        return bool(selection and selection.is_over(self.run.journal.records))
+    def _read_loss(self) -> None:
+        """Record the unread loss, if any. Raises TrainingError if it is not finite."""
+        if self.unread is None:
+            return
+        (step, scalar), self.unread = self.unread, None
+        with ranks.propagate_errors():
+            own_loss = scalar.value()
+        (loss,) = ranks.all_reduce_sum(own_loss)
+        rule, journal = self.setup.rule, self.run.journal
+        _check_finite(loss, "loss", step, rule)
+        journal.add(step=step, loss=loss, lr=rule.lr(step - 1))
+        self.display.show(journal.records[-1])
 
     def estimate(self, trial: Trial) -> str:
         """Describe the memory and time of the training, extrapolated from a micro-batch."""
         rule, setup = self.setup.rule, self.setup
         per_image = trial.seconds / setup.micro_batch
         left = range(self.step + 1, rule.steps + 1)
-        evaluations = sum(map(self.setup.intervals.evaluation, left))
+        evaluations = sum(setup.is_due(step, setup.eval_every) for step in left)
         eval_images = evaluations * (len(self.evaluation[1].images) if self.evaluation else 0)
         eval_cost = eval_images / FORWARD / ranks.world_size()  # in training images
         step = setup.batch_split * trial.seconds
@@ -120,60 +139,25 @@ class TrainLoop:
         )
 
     def _evaluate_if_due(self) -> None:
-        journal, last = self.run.journal, self.run.journal.records[-1:]
-        done = last and last[0]["step"] == self.step and "top1" in last[0]
-        if not self.evaluation or not self.setup.intervals.evaluation(self.step) or done:
+        setup, journal = self.setup, self.run.journal
+        due = self.step > 0 and setup.is_due(self.step, setup.eval_every)
+        done = any(r["step"] == self.step and "top1" in r for r in journal.records[-1:])
+        if not self.evaluation or not due or done:
             return
-        self.losses.read()
+        self._read_loss()
         self.predictions = self.predict(*self.evaluation)
         metrics = self.predictions.metrics()
-        _check_finite(metrics["eval_loss"], "evaluation loss", self.step, self.setup.rule)
+        _check_finite(metrics["eval_loss"], "evaluation loss", self.step, setup.rule)
         journal.add(step=self.step, **metrics)
         self.display.show(journal.records[-1])
-        selection = self.setup.selection
-        if selection and selection.keep == "best":
-            if selection.best(journal.records) is journal.records[-1]:
+        if setup.selection and setup.selection.keep == "best":
+            if setup.selection.best(journal.records) is journal.records[-1]:
                 self.best_model.save()
 
     def predict(self, resized: ResizedImages, data: ImageSet) -> RankPredictions:
         """Predict this process's share of a set. Raises ``StopRequested`` after Ctrl-C."""
         parts = self.setup.config, self.setup.model, resized, data, self.setup.micro_batch
         return predict_on_rank(*parts, self.setup.read_options.skip_corrupt, self.on_micro_batch)
-
-    def _save(self) -> None:
-        self.losses.read()  # raises if it is not finite, so that no such step is saved
-        corrupt = gather_corrupt(self.train_images)
-        with ranks.propagate_errors():
-            self.run.save(Progress(self.step, self.seconds, corrupt=corrupt))
-
-
-@dataclasses.dataclass
-class _LossLog:
-    """The losses of the steps, each read while the device computes the next step."""
-
-    rule: Recipe
-    journal: Journal
-    display: Display
-    unread: tuple[int, AsyncScalar] | None = None
-
-    def add(self, step: int, loss: Tensor) -> None:
-        """Start to copy a loss, and read that of the step before."""
-        scalar = AsyncScalar(loss)
-        self.read()
-        self.unread = step, scalar
-
-    def read(self) -> None:
-        """Record the unread loss, if any. Raises TrainingError if it is not finite."""
-        if self.unread is None:
-            return
-        step, scalar = self.unread
-        self.unread = None
-        with ranks.propagate_errors():
-            own_loss = scalar.value()
-        (loss,) = ranks.all_reduce_sum(own_loss)
-        _check_finite(loss, "loss", step + 1, self.rule)
-        self.journal.add(step=step + 1, loss=loss, lr=self.rule.lr(step))
-        self.display.show(self.journal.records[-1])
 
 
 def gather_corrupt(images: ResizedImages) -> tuple[int, ...]:

@@ -6,28 +6,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
+from bitkern.text import format_duration, format_metrics
 from bitkern.transfer.curves import Record
 
 STOPPING = b"\nbitkern: stopping, and saving what is done; Ctrl-C again stops at once\n"
 LOG_SECONDS = 30  # between the lines of a log file
-
-
-def format_duration(seconds: float) -> str:
-    """Format seconds as "4 s", "3 min", "16 h 5 min"."""
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.2g} s" if seconds < 9.5 else f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """Format the accuracies of an evaluation: "top-1 66.5 %, balanced 50.0 %"."""
-    names = {"top1": "top-1", "balanced_accuracy": "balanced"}
-    names |= {"mean_average_precision": "mean average precision"}
-    return ", ".join(f"{names[key]} {100 * metrics[key]:.1f} %" for key in names if key in metrics)
 
 
 class Display:

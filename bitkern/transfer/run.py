@@ -4,6 +4,7 @@ All but the appended metrics.jsonl are written atomically.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -103,6 +104,7 @@ class Journal:
             self.file.close()
 
 
+@dataclasses.dataclass
 class Run:
     """A training and its folder; without one, and in all processes but rank 0, nothing is written.
 
@@ -110,17 +112,12 @@ class Run:
     ``about`` are a user's entries of summary.json.
     """
 
-    def __init__(
-        self,
-        out: Path | None,
-        state: Mapping[str, Any],
-        settings: dict[str, Any],
-        about: dict[str, Any],
-        done: Progress,
-    ) -> None:
-        self.out, self.state, self.settings, self.about = out, state, settings, about
-        self.done = done
-        self.journal = Journal(None)
+    out: Path | None
+    state: Mapping[str, Any]
+    settings: dict[str, Any]
+    about: dict[str, Any]
+    done: Progress
+    journal: Journal = dataclasses.field(default_factory=lambda: Journal(None))
 
     @contextlib.contextmanager
     def recording(self, resume: bool, on_record: OnRecord | None) -> Iterator[Journal]:
@@ -170,7 +167,7 @@ class Run:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, which marks the run as finished, and remove last.pt."""
         if self.out is not None:
-            write_summary(self.out, summary)
+            files.write_json(self.out / SUMMARY, summary)
             (self.out / CHECKPOINT).unlink(missing_ok=True)
 
 
@@ -221,11 +218,6 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten the settings of the rule to "rule.NAME"."""
     rule = {f"rule.{name}": value for name, value in settings["rule"].items()}
     return {**{name: value for name, value in settings.items() if name != "rule"}, **rule}
-
-
-def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
-    with files.atomic_write(out / SUMMARY) as part:
-        part.write_text(json.dumps(summary, indent=2) + "\n")
 
 
 class FinishedRun(NamedTuple):

@@ -1,5 +1,6 @@
 """The examples of every optimizer step, in every process, and their MixUp."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -61,6 +62,7 @@ def _rank_slice(
     return RankSlice(rows[loaded], len(own), np.array(local))
 
 
+@dataclasses.dataclass(frozen=True)
 class Schedule:
     """The order of examples, a function of (seed, step) alone, shared by loader and loop.
 
@@ -72,22 +74,13 @@ class Schedule:
     its weight, rounded down or up.
     """
 
-    def __init__(
-        self,
-        num_examples: int,
-        recipe: Recipe,
-        seed: int,
-        batch_split: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        weights: Weights | None = None,
-    ) -> None:
-        self.num_examples = num_examples
-        self.recipe = recipe
-        self.seed = seed
-        self.batch_split = batch_split
-        self.rank, self.world_size = rank, world_size
-        self.weights = weights
+    num_examples: int
+    recipe: Recipe
+    seed: int
+    batch_split: int = 1
+    rank: int = 0
+    world_size: int = 1
+    weights: Weights | None = None
 
     def step(self, step: int) -> StepPlan:
         """Return this process's work in an optimizer step, counted from 0."""

@@ -7,12 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitkern.transfer.checks import KEEP, METRICS, check_choice
 from bitkern.transfer.curves import Record
 from bitkern.transfer.data.images import ImageSet
-
-KEEP = ("last", "best")
-METRICS = {"top1": "top1", "balanced_accuracy": "balanced_accuracy", "macro_f1": "macro_f1"}
-METRICS |= {"loss": "eval_loss"}  # names in records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +28,8 @@ class Selection:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        if self.keep not in KEEP:
-            raise ValueError(f"keep: expected {' or '.join(KEEP)}, got {self.keep!r}")
-        if self.metric not in METRICS:
-            raise ValueError(f"metric: expected {', '.join(METRICS)}, got {self.metric!r}")
+        check_choice("keep", self.keep, KEEP)
+        check_choice("metric", self.metric, METRICS)
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience: expected a positive number, got {self.patience}")
         if not len(self.val_set.images):
@@ -54,7 +49,7 @@ class Selection:
 
     def best(self, records: Sequence[Record]) -> Record:
         """Return the best evaluation among the records."""
-        sign, name = (-1 if self.metric == "loss" else 1), METRICS[self.metric]
+        sign, name = (-1, "eval_loss") if self.metric == "loss" else (1, self.metric)
         return max(_evaluations(records), key=lambda record: sign * record.get(name, 0.0))
 
     def is_over(self, records: Sequence[Record]) -> bool:

@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from bitkern.transfer import ranks
+from bitkern.transfer import balance, ranks
 from bitkern.transfer.curves import Record
 from bitkern.transfer.data.decoders import notes
 from bitkern.transfer.data.images import ImageSet
@@ -16,12 +18,19 @@ from bitkern.transfer.data.open_images import open_resized
 from bitkern.transfer.data.resized import ResizedImages, check_classes
 from bitkern.transfer.gradient_reducer import GradientReducer
 from bitkern.transfer.inference import RankPredictions
-from bitkern.transfer.loop import TrainLoop, gather_corrupt
-from bitkern.transfer.micro_batch import Trial
+from bitkern.transfer.loop import TrainingError, TrainLoop, gather_corrupt
+from bitkern.transfer.micro_batch import (
+    CPU_IMAGES,
+    Trial,
+    images_that_fit,
+    smallest_split,
+    try_step,
+)
 from bitkern.transfer.progress import Display, StopRequested, deferred_interrupt
 from bitkern.transfer.report import write_report
 from bitkern.transfer.run import REPORT, Progress, Run, load_checkpoint, read_checkpoint
 from bitkern.transfer.selection import BestModel
+from bitkern.transfer.step import TrainStep
 from bitkern.transfer.train_setup import TrainSetup
 
 
@@ -48,27 +57,25 @@ class Trainer:
         self.setup, self.model = setup, setup.model
         self.optimizer = setup.optimizer()
         self.best_model = BestModel(self.model)
-        self.done, self.about = Progress(), setup.about
+        self.done = Progress()
 
     def restore(self, resume: bool, auto_precision: bool, auto_split: bool) -> bool:
         """Move the model to its device and load a checkpoint; returns True if there is one."""
         folder, setup = self.setup.folder, self.setup
         with ranks.propagate_errors():
             checkpoint = read_checkpoint(folder) if folder and resume else None
-            if checkpoint and auto_precision:
-                precision = checkpoint["settings"]["precision"]
-                config = setup.config._replace(precision=precision)
-                setup = dataclasses.replace(setup, config=config)
+            if checkpoint:
+                began, config = checkpoint["settings"], setup.config
+                if auto_precision:
+                    config = config._replace(precision=began["precision"])
+                split = began["batch_split"] if auto_split else setup.batch_split
+                about = checkpoint["about"]
+                setup = dataclasses.replace(setup, config=config, batch_split=split, about=about)
             setup.config.place(self.model)
             self.reducer = GradientReducer(self.model)
-        self.scaler = setup.config.scaler()
-        if checkpoint and auto_split:
-            setup = dataclasses.replace(setup, batch_split=checkpoint["settings"]["batch_split"])
-        self.setup = setup
-        if folder and checkpoint:
-            with ranks.propagate_errors():
+            self.setup, self.scaler = setup, setup.config.scaler()
+            if folder and checkpoint:
                 self.done = load_checkpoint(folder, checkpoint, self._state, setup.settings)
-                self.about = checkpoint["about"]
         return checkpoint is not None
 
     @property
@@ -112,47 +119,77 @@ class Trainer:
         return images
 
     def fit_memory(self, auto: bool) -> Trial:
-        """Try a micro-batch, of the largest size that fits if ``auto``."""
-        self.setup, trial = self.setup.fitted(self.optimizer, self.scaler, self.reducer, auto)
+        """Try a micro-batch; if ``auto``, set ``batch_split`` to the smallest that fits.
+
+        On a CPU micro-batches of more than ``CPU_IMAGES`` are not tried. Raises ``TrainingError``
+        if the memory does not suffice.
+        """
+        setup, trials = self.setup, dict[int, Trial | None]()
+
+        def try_split(batch_split: int) -> Trial | None:
+            if batch_split not in trials:
+                split = dataclasses.replace(setup, batch_split=batch_split)
+                trials[batch_split] = try_step(self._train_step(split, split.blank_batches()))
+            return trials[batch_split]
+
+        device, most, few = setup.config.device, setup.most_splits, 1
+        fit = limit = setup.rule.batch_size
+        if device.type == "cpu":
+            # Batch normalization cannot be trained on one image with maps of one pixel.
+            few += any(hasattr(module, "running_mean") for module in self.model.modules())
+            fit = images_that_fit(lambda images: try_split(math.ceil(most / images)), few)
+            limit = min(fit, CPU_IMAGES)
+        batch_split: int | None = setup.batch_split
+        if auto:
+            least = math.ceil(most / limit) if limit else most
+            batch_split = smallest_split(lambda split: try_split(split) is not None, most, least)
+        too_many = setup.micro_batch > fit if not auto else not fit and few == 1
+        trial = None if too_many or batch_split is None else try_split(batch_split)
+        if batch_split is None or trial is None:
+            images, advice = "one image", "lower the crop or take a smaller model"
+            if not auto and setup.micro_batch > 1:
+                images, advice = f"{setup.micro_batch} images", "raise batch_split"
+            raise TrainingError(f"not enough memory on {device} for {images} at a time: {advice}")
+        self.setup = dataclasses.replace(setup, batch_split=batch_split)
         return trial
+
+    def _train_step(
+        self,
+        setup: TrainSetup,
+        batches: Iterator[Sequence[Tensor]],
+        on_micro_batch: Callable[[int], object] = lambda done: None,
+    ) -> TrainStep:
+        class_weight = None
+        if setup.balance == "loss":
+            weights = balance.class_weights(setup.train_set.labels, len(setup.train_set.classes))
+            class_weight = torch.from_numpy(weights).float()
+        parts = self.model, self.optimizer, setup.schedule, setup.config, batches
+        return TrainStep(*parts, self.scaler, self.reducer, class_weight, on_micro_batch)
 
     def run(
         self, resume: bool, trial: Trial | None, on_record: Callable[[Record], object] | None
     ) -> TrainResult:
         """Take the remaining steps, and write the results."""
         setup, rule = self.setup, self.setup.rule
-        split = "validation" if setup.selection else self.about.get("evaluated_on", "test")
+        split = "validation" if setup.selection else setup.about.get("evaluated_on", "test")
         out = setup.folder if ranks.rank() == 0 else None
-        run = Run(out, self._state, setup.settings, self.about, self.done)
+        run = Run(out, self._state, setup.settings, setup.about, self.done)
         with contextlib.ExitStack() as stack:
             with ranks.propagate_errors():
                 journal = stack.enter_context(run.recording(resume, on_record))
             journal.records = ranks.run_on_rank0(lambda: journal.records)
             display = Display(self.done.step, rule.steps, split, setup.shown, self.done.seconds)
-            loop = TrainLoop(
-                setup,
-                run,
-                stack.enter_context(contextlib.closing(display)),
-                stack.enter_context(deferred_interrupt(setup.shown)),
-                self.train_images,
-                self.evaluation,
-                self.best_model,
-            )
+            stack.enter_context(contextlib.closing(display))
+            interrupted = stack.enter_context(deferred_interrupt(setup.shown))
+            images = self.train_images, self.evaluation
+            loop = TrainLoop(setup, run, display, interrupted, *images, self.best_model)
             if setup.shown and trial:
                 display.print(loop.estimate(trial))
-            batches = TrainBatches(
-                setup.train_set,
-                self.train_images,
-                setup.schedule,
-                setup.config,
-                flip=setup.flip,
-                skip_corrupt=setup.read_options.skip_corrupt,
-                start=self.done.step,
-                on_device=self.on_device,
-            )
+            parts = setup.train_set, self.train_images, setup.schedule, setup.config, setup.flip
+            skip_corrupt = setup.read_options.skip_corrupt
+            batches = TrainBatches(*parts, skip_corrupt, self.done.step, self.on_device)
             loading = stack.enter_context(contextlib.closing(iter(batches)))
-            parts = self.optimizer, self.scaler, self.reducer
-            predictions = loop.fit(setup.train_step(*parts, loading, loop.on_micro_batch))
+            predictions = loop.fit(self._train_step(setup, loading, loop.on_micro_batch))
             return self._finish(run, loop, predictions)
 
     def _finish(
@@ -162,8 +199,7 @@ class Trainer:
         setup, journal = self.setup, run.journal
         skipped = len(gather_corrupt(self.train_images))
         evaluated = metrics = None
-        if setup.selection and setup.selection.keep == "best":
-            self.best_model.restore()
+        self.best_model.restore()
         if self.test:
             # There are no predictions if the run was stopped after its last step.
             if predictions is None or setup.selection:
@@ -192,7 +228,7 @@ class Trainer:
         setup, train_set = self.setup, self.setup.train_set
         selection = setup.selection.about(result.history) if setup.selection else {}
         return {
-            **self.about,
+            **setup.about,
             **(result.metrics or {}),
             "steps": step,
             **selection,

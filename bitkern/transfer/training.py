@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkern.packages import require
-from bitkern.transfer import ranks
+from bitkern.transfer import checks, ranks
 from bitkern.transfer.curves import Record
 from bitkern.transfer.data.images import ImageSet
 from bitkern.transfer.data.open_images import ImageReadOptions
@@ -28,7 +28,7 @@ from bitkern.transfer.recipes import Recipe
 from bitkern.transfer.report import check_report
 from bitkern.transfer.run import REPORT, check_out
 from bitkern.transfer.selection import Selection
-from bitkern.transfer.train_setup import Intervals, TrainSetup
+from bitkern.transfer.train_setup import TrainSetup
 from bitkern.transfer.trainer import Trainer, TrainResult
 
 
@@ -105,8 +105,7 @@ def train(
     ``RankError`` when another process fails.
     """
     for name, every in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
-        if every is not None and every < 1:
-            raise ValueError(f"{name}: expected a positive number of steps, got {every}")
+        checks.check(every is None or every >= 1, name, "a positive number of steps", every)
     config = DeviceConfig.create(device, precision, workers, cuda_graph)
     if rule.sigmoid:
         train_set = train_set.as_multi_label()
@@ -126,11 +125,12 @@ def train(
         first_split,
         balance,
         flip,
-        ImageReadOptions.create(cache, decoder, skip_corrupt, check),
+        ImageReadOptions(cache, decoder, skip_corrupt, check),
         eval_set,
         selection,
         None if out is None else Path(out),
-        Intervals(rule.steps, eval_every, checkpoint_every),
+        eval_every,
+        checkpoint_every,
         progress and ranks.rank() == 0,
         dict(about or {}),
     )
@@ -138,9 +138,8 @@ def train(
     trainer = Trainer(setup)
     resumed = trainer.restore(resume, precision == "auto", batch_split == "auto")
     trainer.open_images()
-    trial, auto = None, batch_split == "auto" and not resumed
-    if auto or progress:
-        trial = trainer.fit_memory(auto)
+    auto = batch_split == "auto" and not resumed
+    trial = trainer.fit_memory(auto) if auto or progress else None
     return trainer.run(resume, trial, on_record)
 
 

@@ -58,6 +58,6 @@ def assert_reads_alike(found, expected):
     resized, rows = ResizedImages(found.images, 8, pillow), range(len(found.images))
     computes = (DeviceConfig.create("cpu", "fp32", n) for n in (0, 2))
     batches = [list(eval_batches(resized, rows, compute)) for compute in computes]
-    for here, threaded in zip(*batches, strict=True):
-        assert not threaded.unreadable and (here.images == threaded.images).all()
+    for (here, _), (threaded, unreadable) in zip(*batches, strict=True):
+        assert not unreadable and (here == threaded).all()
     assert [m.read() for m in pickle.loads(pickle.dumps(found)).images] == expected

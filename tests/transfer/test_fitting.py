@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from bitkern.transfer import TrainingError, micro_batch, ranks, train_setup
+from bitkern.transfer import TrainingError, micro_batch, ranks, trainer
 from bitkern.transfer.data import memory
 from bitkern.transfer.device_config import default_precision
 from bitkern.transfer.micro_batch import smallest_split
-from bitkern.transfer.train_setup import TrainSetup
+from bitkern.transfer.trainer import Trainer
 from tests.transfer.net import (
     PLAIN,
     RULE,
@@ -98,14 +98,14 @@ def test_images_that_fit_are_on_a_line(monkeypatch, free, images):
 
 
 def test_a_cpu_takes_no_more_than_fit(monkeypatch):
-    monkeypatch.setattr(train_setup, "images_that_fit", lambda *_: 4)
+    monkeypatch.setattr(trainer, "images_that_fit", lambda *_: 4)
     auto = Hungry(10)
     train(auto, PLAIN, batch_split="auto")
     assert auto.largest == 4
     message = "not enough memory on cpu for 5 images at a time: raise batch_split"
     with pytest.raises(TrainingError, match=message):
         train(Hungry(10), PLAIN, batch_split=2, progress=True)
-    monkeypatch.setattr(train_setup, "images_that_fit", lambda *_: 10**9)
+    monkeypatch.setattr(trainer, "images_that_fit", lambda *_: 10**9)
     many = Hungry(100)
     train(many, dataclasses.replace(PLAIN, batch_size=100, steps=1), batch_split="auto")
     assert many.largest == 15, "of up to 16, seven parts of a hundred"
@@ -187,9 +187,9 @@ def test_libraries_that_have_no_memory(message, raised, monkeypatch):
 def test_processes_talk_before_the_memory_is_tried(monkeypatch):
     """NCCL takes its buffers with the first message."""
     order = []
-    copy, fitted = ranks.broadcast_from_rank0, TrainSetup.fitted
+    copy, fitted = ranks.broadcast_from_rank0, Trainer.fit_memory
     monkeypatch.setattr(ranks, "broadcast_from_rank0", lambda t: (order.append("copy"), copy(t))[1])
-    monkeypatch.setattr(TrainSetup, "fitted", lambda *a: (order.append("fit"), fitted(*a))[1])
+    monkeypatch.setattr(Trainer, "fit_memory", lambda *a: (order.append("fit"), fitted(*a))[1])
     train(Hungry(4), PLAIN, batch_split="auto")
     assert order == ["copy", "fit"]
 

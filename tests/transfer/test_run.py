@@ -117,7 +117,7 @@ def test_no_checkpoint_holds_a_step_that_diverged(tmp_path, every, also_interrup
     [
         ("run.draw_curves", []),
         ("trainer.write_report", ["curves.png", "model.safetensors"]),
-        ("run.write_summary", ["curves.png", "model.safetensors", *REPORT]),
+        ("run.Run.finish", ["curves.png", "model.safetensors", *REPORT]),
     ],
 )
 def test_resuming_a_complete_run_trains_no_further(tmp_path, monkeypatch, broken, left):

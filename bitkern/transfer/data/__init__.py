@@ -3,9 +3,10 @@
 import os
 from collections.abc import Callable, Sequence
 
-from bitkern.transfer.data.decoders import image_size
+from bitkern.transfer.data.decoders import DECODERS, find_decoder, image_size
 from bitkern.transfer.data.digits import digits
-from bitkern.transfer.data.folder import image_folder
+from bitkern.transfer.data.disk_cache import CacheEntry, cache_entries, images_folder
+from bitkern.transfer.data.folder import find_images, image_folder
 from bitkern.transfer.data.huggingface import image_dataset, is_dataset
 from bitkern.transfer.data.images import (
     DataError,
@@ -14,13 +15,18 @@ from bitkern.transfer.data.images import (
     check_apart,
     check_same_classes,
 )
-from bitkern.transfer.data.shards import image_shards, is_shards
+from bitkern.transfer.data.memory import is_out_of_memory
+from bitkern.transfer.data.open_images import ImageReadOptions, open_resized
+from bitkern.transfer.data.resized import ResizedImages
+from bitkern.transfer.data.shards import image_shards, index_folder, is_shards
 from bitkern.transfer.data.subsets import few_shot, hold_out
 from bitkern.transfer.data.table import image_table, is_table
 
-__all__ = ["DataError", "ImageSet", "NoSplitError", "check_apart", "check_same_classes", "digits"]
-__all__ += ["few_shot", "hold_out", "image_dataset", "image_folder", "image_shards", "image_size"]
-__all__ += ["image_table", "load_split"]
+__all__ = ["CacheEntry", "DECODERS", "DataError", "ImageReadOptions", "ImageSet", "NoSplitError"]
+__all__ += ["ResizedImages", "cache_entries", "check_apart", "check_same_classes", "digits"]
+__all__ += ["few_shot", "find_decoder", "find_images", "hold_out", "image_dataset", "image_folder"]
+__all__ += ["image_shards", "image_size", "image_table", "images_folder", "index_folder"]
+__all__ += ["is_out_of_memory", "load_split", "open_resized"]
 
 # Sources with a fixed name; then those recognized by their form. Anything else is a folder.
 SOURCES: dict[str, Callable[[str], ImageSet]] = {"digits": digits}

@@ -1,8 +1,8 @@
 """Image decoders: Pillow and torchvision. Their pixels differ, so a run keeps to one."""
 
+import contextlib
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import io
 import re
@@ -18,6 +18,7 @@ import numpy as np
 
 from bitkern.packages import require
 from bitkern.text import one_line
+from bitkern.transfer.checks import check_choice
 from bitkern.transfer.data.images import DataError, ImageSet, Pixels, Region, Source
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def read_image(
     ``on_open`` is called with the opened image before it is decoded. Raises ``DataError``, naming
     the file, if it cannot be decoded.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if isinstance(source, np.ndarray):
         image = Image.fromarray(source).convert("RGB")
@@ -94,7 +95,9 @@ def read_image(
                 # Pillow would clip these to 255 instead of scaling them.
                 raise ValueError(f"mode {image.mode}, expected 8 bits per channel, or 16 of grey")
             on_open(image)
-            _apply_orientation(image)
+            image.load()  # errors raised here concern the pixels
+            with contextlib.suppress(Exception):  # damaged EXIF data can raise anything
+                ImageOps.exif_transpose(image, in_place=True)
             if wide:
                 note_once(SCALED)
                 grey = np.rint(np.asarray(image, np.float32) / 257).astype(np.uint8)
@@ -151,16 +154,6 @@ def orientation_of(image: "Image.Image") -> int:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # damaged EXIF data can raise anything
         return 1
-
-
-def _apply_orientation(image: "Image.Image") -> None:
-    from PIL import ImageOps
-
-    image.load()  # errors raised here concern the pixels
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # damaged EXIF data can raise anything; the pixels are intact
-        pass
 
 
 def image_size(data: ImageSet) -> tuple[int, int]:
@@ -242,12 +235,6 @@ DECODERS: dict[str, Decoder] = {"pillow": pillow, "torchvision": torchvision}
 
 def find_decoder(name: str) -> Decoder:
     """Return the decoder of that name. Raises ValueError if it is unknown or not installed."""
-    if name not in DECODERS:
-        raise ValueError(f"decoder: expected {' or '.join(DECODERS)}, got {name!r}")
+    check_choice("decoder", name, DECODERS)
     require("PIL" if name == "pillow" else name)
     return DECODERS[name]
-
-
-def decoder_version(name: str) -> str:
-    """Name the decoder with the version of its package, because pixels may depend on it."""
-    return f"{name} {importlib.metadata.version(name)}"

@@ -9,13 +9,13 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import mmap
 import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,7 +23,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from bitkern import files
-from bitkern.transfer.data.decoders import decoder_version, note_once, noted
+from bitkern.transfer.data.decoders import note_once, noted
 from bitkern.transfer.data.images import DataError, Pixels, Source
 from bitkern.transfer.data.resized import ResizedImages
 
@@ -109,11 +109,8 @@ class CacheEntry:
 
     def remove(self) -> bool:
         """Delete the entry unless it is being filled; processes that use it keep their pixels."""
-        try:
-            with self.lock.acquire(timeout=0):
-                shutil.rmtree(self.folder, ignore_errors=True)
-        except (Timeout, OSError):
-            pass
+        with contextlib.suppress(Timeout, OSError), self.lock.acquire(timeout=0):
+            shutil.rmtree(self.folder, ignore_errors=True)
         return not self.folder.exists()
 
 
@@ -133,19 +130,15 @@ def cache_entries() -> list[CacheEntry]:
 def size_limit() -> int:
     """Return the bytes that all entries may take: ``BITKERN_CACHE_LIMIT``, in GB, else 100 GB."""
     text = os.environ.get("BITKERN_CACHE_LIMIT") or str(LIMIT_GB)
-    try:
+    with contextlib.suppress(ValueError):
         if 0 <= float(text) < float("inf"):
             return int(float(text) * 1e9)
-    except ValueError:
-        pass
     raise ValueError(f"BITKERN_CACHE_LIMIT: expected a number of GB, got {text!r}")
 
 
 def _existing_folder() -> Path:
     folder = images_folder()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def available_bytes() -> int:
@@ -220,7 +213,7 @@ def _origin(resized: ResizedImages) -> str:
 def entry_for(resized: ResizedImages, decoder: str) -> tuple[CacheEntry, CacheIndex]:
     """Return the entry of these images, and the index of an empty one."""
     digest = hashlib.blake2b(digest_size=16)
-    name = decoder_version(decoder)
+    name = f"{decoder} {importlib.metadata.version(decoder)}"  # pixels may depend on the version
     head = FORMAT, name, resized.size, len(resized)
     for part in (*map(str, head), *map(_version, resized.images)):
         digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
@@ -276,7 +269,7 @@ def fill(
     """
     try:
         entry.folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(entry):
+        with _lock(entry):
             found = open_complete(entry, resized)
             if not found:
                 _fill(entry, fresh, resized, skip_corrupt)
@@ -291,17 +284,13 @@ def fill(
     return found
 
 
-@contextlib.contextmanager
-def _locked(entry: CacheEntry) -> Iterator[None]:
+def _lock(entry: CacheEntry) -> contextlib.AbstractContextManager[object]:
+    """Acquire the lock of an entry, which leaving the block releases."""
     try:
-        entry.lock.acquire(timeout=0)
+        return entry.lock.acquire(timeout=0)
     except Timeout:
         print(f"waiting for another process, which fills {entry.folder}", file=sys.stderr)
-        entry.lock.acquire()
-    try:
-        yield
-    finally:
-        entry.lock.release()
+        return entry.lock.acquire()
 
 
 def _fill(entry: CacheEntry, fresh: CacheIndex, resized: ResizedImages, skip_corrupt: bool) -> None:
@@ -316,26 +305,23 @@ def _fill(entry: CacheEntry, fresh: CacheIndex, resized: ResizedImages, skip_cor
         except DataError:
             resized.corrupt[int(i)] = why
     every = max(1, BYTES_PER_SYNC // pixels[0].nbytes)
-    done = index.done
 
-    def progress(count: int) -> None:
-        nonlocal done
-        done = count
+    def progress(done: int) -> None:
+        index.done = done
         if done % every == 0:
             write_index()
 
     def write_index() -> None:
-        index.done = done
-        index.corrupt = {str(i): why for i, why in resized.corrupt.items() if i < done}
+        index.corrupt = {str(i): why for i, why in resized.corrupt.items() if i < index.done}
         index.notes = sorted({*index.notes, *(noted() - before)})
         entry.write(index)
 
     try:
-        resized.decode_all(pixels.__setitem__, skip_corrupt, done, progress)
+        resized.decode_all(pixels.__setitem__, skip_corrupt, index.done, progress)
     except (DataError, KeyboardInterrupt):
         write_index()
         raise
-    spread = np.unique(np.linspace(0, done - 1, SAMPLES).astype(int))
+    spread = np.unique(np.linspace(0, index.done - 1, SAMPLES).astype(int))
     index.checksums = {str(i): zlib.crc32(pixels[i]) for i in spread}
     write_index()
 

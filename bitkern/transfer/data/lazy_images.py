@@ -1,5 +1,6 @@
 """Sequences of images that are created on access, and the labels of their sources."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,14 +12,12 @@ from bitkern.transfer.data.images import DataError, EncodedImage, ImageSet
 MOST_CLASSES = 1_000_000  # a larger number is not that of a class
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class LazyImages(Sequence[EncodedImage]):
     """``make_image(row)`` for each of ``rows``, int64 (N,); no object is kept for an image."""
 
-    def __init__(
-        self, make_image: Callable[[int], EncodedImage], rows: npt.NDArray[np.int64]
-    ) -> None:
-        self.make_image = make_image
-        self.rows = rows
+    make_image: Callable[[int], EncodedImage]
+    rows: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -4,10 +4,12 @@ Batches are uint8 (N, 3, crop, crop), views of (N, crop, crop, 3) and so channel
 scaled to [-1, 1] on the device.
 """
 
+import dataclasses
 import math
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -95,6 +97,7 @@ class Crop(NamedTuple):
     region: Region | None = None
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class TrainBatches:
     """This process's micro-batches of a schedule, from optimizer step ``start`` on.
 
@@ -103,22 +106,14 @@ class TrainBatches:
     uint8 (N, resize, resize, 3) are the images, if they are kept on a GPU.
     """
 
-    def __init__(
-        self,
-        data: ImageSet,
-        resized: ResizedImages,
-        schedule: Schedule,
-        config: DeviceConfig,
-        *,
-        flip: bool,
-        skip_corrupt: bool,
-        start: int,
-        on_device: Tensor | None,
-    ) -> None:
-        self.resized, self.schedule, self.config = resized, schedule, config
-        self.flip, self.skip_corrupt, self.start = flip, skip_corrupt, start
-        self.on_device = on_device
-        self.data = data
+    data: ImageSet
+    resized: ResizedImages
+    schedule: Schedule
+    config: DeviceConfig
+    flip: bool
+    skip_corrupt: bool
+    start: int
+    on_device: Tensor | None
 
     def __iter__(self) -> Generator[tuple[Tensor, Tensor]]:
         crop, full_image = self.schedule.recipe.crop, self.schedule.recipe.resize is not None
@@ -163,18 +158,15 @@ class TrainBatches:
         return [Crop(image, top, left, flip) for (image, _), (top, left), flip in rows]
 
     def _regions(self, batch: Sequence[tuple[int, int]]) -> list[Crop]:
-        chance, flips = self._uniforms(batch, 4)
+        rows = zip(batch, *self._uniforms(batch, 4), strict=True)
+        return [Crop(i, 0, 0, flip, partial(self._region, row)) for (i, _), row, flip in rows]
 
-        def region(row: int) -> Region:
-            def of_size(height: int, width: int) -> tuple[int, int, int, int]:
-                sizes = np.array([[height, width]])
-                ((top, left, tall, wide),) = self.schedule.recipe.regions(chance[row, None], sizes)
-                return int(top), int(left), int(tall), int(wide)
-
-            return of_size
-
-        rows = enumerate(zip(batch, flips, strict=True))
-        return [Crop(image, 0, 0, flip, region(row)) for row, ((image, _), flip) in rows]
+    def _region(
+        self, chance: npt.NDArray[np.float64], height: int, width: int
+    ) -> tuple[int, int, int, int]:
+        sizes = np.array([[height, width]])
+        ((top, left, tall, wide),) = self.schedule.recipe.regions(chance[None], sizes)
+        return int(top), int(left), int(tall), int(wide)
 
 
 def gather_crops(images: Tensor, crops: Tensor, size: int) -> Tensor:
@@ -236,27 +228,12 @@ def train_batches(
 
     Raises ``DataError`` for an image that cannot be read, ValueError for a bad argument.
     """
-    options = ImageReadOptions.create(cache, decoder, skip_corrupt, check)
+    options = ImageReadOptions(cache, decoder, skip_corrupt, check)
     resized = open_for_recipe(rule, data.images, options)
     schedule = Schedule(len(data.images), rule, seed, batch_split, rank, world_size)
     config = DeviceConfig.create(device, "fp32", workers)
-    return TrainBatches(
-        data,
-        resized,
-        schedule,
-        config,
-        flip=flip,
-        skip_corrupt=skip_corrupt,
-        start=start,
-        on_device=copy_to_gpu(config.device, resized),
-    )
-
-
-class EvalBatch(NamedTuple):
-    """Readable images, uint8 (N, 3, crop, crop), and the errors by position in the batch."""
-
-    images: Tensor
-    unreadable: dict[int, DataError]
+    on_device = copy_to_gpu(config.device, resized)
+    return TrainBatches(data, resized, schedule, config, flip, skip_corrupt, start, on_device)
 
 
 def eval_batches(
@@ -265,8 +242,11 @@ def eval_batches(
     config: DeviceConfig,
     *,
     batch_size: int = 64,
-) -> Iterator[EvalBatch]:
-    """Yield the images of these rows in batches, in order."""
+) -> Iterator[tuple[Tensor, dict[int, DataError]]]:
+    """Yield the images of these rows in batches, in order.
+
+    Each is readable images, uint8 (N, 3, crop, crop), and the errors by position in the batch.
+    """
 
     def load(image: Tensor, row: int) -> DataError | None:
         try:
@@ -280,4 +260,4 @@ def eval_batches(
         unreadable = {i: error for i, error in enumerate(errors) if error}
         if unreadable:
             images = images[[i not in unreadable for i in range(len(images))]]
-        yield EvalBatch(images, unreadable)
+        yield images, unreadable

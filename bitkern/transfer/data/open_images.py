@@ -1,11 +1,12 @@
 """Open the images of a set at one size: check them, and cache their pixels where there is room."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from bitkern.transfer import ranks
+from bitkern.transfer.checks import CACHE, check_choice
 from bitkern.transfer.data import disk_cache
 from bitkern.transfer.data.decoders import find_decoder
 from bitkern.transfer.data.disk_cache import available_bytes, cache_entries
@@ -13,18 +14,14 @@ from bitkern.transfer.data.images import DataError, Source
 from bitkern.transfer.data.memory import free_memory
 from bitkern.transfer.data.resized import ResizedImages
 
-CACHE = ("auto", "ram", "disk", "off")
 CHECKED = 100_000  # largest set whose images are all checked by default
 
 
-class ImageReadOptions(NamedTuple):
-    """Arguments of ``train`` about reading images.
+@dataclasses.dataclass(frozen=True)
+class ImageReadOptions:
+    """The arguments about reading images, as ``train`` describes them.
 
-    ``cache`` is "ram" to keep the resized pixels of a set in memory that the processes of a machine
-    share, "disk" in a file that later runs use too, "off" to decode images at every use, "auto" for
-    whichever there is room for. ``decoder`` is one of ``DECODERS``. With ``skip_corrupt`` the next
-    readable image takes the place of a corrupt one. ``check`` reads all images before they are
-    used; None means in sets of up to 100 000. "auto" caches only sets that are checked.
+    Raises ValueError for an unknown value.
     """
 
     cache: str = "auto"
@@ -32,27 +29,13 @@ class ImageReadOptions(NamedTuple):
     skip_corrupt: bool = False
     check: bool | None = None
 
-    @classmethod
-    def create(
-        cls, cache: str, decoder: str, skip_corrupt: bool, check: bool | None = None
-    ) -> "ImageReadOptions":
-        """Validate a user's arguments. Raises ValueError for an unknown value."""
-        if cache not in CACHE:
-            raise ValueError(f"cache: expected {', '.join(CACHE)}, got {cache!r}")
-        find_decoder(decoder)
-        return cls(cache, decoder, skip_corrupt, check)
+    def __post_init__(self) -> None:
+        check_choice("cache", self.cache, CACHE)
+        find_decoder(self.decoder)
 
     def checks(self, count: int) -> bool:
         """Return True if a set of so many images is read before it is used."""
         return count <= CHECKED if self.check is None else self.check
-
-
-class _Opened(NamedTuple):
-    """The file of the pixels, or None; the corrupt images; a description of the cache."""
-
-    path: str | None
-    corrupt: dict[int, str]
-    cache: str
 
 
 def open_resized(
@@ -72,9 +55,9 @@ def open_resized(
     resized = ResizedImages(images, size, find_decoder(options.decoder))
     opened = ranks.run_on_local_rank0(_open, resized, options, reused, full_image)
     with ranks.propagate_errors():
-        resized.corrupt, resized.cache = opened.corrupt, opened.cache
-        if opened.path:
-            with open(opened.path, "rb") as file:
+        path, resized.corrupt, resized.cache = opened
+        if path:
+            with open(path, "rb") as file:
                 resized.cached = disk_cache.map_pixels(file, resized)
         if not options.skip_corrupt:
             resized.raise_if_corrupt()
@@ -83,13 +66,14 @@ def open_resized(
 
 def _open(
     resized: ResizedImages, options: ImageReadOptions, reused: bool, full_image: bool
-) -> _Opened:
-    """Find or fill the cache. The path is that of the open file in /proc.
+) -> tuple[str | None, dict[int, str], str]:
+    """Find or fill the cache; returns the path of its pixels, corrupt images and a description.
 
-    The file's own name may be gone, or another file's, before all processes have mapped it.
+    The path is that of the open file in /proc: the file's own name may be gone, or another file's,
+    before all processes have mapped it.
     """
     if not len(resized):
-        return _Opened(None, {}, "off, no images")
+        return None, {}, "off, no images"
     entry_for = functools.cache(lambda: disk_cache.entry_for(resized, options.decoder))
     found = None
     if full_image and (options.cache == "disk" or options.cache == "auto" and cache_entries()):
@@ -111,7 +95,7 @@ def _open(
         resized.decode_all(lambda *_: None, options.skip_corrupt)
     path = f"/proc/{os.getpid()}/fd/{resized.file.fileno()}" if resized.file else None
     count = f", {len(resized.corrupt)} cannot be read" if resized.corrupt else ""
-    return _Opened(path, resized.corrupt, f"{mode}, {why}{count}")
+    return path, resized.corrupt, f"{mode}, {why}{count}"
 
 
 def _choose(resized: ResizedImages, options: ImageReadOptions, reused: bool) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Images of a set resized to one size: decoded at every use, or cached."""
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from typing import BinaryIO
@@ -83,10 +84,8 @@ class ResizedImages:
 
         def decode_span(indices: range) -> range:
             for index in indices:
-                try:
+                with contextlib.suppress(DataError):  # recorded in self.corrupt
                     consume(index, self.pixels(index))
-                except DataError:  # recorded in self.corrupt
-                    pass
             return indices
 
         spans = (range(i, min(i + SPAN, len(self))) for i in range(start, len(self), SPAN))

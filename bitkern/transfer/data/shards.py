@@ -1,5 +1,6 @@
 """Images in tar files, in the layout of the webdataset library."""
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -99,19 +100,12 @@ class _Index(NamedTuple):
     label_names: npt.NDArray[np.str_]
 
 
-class _IndexedShards:
-    """The images of shards by number."""
-
-    def __init__(self, shards: Sequence[Shard], index: _Index) -> None:
-        self.shards = shards
-        self.index = index
-        self.name_ends = np.cumsum(index.name_lengths, dtype=np.int64)
-
-    def image(self, row: int) -> ShardImage:
-        index, end = self.index, self.name_ends[row]
-        name = index.names[end - index.name_lengths[row] : end].tobytes()
-        offset, length = int(index.offset[row]), int(index.length[row])
-        return ShardImage(self.shards[index.shard[row]], tar.printable(name), offset, length)
+def _image(
+    shards: Sequence[Shard], index: _Index, name_ends: npt.NDArray[np.int64], row: int
+) -> ShardImage:
+    name = index.names[name_ends[row] - index.name_lengths[row] : name_ends[row]].tobytes()
+    offset, length = int(index.offset[row]), int(index.length[row])
+    return ShardImage(shards[index.shard[row]], tar.printable(name), offset, length)
 
 
 def is_shards(source: str | os.PathLike[str]) -> bool:
@@ -140,7 +134,9 @@ def image_shards(
         classes = _read_classes(class_file)
     names = index.label_names.tolist() or None
     labels = Labels(index.values, index.counts if index.several else None, names)
-    images = LazyImages(_IndexedShards(shards, index).image, np.arange(len(index.shard)))
+    name_ends = np.cumsum(index.name_lengths, dtype=np.int64)
+    make_image = functools.partial(_image, shards, index, name_ends)
+    images = LazyImages(make_image, np.arange(len(index.shard)))
     return labelled_set(images, labels, classes, os.fspath(source))
 
 
@@ -216,11 +212,9 @@ def _cached_index(shards: Sequence[Shard]) -> _Index:
     key = json.dumps([FORMAT, [shard[1:] for shard in shards]])
     digest = hashlib.sha256(key.encode()).hexdigest()[:32]
     path = index_folder() / f"{digest}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return _Index(*(arrays[field] for field in _Index._fields))
-    except Exception:  # a damaged file can raise anything
-        pass
+    # A damaged file can raise anything.
+    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as arrays:
+        return _Index(*(arrays[field] for field in _Index._fields))
     indexer = _Indexer()
     for shard in tqdm(shards, "indexing shards", leave=False, disable=None):
         indexer.add(shard)

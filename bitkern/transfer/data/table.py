@@ -99,8 +99,7 @@ def _rows(
             raise DataError(f"{where}: image: expected a path, got none")
         split = cells["split"].strip() if "split" in columns else None
         if split not in (None, *SPLITS):
-            expected = "train, test or val"
-            raise DataError(f"{where}: split: expected {expected}, got {split!r}")
+            raise DataError(f"{where}: split: expected train, test or val, got {split!r}")
         yield _Row(where, os.path.join(path.parent, image), labels, split and SPLITS[split])
 
 

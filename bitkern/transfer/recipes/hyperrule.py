@@ -7,23 +7,25 @@ google-research/big_transfer.
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from bitkern.transfer.recipes.checks import check, check_schedule
+from bitkern.transfer.checks import StepSchedule, check
 from bitkern.transfer.recipes.mixup import cross_entropy
 
 
 @dataclass(frozen=True)
-class HyperRule:
+class HyperRule(StepSchedule):
     """The hyper-parameters of one transfer. Override values with ``dataclasses.replace``.
 
     ``resize`` and ``crop`` are pixels (square images); ``steps``, ``decay_steps`` and
     ``warmup_steps`` optimizer steps; ``mixup_alpha`` the Beta parameter of MixUp, 0 for none;
     ``base_lr`` the learning rate at ``batch_size`` (it is not rescaled when either is replaced).
-    ``weight_decay``, 0 in BiT, applies to the weights of convolutions and head.
+    ``weight_decay``, 0 in BiT, applies to the weights of convolutions and head. ``sigmoid`` is
+    False: sigmoids are for multi-label sets only.
     Raises ``ValueError`` for values that make no schedule, such as a crop larger than the image.
     """
 
@@ -36,6 +38,7 @@ class HyperRule:
     base_lr: float = 0.003
     batch_size: int = 512
     weight_decay: float = 0.0
+    sigmoid: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check(self.crop >= 1, "crop", "a positive number of pixels", self.crop)
@@ -47,7 +50,7 @@ class HyperRule:
         )
         finite_alpha = 0 <= self.mixup_alpha < math.inf
         check(finite_alpha, "mixup_alpha", "a finite number, 0 or more", self.mixup_alpha)
-        check_schedule(self)
+        self.check_schedule()
 
     def lr(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0 (so the first is 0).
@@ -83,11 +86,6 @@ class HyperRule:
             crop=min(self.crop, 128),
             batch_size=min(self.batch_size, 64),
         )
-
-    @property
-    def sigmoid(self) -> bool:
-        """Sigmoids are for multi-label sets only."""
-        return False
 
     def regions(
         self, chance: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64]

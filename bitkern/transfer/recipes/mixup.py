@@ -6,10 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def _check_lam(lam: float) -> None:
-    if not 0 <= lam <= 1:
-        raise ValueError(f"lam: expected a number in [0, 1], got {lam!r}")
+from bitkern.transfer.checks import check
 
 
 def cross_entropy(logits: Tensor, y: Tensor, class_weight: Tensor | None = None) -> Tensor:
@@ -40,7 +37,7 @@ def mixup(x: Tensor, y: Tensor, lam: float, permutation: Tensor) -> tuple[Tensor
     (N,), a permutation of 0 … N-1. Returns ``(x_mixed, y, y_perm)`` for ``mixup_loss``, where
     ``y_perm = y[permutation]``; the inputs are left alone. Raises ``ValueError`` or ``TypeError``.
     """
-    _check_lam(lam)
+    check(0 <= lam <= 1, "lam", "a number in [0, 1]", lam)
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
     if y.shape[:1] != x.shape[:1]:
@@ -77,7 +74,7 @@ def mixup_loss(
     labels, by default cross-entropy, with which it equals cross-entropy against the soft label
     ``lam * onehot(y) + (1 - lam) * onehot(y_perm)``. Raises ``ValueError``.
     """
-    _check_lam(lam)
+    check(0 <= lam <= 1, "lam", "a number in [0, 1]", lam)
     if logits.ndim != 2:
         raise ValueError(f"logits: expected shape (N, classes), got {tuple(logits.shape)}")
     for name, labels in (("y", y), ("y_perm", y_perm)):

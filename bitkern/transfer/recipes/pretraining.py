@@ -8,14 +8,14 @@ as in google-research/big_vision, by the same authors (``utils.py``, ``optax.py`
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitkern.transfer.recipes.checks import check, check_schedule
+from bitkern.transfer.checks import StepSchedule, check, check_choice
 from bitkern.transfer.recipes.mixup import cross_entropy
 
 # Epochs, the epochs after which the learning rate decays, and sigmoids or a softmax.
@@ -28,13 +28,14 @@ ASPECT_RATIOS = 3 / 4, 4 / 3
 
 
 @dataclass(frozen=True)
-class Pretraining:
+class Pretraining(StepSchedule):
     """The hyper-parameters of one pre-training. Override values with ``dataclasses.replace``.
 
     ``crop`` is pixels (square), ``min_area`` the least fraction of an image in a crop;
     ``steps``, ``decay_steps`` and ``warmup_steps`` optimizer steps; ``base_lr`` the learning rate
     per 256 images of ``batch_size``; ``sigmoid`` selects the loss of sigmoids, also for single
-    labels. ``weight_decay`` applies to the weights of convolutions and head.
+    labels. ``weight_decay`` applies to the weights of convolutions and head. ``resize`` is None:
+    crops are cut out of original images; ``mixup_alpha`` is 0: there is no MixUp upstream.
     Raises ``ValueError`` for values that make no schedule.
     """
 
@@ -47,26 +48,19 @@ class Pretraining:
     sigmoid: bool = False
     crop: int = 224
     min_area: float = 0.05
+    resize: ClassVar[None] = None
+    mixup_alpha: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         check(self.crop >= 1, "image_size", "a positive number of pixels", self.crop)
         check(0 < self.min_area <= 1, "min_area", "a fraction up to 1", self.min_area)
-        check_schedule(self)
+        self.check_schedule()
         check(
             self.warmup_steps < self.steps,
             "warmup_steps",
             f"fewer than the {self.steps} steps of the training",
             self.warmup_steps,
         )
-
-    @property
-    def resize(self) -> None:
-        """None: crops are cut out of original images."""
-
-    @property
-    def mixup_alpha(self) -> float:
-        """There is no MixUp upstream."""
-        return 0.0
 
     def lr(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0 (so the first is 0).
@@ -136,7 +130,7 @@ def pretraining(
     Epochs are rounded to the nearest step. Raises ``ValueError`` for an unknown preset, for numbers
     that are not positive, and for a set so small that the training would end within its warm-up.
     """
-    check(preset in PRESETS, "preset", ", ".join(PRESETS), preset)
+    check_choice("preset", preset, PRESETS)
     published, decays, sigmoid = PRESETS[preset]
 
     def steps_of(count: float, stretch: float = 1) -> int:

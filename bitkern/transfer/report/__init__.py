@@ -61,8 +61,7 @@ def write_report(
     )
     page.parent.mkdir(parents=True, exist_ok=True)
     # report.json first, because it identifies the other files as bitkern's.
-    with files.atomic_write(page.with_name(NUMBERS)) as part:
-        part.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    files.write_json(page.with_name(NUMBERS), report, allow_nan=False)
     with files.atomic_write(page.with_name(PREDICTIONS)) as part:
         # Paths keep their bytes, also those that are not UTF-8.
         with open(part, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:

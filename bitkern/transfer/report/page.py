@@ -31,7 +31,7 @@ def render(
         _confusion(report, confusion),
         _mistakes(report, thumbnails),
         _calibration(report, calibration),
-        _curves(curves) if curves else "",
+        _section("Training", _figure(curves, "Loss and top-1 accuracy by step.")) if curves else "",
         _about(report),
     ]
     return (
@@ -237,10 +237,6 @@ def _calibration(report: Report, svg: str) -> str:
         f"the Brier score {values['brier']:.4f}, the loss {report['loss']:.4f}."
     )
     return _section("Calibration", _figure(svg, words))
-
-
-def _curves(svg: str) -> str:
-    return _section("Training", _figure(svg, "Loss and top-1 accuracy by step."))
 
 
 def _about(report: Report) -> str:
