@@ -1,7 +1,5 @@
 """The choice of an implementation, and the words for it."""
 
-import subprocess
-import sys
 import threading
 from types import SimpleNamespace
 
@@ -11,16 +9,11 @@ import torch
 import bitkern
 from bitkern import backends, ops
 from bitkern.backends import triton
+from tests.process import python
 
 
-def python(code, **env):
-    import os
-
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | env
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
+def printed(code, **env):
+    return python("-c", code, **env).stdout.strip()
 
 
 def test_use_backend_nests_and_restores():
@@ -120,7 +113,7 @@ except ValueError as error:
 
 
 def test_a_backend_from_outside_in_one_file():
-    assert python(TOY).splitlines() == [
+    assert printed(TOY).splitlines() == [
         "toy: the toy kernels serve cpu tensors",
         "toy: asked for",
         "reference: the toy kernels take float32, not torch.float64; the cpu kernels take float32, "
@@ -134,13 +127,13 @@ def test_a_backend_from_outside_in_one_file():
 
 def test_environment():
     code = "from bitkern import backends; print(backends.requested())"
-    assert python(code, BITKERN_BACKEND="reference") == "reference"
+    assert printed(code, BITKERN_BACKEND="reference") == "reference"
     code = (
         "from bitkern import backends\n"
         "try: backends.requested()\n"
         "except ValueError as error: print(error)"
     )
-    assert "BITKERN_BACKEND: expected one of auto" in python(code, BITKERN_BACKEND="gpu")
+    assert "BITKERN_BACKEND: expected one of auto" in printed(code, BITKERN_BACKEND="gpu")
 
 
 def test_import_is_light():
@@ -153,7 +146,7 @@ def test_import_is_light():
         "         'torch._dynamo', 'bitkern.models', 'bitkern.transfer')\n"
         "print([m for m in heavy if m in set(sys.modules) - before])"
     )
-    assert python(code) == "[]"
+    assert printed(code) == "[]"
 
 
 def test_works_without_extension_and_triton():
@@ -169,7 +162,7 @@ def test_works_without_extension_and_triton():
         "print(bitkern.explain('weight_standardize', torch.ones(2, 2)).reason)\n"
         "print(report())"
     )
-    out = python(code)
+    out = printed(code)
     assert "the compiled extension bitkern._C was not built" in out.splitlines()[0]
     assert "triton did not load" in out
     assert out.count("reference") >= 4

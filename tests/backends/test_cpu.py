@@ -1,9 +1,6 @@
 """The CPU kernels give the same bits on any number of threads and in any process."""
 
 import multiprocessing
-import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +13,7 @@ from bitkern import backends
 from bitkern.backends import cpu
 from bitkern.testing import affine, maps
 from tests.backends import standardization
+from tests.process import python
 
 pytestmark = pytest.mark.skipif(
     backends.unavailable("cpu") is not None, reason=str(backends.unavailable("cpu"))
@@ -145,13 +143,6 @@ def test_after_fork():
         process.join()
 
 
-def in_process(isa, *command):
-    environment = os.environ | {"BITKERN_CPU_ISA": isa}
-    return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True
-    )
-
-
 SUPPORTED = {
     "baseline": True,
     "avx2": torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"),
@@ -168,18 +159,17 @@ def test_every_instruction_set(isa):
     from bitkern import _C
 
     code = "from bitkern import _C; print(_C.cpu.isa())"
-    assert in_process(isa, "-c", code).stdout.strip() == isa
+    assert python("-c", code, BITKERN_CPU_ISA=isa).stdout.strip() == isa
     if isa == _C.cpu.isa():
         return  # the suite itself runs on it
     names = "group_norm_act", "activations", "group_norm_add_relu", "weight_standardize"
     tests = [f"tests/ops/test_{name}.py" for name in names]
     options = ["-q", "-p", "no:cacheprovider", "-k", "cpu and not compile and not opcheck"]
-    done = in_process(isa, "-m", "pytest", *tests, *options)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    assert " passed" in python("-m", "pytest", *tests, *options, BITKERN_CPU_ISA=isa).stdout
 
 
 def test_unknown_instruction_set():
-    done = in_process("sse9", "-c", "from bitkern import _C; print(_C.cpu.isa())")
-    assert done.returncode != 0
+    done = python(
+        "-c", "from bitkern import _C; print(_C.cpu.isa())", code=1, BITKERN_CPU_ISA="sse9"
+    )
     assert "BITKERN_CPU_ISA: expected one of" in done.stderr and "'sse9'" in done.stderr

@@ -25,6 +25,7 @@ from bitkern.transfer import inference, loop
 from bitkern.transfer.run import Journal
 from bitkern.transfer.step import TrainStep
 from tests.cli.commands import SMALL, call, error_of, json_of, summary_of
+from tests.process import python
 from tests.transfer.images import CLASSES
 from tests.transfer.net import FILES
 
@@ -272,7 +273,6 @@ def test_info_and_demo_are_handed_on(capsys, monkeypatch):
 
 def test_imports_nothing_heavy_before_it_is_needed():
     script = "import sys, bitkern, bitkern.cli; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    loaded = set(done.stdout.split())
+    loaded = set(python("-c", script).stdout.split())
     assert "bitkern.transfer.training" in loaded
     assert not loaded & {"torchvision", "PIL", "matplotlib", "sklearn", "triton", "bitkern._C"}

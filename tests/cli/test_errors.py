@@ -2,8 +2,6 @@
 
 import importlib.util
 import itertools
-import subprocess
-import sys
 from unittest.mock import Mock
 
 import pytest
@@ -13,6 +11,7 @@ import bitkern
 from bitkern.models import create_model, save_safetensors
 from bitkern.transfer import step
 from tests.cli.commands import SMALL, call, digest, error_of, finetune_error, summary_of
+from tests.process import python
 from tests.transfer.images import write_folder
 from tests.transfer.net import FILES
 
@@ -196,10 +195,9 @@ def test_the_nearest_option_is_named(capsys):
 
 
 def test_traceback_free_as_a_process(tmp_path):
-    command = [sys.executable, "-m", "bitkern", "finetune", "--data", str(tmp_path / "none")]
-    command += ["--out", str(tmp_path / "out"), *SMALL]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
+    arguments = ["--data", tmp_path / "none", "--out", tmp_path / "out", *SMALL]
+    done = python("-m", "bitkern", "finetune", *arguments, code=2)
+    assert done.stdout == ""
     assert done.stderr.startswith(f"bitkern: error: {tmp_path}/none/train: no such folder")
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -2,15 +2,13 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from benchmarks.claims import CLAIMS, networks, report, runs, statistics
 from benchmarks.claims.statistics import NOT_SEEN, OPPOSITE, SEEN, UNCERTAIN
-from tests import ROOT
+from tests.process import python
 
 
 def test_estimate():
@@ -157,18 +155,14 @@ def test_page_is_a_function_of_claims_json(tmp_path):
     page = (tmp_path / "claims.md").read_text()
     again = tmp_path / "again"
     again.mkdir()
-    command = [sys.executable, "-m", "benchmarks.claims.report", tmp_path / "claims.json", again]
-    subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
+    python("-m", "benchmarks.claims.report", tmp_path / "claims.json", again)
     assert (again / "claims.md").read_text() == page
 
 
 @pytest.mark.sweep
 def test_dry_run_and_its_resumption(tmp_path):
     def claims(*options):
-        command = [sys.executable, "-m", "benchmarks.claims", "--out", str(tmp_path), "--quick"]
-        done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return python("-m", "benchmarks.claims", "--out", tmp_path, "--quick", *options).stdout
 
     claims()
     path = tmp_path / "quick.jsonl"

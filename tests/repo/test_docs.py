@@ -5,7 +5,6 @@ import inspect
 import os
 import pkgutil
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 
 import bitkern
 from tests import ROOT
+from tests.process import python
 from tests.repo.docs.page import LANGUAGES, blocks
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -46,7 +46,6 @@ def test_blocks_run(page, tmp_path):
     folder = tmp_path / "page"
     folder.mkdir()
     environment = {
-        **os.environ,
         "PYTHONPATH": f"{ROOT / 'tests/repo/docs/stand_in'}:{ROOT}",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "BITKERN_CACHE": str(tmp_path / "cache"),
@@ -56,9 +55,7 @@ def test_blocks_run(page, tmp_path):
         "OMP_NUM_THREADS": "1",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
-    command = [sys.executable, "-m", "tests.repo.docs.page", ROOT / page]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+    python("-m", "tests.repo.docs.page", ROOT / page, cwd=folder, **environment)
 
 
 @pytest.mark.parametrize("reason", NOT_RUN)

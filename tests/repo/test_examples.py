@@ -1,25 +1,19 @@
 """The examples do what their first lines say."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import matplotlib
 import pytest
 
 from tests import ROOT
+from tests.process import python
 
 EXAMPLES = ROOT / "examples"
 
 
 def run(name, *arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, EXAMPLES / name, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return python(EXAMPLES / name, *arguments, OMP_NUM_THREADS="1").stdout
 
 
 def numbers(output, before):

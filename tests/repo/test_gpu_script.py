@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests import ROOT
+from tests.process import python
 
 STUB = """#!/bin/sh
 echo "$@" >>"$CALLS"
@@ -86,10 +87,7 @@ def test_gpu_script_runs_without_a_gpu(step, tmp_path):
 
 
 def test_profile_of_a_step(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.step", tmp_path, "--tiny"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "as a graph" in done.stdout
+    assert "as a graph" in python("-m", "benchmarks.step", tmp_path, "--tiny").stdout
     assert "aten::convolution" in (tmp_path / "profile.txt").read_text()
 
 
@@ -100,12 +98,8 @@ def test_gpu_tests_need_no_optional_packages(tmp_path):
     files = subprocess.run(["bash", "-c", f"echo {named}"], capture_output=True, text=True).stdout
     for package in ("datasets", "diffusers", "webdataset", "timm", "transformers", "monai"):
         (tmp_path / f"{package}.py").write_text("raise ImportError('not here')\n")
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-n", "0"]
-    done = subprocess.run(
-        [*command, *files.split()], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
+    command = ["-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-n", "0", *files.split()]
+    done = python(*command, PYTHONPATH=str(tmp_path))
     for path in (ROOT / "tests").rglob("test_*.py"):
         if re.search(r"mark\.gpu$", path.read_text(), re.M):
             assert str(path.relative_to(ROOT)) in done.stdout

@@ -6,10 +6,8 @@ What uses it is a process of its own, in which there is no bitkern: see :func:`a
 import ast
 import copy
 import importlib.util
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from torch import nn
 
 from bitkern.testing import affine, assert_accurate, maps
 from hub.assemble import HERE, assemble
+from tests.process import python
 
 kernels = pytest.importorskip("kernels", reason="kernels is not installed")
 ROOT = HERE.parent
@@ -38,10 +37,7 @@ from tests.repo import test_hub
 def alone(program, *arguments, **environment):
     """Call a function of this file where bitkern cannot be imported."""
     code = ALONE + f"test_hub.{program.__name__}(*{arguments!r})"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
-    run = [sys.executable, "-c", code]
-    done = subprocess.run(run, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    python("-c", code, **{"HF_HUB_OFFLINE": "1"} | environment)
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +90,7 @@ def test_imports(folder):
 
 
 def test_no_name_is_left_undefined(folder):
-    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "E9,F"]
-    done = subprocess.run([*ruff, folder], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    python("-m", "ruff", "check", "--isolated", "--no-cache", "--select", "E9,F", folder)
 
 
 def standardized(weight, eps=1e-10):

@@ -15,6 +15,7 @@ import pytest
 
 import bitkern
 from tests import ROOT
+from tests.process import python
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").exists(), reason="needs the sources: run it in a checkout"
@@ -55,10 +56,8 @@ assert bitkern.__file__.startswith({site!r})
 
 def run(site, code):
     """Run code that sees only this installation; return its output and its warnings."""
-    env = os.environ | {"PYTHONPATH": str(site)}
-    command = [sys.executable, "-P", "-c", ALONE.format(site=str(site)) + code]
-    out = subprocess.run(command, capture_output=True, text=True, env=env, cwd=site)
-    assert out.returncode == 0, out.stderr
+    code = ALONE.format(site=str(site)) + code
+    out = python("-P", "-c", code, cwd=site, PYTHONPATH=str(site))
     return out.stdout, out.stderr
 
 

@@ -1,7 +1,5 @@
 """The documentation's pictures are those that the script draws from their data."""
 
-import subprocess
-import sys
 import tomllib
 from xml.etree import ElementTree
 
@@ -9,6 +7,7 @@ import pytest
 
 from benchmarks import pictures
 from tests import ROOT
+from tests.process import python
 
 COMMITTED = ROOT / "docs" / "pictures"
 
@@ -20,12 +19,11 @@ def drawn(name, folder):
 
 
 def test_the_committed_ones_are_those_of_the_script(tmp_path):
-    run = [sys.executable, "-m", "benchmarks.pictures", str(tmp_path)]
-    subprocess.run(run, check=True, cwd=ROOT)
+    python("-m", "benchmarks.pictures", tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {path.name for path in COMMITTED.glob("*.svg")}
     for name in names:
-        again = f"python {' '.join(run[1:3])} docs/pictures"
+        again = "python -m benchmarks.pictures docs/pictures"
         assert (tmp_path / name).read_bytes() == (COMMITTED / name).read_bytes(), again
 
 

@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -17,6 +15,7 @@ from bitkern.transfer import HyperRule, ranks, train
 from bitkern.transfer.gradient_reducer import GradientReducer
 from bitkern.transfer.schedule import Schedule
 from tests.cli.commands import SMALL, digest, summary_of
+from tests.process import python
 from tests.transfer.distributed import compiled, gradients, reduction, torchrun, training
 from tests.transfer.images import image_set, write_folder
 
@@ -155,7 +154,7 @@ assert os.listdir("/proc/self/task") == before
 def test_no_thread_of_the_group_outlives_it():
     launched = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "1"}
     launched |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", THREADS], env=os.environ | launched, check=True)
+    python("-c", THREADS, **launched)
 
 
 @pytest.mark.sweep

@@ -1,13 +1,11 @@
 """The Hugging Face hub, played by a local server."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from tests.models.weights.server import serving
+from tests.process import python
 
 TIMM = "resnetv2_50x1_bit.goog_distilled_in1k"
 FILES = {
@@ -23,11 +21,8 @@ def home(tmp_path_factory):
 
 
 def ask(home, url, *names, **environment):
-    environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), **environment}
-    command = [sys.executable, "-m", "tests.models.weights.hub", *names]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    environment |= {"HF_ENDPOINT": url, "HF_HOME": str(home)}
+    return json.loads(python("-m", "tests.models.weights.hub", *names, **environment).stdout)
 
 
 def test_hub(home):

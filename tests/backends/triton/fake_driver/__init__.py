@@ -2,13 +2,13 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import triton
 
 from tests import ROOT
 from tests.backends.triton import tritons
+from tests.process import python
 
 HERE = Path(__file__).parent
 BUILD = ROOT / "build/fake_driver"
@@ -27,9 +27,6 @@ def build():
 def run(what, other_triton):
     """Run ``python -m tests.backends.triton.fake_driver`` with a Triton; return what it prints."""
     folder = str(build())
+    driver = {"LD_LIBRARY_PATH": folder, "TRITON_LIBCUDA_PATH": folder}
     environment = tritons.environment(other_triton)
-    environment |= {"LD_LIBRARY_PATH": folder, "TRITON_LIBCUDA_PATH": folder}
-    command = [sys.executable, "-m", "tests.backends.triton.fake_driver", what]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return python("-m", "tests.backends.triton.fake_driver", what, env=environment, **driver).stdout

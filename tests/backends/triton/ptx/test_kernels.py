@@ -3,13 +3,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from tests import ROOT
 from tests.backends.triton import fake_driver, shipped, tritons
+from tests.process import python
 
 pytestmark = pytest.mark.skipif(
     shutil.which(fake_driver.COMPILER) is None, reason=f"no C compiler {fake_driver.COMPILER}"
@@ -35,25 +34,14 @@ def execute(files, tests, target, triton):
     if triton == "3.6.0" and not tritons.OTHER.exists():
         pytest.skip("no build/triton-3.6.0, which make test installs")
     folder = str(fake_driver.build())
-    environment = tritons.environment(triton == "3.6.0")
-    environment |= {"LD_LIBRARY_PATH": folder, "TRITON_LIBCUDA_PATH": folder}
-    # Of its own: what lies there is not machine code.
-    environment |= {"BITKERN_PTX": target, "TRITON_CACHE_DIR": str(ROOT / "build/ptx")}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "tests.backends.triton.ptx.plugin",
-        "-p",
-        "no:cacheprovider",
-    ]
-    done = subprocess.run(
-        [*command, "-q", "--tb=short", "-k", tests, *files],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
+    driver = {"LD_LIBRARY_PATH": folder, "TRITON_LIBCUDA_PATH": folder}
+    # A cache of its own: what lies there is not machine code.
+    options = {"BITKERN_PTX": target, "TRITON_CACHE_DIR": str(ROOT / "build/ptx")}
+    plugins = "-p", "tests.backends.triton.ptx.plugin", "-p", "no:cacheprovider"
+    done = python(
+        *("-m", "pytest", *plugins, "-q", "--tb=short", "-k", tests, *files),
+        env=tritons.environment(triton == "3.6.0"), OMP_NUM_THREADS="1", **driver, **options,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("executed: "))
     return json.loads(line.removeprefix("executed: "))
 
