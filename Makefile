@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # A process for each core, whose threads do not spin while they wait for one.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc python -type f)
 
 # Modules are compiled when they are first imported, and kept: most of what is installed never is.

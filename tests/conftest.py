@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 
@@ -17,6 +19,13 @@ def pytest_collection_modifyitems(items):
 def poison():
     with poisoned_memory():
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen():
+    """Leave what is alive out of later collections of garbage, each of which would take a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
