@@ -194,8 +194,8 @@ def _weight_problem(case, device):
 
         return Contender(run, weights)
 
-    contenders = {"ours": Contender(ours, weights)}
-    contenders |= {
+    contenders = {
+        "ours": Contender(ours, weights),
         "eager": each(_timm_standardize),
         "big_transfer": each(_big_transfer_standardize),
     }

@@ -56,18 +56,16 @@ def active_ddp() -> DistributedDataParallel | None:
 
 def hooked(module: nn.Module) -> bool:
     """Return whether hooks see a module being called, its own or those on all modules."""
-    return any(_call_hooks(module)) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+    own = module._forward_hooks or module._forward_pre_hooks
+    own = own or module._backward_hooks or module._backward_pre_hooks
+    return bool(own or _has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def drop_hooks(module: nn.Module) -> None:
     """Take all hooks off a module that see it being called."""
-    for hooks in _call_hooks(module):
-        hooks.clear()
-
-
-def _call_hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
     forward = module._forward_hooks, module._forward_pre_hooks
-    return *forward, module._backward_hooks, module._backward_pre_hooks
+    for hooks in (*forward, module._backward_hooks, module._backward_pre_hooks):
+        hooks.clear()
 
 
 def batched(x: torch.Tensor) -> bool:

@@ -23,7 +23,7 @@ def poison():
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen():
-    """Leave what is alive out of later collections of garbage, each of which would take a second."""
+    """Leave what is alive out of later garbage collections, each of which would take a second."""
     gc.collect()
     gc.freeze()
 

@@ -34,32 +34,62 @@ def _kernels() -> Any:
     return extension.load()[0].cpu
 
 
-def _launch(
-    launch: Callable[..., None],
-    like: Tensor,
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _problem(
+    x: Tensor,
     num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
     act: str,
-    tensors: dict[str, Tensor | None],
-    **numbers: float,
-) -> None:
-    """Launch a kernel whose maps are laid out like one of them; the rest are fields, by name."""
-    batch, channels, *sizes = like.shape
-    weight, bias = tensors["weight"], tensors["bias"]
+) -> Struct:
+    batch, channels, *sizes = x.shape
     parameter = bias if weight is None else weight
-    problem = {
+    return {
         "batch": batch,
         "channels": channels,
         "pixels": math.prod(sizes),
         "groups": num_groups,
-        "channels_last": not like.is_contiguous(),
+        "channels_last": not x.is_contiguous(),
         "per_sample": parameter is not None and parameter.ndim == 2,
-        "dtype": DTYPES[like.dtype],
+        "dtype": DTYPES[x.dtype],
         "weight_dtype": 0 if weight is None else DTYPES[weight.dtype],
         "bias_dtype": 0 if bias is None else DTYPES[bias.dtype],
         "act": _ACTS.index(act),
     }
-    fields: Struct = {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
-    launch(problem, fields | numbers, torch.get_num_threads())
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+    outs: tuple[Tensor | None, Tensor, Tensor, Tensor],
+    *,
+    shortcut: Tensor | None = None,
+    normalized: bool = False,
+) -> None:
+    summed, y, mean, rstd = outs
+    tensors = {
+        "x": x.data_ptr(),
+        "residual": _address(residual),
+        "weight": _address(weight),
+        "bias": _address(bias),
+        "shortcut": _address(shortcut),
+        "eps": eps,
+        "summed": _address(summed),
+        "y": y.data_ptr(),
+        "mean": mean.data_ptr(),
+        "rstd": rstd.data_ptr(),
+        "normalized": normalized,
+    }
+    problem = _problem(x, num_groups, weight, bias, act)
+    _kernels().group_norm_act_forward(problem, tensors, torch.get_num_threads())
 
 
 def group_norm_act_forward(
@@ -73,12 +103,9 @@ def group_norm_act_forward(
     shortcut: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Given a shortcut, y is that of group_norm_add_relu."""
-    summed, y, mean, rstd = backend.empty_normalized(x, residual, num_groups)
-    tensors = {"x": x, "residual": residual, "weight": weight, "bias": bias, "shortcut": shortcut}
-    tensors |= {"summed": summed, "y": y, "mean": mean, "rstd": rstd}
-    launch = _kernels().group_norm_act_forward
-    _launch(launch, x, num_groups, act, tensors, eps=eps, normalized=False)
-    return summed, y, mean, rstd
+    outs = backend.empty_normalized(x, residual, num_groups)
+    _forward(x, residual, num_groups, weight, bias, eps, act, outs, shortcut=shortcut)
+    return outs
 
 
 def group_norm_act_recompute(
@@ -91,10 +118,8 @@ def group_norm_act_recompute(
     act: str,
 ) -> Tensor:
     y = torch.empty_like(summed)
-    tensors = {"x": summed, "weight": weight, "bias": bias, "y": y, "mean": mean, "rstd": rstd}
-    tensors |= {"residual": None, "shortcut": None, "summed": None}
-    launch = _kernels().group_norm_act_forward
-    _launch(launch, summed, num_groups, act, tensors, eps=0.0, normalized=True)
+    outs = None, y, mean, rstd
+    _forward(summed, None, num_groups, weight, bias, 0.0, act, outs, normalized=True)
     return y
 
 
@@ -117,10 +142,22 @@ def group_norm_act_backward(
     dx = torch.empty_like(summed) if need_dx else None
     dweight = torch.empty_like(weight) if need_dparams and weight is not None else None
     dbias = torch.empty_like(bias) if need_dparams and bias is not None else None
-    tensors = {"dy": dy, "dsummed": dsummed, "summed": summed, "y": y, "mean": mean, "rstd": rstd}
-    tensors |= {"weight": weight, "bias": bias, "dweight": dweight, "dbias": dbias}
-    tensors |= {"dx": dx, "dshortcut": dshortcut}
-    _launch(_kernels().group_norm_act_backward, summed, num_groups, act, tensors)
+    tensors = {
+        "dy": dy.data_ptr(),
+        "dsummed": _address(dsummed),
+        "summed": summed.data_ptr(),
+        "y": _address(y),
+        "weight": _address(weight),
+        "bias": _address(bias),
+        "mean": mean.data_ptr(),
+        "rstd": rstd.data_ptr(),
+        "dx": _address(dx),
+        "dshortcut": _address(dshortcut),
+        "dweight": _address(dweight),
+        "dbias": _address(dbias),
+    }
+    problem = _problem(summed, num_groups, weight, bias, act)
+    _kernels().group_norm_act_backward(problem, tensors, torch.get_num_threads())
     return dx, dweight, dbias
 
 

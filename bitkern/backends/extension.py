@@ -48,9 +48,10 @@ def standardize_forward(
 ) -> tuple[list[Tensor], Tensor]:
     """Launch the kernels of a device; ``how`` is the number of threads, or the stream."""
     outs, stats = empty_standardized(weights, dtype, channels_last)
-    gradients = dict.fromkeys(("dout", "dweight", "dgain"))
-    layers = _layers(weights, outs, scales, stats, gain=gains, out=outs, **gradients)
-    kernels.weight_standardize_forward(_problem(weights, outs, variant), layers, how)
+    problem, layers = _standardization(weights, gains, scales, stats, variant, outs)
+    for layer, out in zip(layers, outs, strict=True):
+        layer["out"] = out.data_ptr()
+    kernels.weight_standardize_forward(problem, layers, how)
     return outs, stats
 
 
@@ -67,9 +68,13 @@ def standardize_backward(
     """Launch as ``standardize_forward`` does."""
     dweights = [torch.empty_like(w) for w in weights]
     dgains = None if gains is None else [torch.empty_like(gain) for gain in gains]
-    given = {"gain": gains, "out": None, "dout": douts, "dweight": dweights, "dgain": dgains}
-    layers = _layers(weights, douts, scales, stats, **given)
-    kernels.weight_standardize_backward(_problem(weights, douts, variant), layers, how)
+    problem, layers = _standardization(weights, gains, scales, stats, variant, douts)
+    for i, layer in enumerate(layers):
+        layer["dout"] = douts[i].data_ptr()
+        layer["dweight"] = dweights[i].data_ptr()
+        if dgains is not None:
+            layer["dgain"] = dgains[i].data_ptr()
+    kernels.weight_standardize_backward(problem, layers, how)
     return dweights, dgains
 
 
@@ -85,43 +90,48 @@ def standardize_sgd(
     options: SgdOptions,
 ) -> None:
     """Launch as ``standardize_forward`` does."""
-    layers = _layers(weights, douts, scales, stats, dout=douts, buffer=buffers)
+    problem, layers = _standardization(weights, None, scales, stats, variant, douts)
+    for layer, dout, buffer in zip(layers, douts, buffers, strict=True):
+        for name in ("gain", "out", "dweight", "dgain"):
+            del layer[name]
+        layer |= {"dout": dout.data_ptr(), "buffer": buffer.data_ptr()}
     lr = options.lr_on(weights[0].device)
     problem = {**variant._asdict(), **options._asdict(), "lr": lr.data_ptr()}
     kernels.weight_standardize_sgd(problem, layers, how)
 
 
-def _problem(weights: Sequence[Tensor], outs: Sequence[Tensor], variant: Variant) -> Struct:
-    dtypes = {"weight_dtype": DTYPES[weights[0].dtype], "out_dtype": DTYPES[outs[0].dtype]}
-    return variant._asdict() | dtypes
-
-
-def _layers(
+def _standardization(
     weights: Sequence[Tensor],
-    outs: Sequence[Tensor],  # or their gradients
+    gains: Sequence[Tensor] | None,
     scales: Sequence[float],
     stats: Tensor,
-    **tensors: Sequence[Tensor] | None,
-) -> list[Struct]:
-    """The structs of the layers; ``tensors`` are those of their fields with these names."""
+    variant: Variant,
+    outs: Sequence[Tensor],  # or their gradients
+) -> tuple[Struct, list[Struct]]:
+    """The structs, without the addresses that only one direction has."""
+    dtypes = {"weight_dtype": DTYPES[weights[0].dtype], "out_dtype": DTYPES[outs[0].dtype]}
     mean, std = stats.data_ptr(), stats.data_ptr() + 4 * stats.shape[1]
     layers = []
     for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
         filters, inner, *kernel = weight.shape
-        layer: Struct = {
-            "filters": filters,
-            "inner": inner,
-            "taps": math.prod(kernel),
-            "scale": scales[i],
-            "weight_channels_last": not weight.is_contiguous(),
-            "out_channels_last": not out.is_contiguous(),
-            "weight": weight.data_ptr(),
-            "mean": mean,
-            "std": std,
-        }
-        for name, given in tensors.items():
-            layer[name] = 0 if given is None else given[i].data_ptr()
-        layers.append(layer)
+        layers.append(
+            {
+                "filters": filters,
+                "inner": inner,
+                "taps": math.prod(kernel),
+                "scale": scales[i],
+                "weight_channels_last": not weight.is_contiguous(),
+                "out_channels_last": not out.is_contiguous(),
+                "weight": weight.data_ptr(),
+                "gain": 0 if gains is None else gains[i].data_ptr(),
+                "mean": mean,
+                "std": std,
+                "out": 0,
+                "dout": 0,
+                "dweight": 0,
+                "dgain": 0,
+            }
+        )
         mean += 4 * filters
         std += 4 * filters
-    return layers
+    return variant._asdict() | dtypes, layers

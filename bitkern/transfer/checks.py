@@ -35,7 +35,7 @@ class StepSchedule:
     batch_size: int
     weight_decay: float
 
-    def check_schedule(self) -> None:
+    def _check_schedule(self) -> None:
         """Raise ValueError for values that make no schedule."""
         check(self.steps >= 1, "steps", "a positive number", self.steps)
         ordered = list(self.decay_steps) == sorted(self.decay_steps)

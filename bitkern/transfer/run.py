@@ -104,7 +104,7 @@ class Journal:
             self.file.close()
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False, repr=False)
 class Run:
     """A training and its folder; without one, and in all processes but rank 0, nothing is written.
 

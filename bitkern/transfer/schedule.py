@@ -62,7 +62,7 @@ def _rank_slice(
     return RankSlice(rows[loaded], len(own), np.array(local))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
     """The order of examples, a function of (seed, step) alone, shared by loader and loop.
 

@@ -157,14 +157,14 @@ class Trainer:
         self,
         setup: TrainSetup,
         batches: Iterator[Sequence[Tensor]],
-        on_micro_batch: Callable[[int], object] = lambda done: None,
+        *on_micro_batch: Callable[[int], object],
     ) -> TrainStep:
         class_weight = None
         if setup.balance == "loss":
             weights = balance.class_weights(setup.train_set.labels, len(setup.train_set.classes))
             class_weight = torch.from_numpy(weights).float()
         parts = self.model, self.optimizer, setup.schedule, setup.config, batches
-        return TrainStep(*parts, self.scaler, self.reducer, class_weight, on_micro_batch)
+        return TrainStep(*parts, self.scaler, self.reducer, class_weight, *on_micro_batch)
 
     def run(
         self, resume: bool, trial: Trial | None, on_record: Callable[[Record], object] | None

@@ -50,7 +50,7 @@ class HyperRule(StepSchedule):
         )
         finite_alpha = 0 <= self.mixup_alpha < math.inf
         check(finite_alpha, "mixup_alpha", "a finite number, 0 or more", self.mixup_alpha)
-        self.check_schedule()
+        self._check_schedule()
 
     def lr(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0 (so the first is 0).

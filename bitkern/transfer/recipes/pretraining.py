@@ -54,7 +54,7 @@ class Pretraining(StepSchedule):
     def __post_init__(self) -> None:
         check(self.crop >= 1, "image_size", "a positive number of pixels", self.crop)
         check(0 < self.min_area <= 1, "min_area", "a fraction up to 1", self.min_area)
-        self.check_schedule()
+        self._check_schedule()
         check(
             self.warmup_steps < self.steps,
             "warmup_steps",

@@ -28,7 +28,7 @@ def batches():
 
 def build(frozen=False, checkpointing=False):
     torch.manual_seed(0)
-    model = ResNetV2((1, 1, 1, 1), 0.5, num_classes=7)
+    model = ResNetV2((2, 1, 1, 1), 0.5, num_classes=7)
     torch.nn.init.normal_(model.head.fc.weight, std=0.1)
     for name, p in model.named_parameters():
         if "norm" in name:  # gamma and beta of both signs, not 1 and 0
@@ -189,7 +189,7 @@ def fsdp_standardizes_in_one_launch(folder):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "weight_standardize_all", counted)
-        for parts, convs in (("nothing", [17]), ("blocks", [1])):
+        for parts, convs in (("nothing", [20]), ("blocks", [1])):
             model = shard(build(), mesh_of(4), PARTS[parts])
             calls.clear()
             with bitkern.standardized(model):
