@@ -23,7 +23,7 @@ MICRO_BATCHES = 2
 def batches():
     """The same in every process; each of 2 or 4 takes as many images of them."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(4, 3, 33, 40, generator=generator) for _ in range(MICRO_BATCHES)]
+    return [torch.randn(4, 3, 17, 20, generator=generator) for _ in range(MICRO_BATCHES)]
 
 
 def build(frozen=False, checkpointing=False):
