@@ -1,4 +1,4 @@
-"""Python in a process of its own."""
+"""Processes of their own: Python, and other programs."""
 
 import os
 import subprocess
@@ -7,13 +7,16 @@ import sys
 from tests import ROOT
 
 
-def python(*arguments, code=0, cwd=ROOT, env=None, **variables):
-    """Run Python with these arguments; return the process when it has ended with this exit code.
+def run(*command, code=0, cwd=ROOT, env=None, **variables):
+    """Run a command; return the process when it has ended with this exit code.
 
     ``variables`` are added to the environment, by default that of this process.
     """
-    command = [sys.executable, *map(str, arguments)]
-    environment = (env or os.environ) | variables
+    command, environment = [*map(str, command)], (env or os.environ) | variables
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == code, done.stdout[-6000:] + done.stderr[-3000:]
     return done
+
+
+def python(*arguments, **options):
+    return run(sys.executable, *arguments, **options)

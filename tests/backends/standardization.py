@@ -67,11 +67,9 @@ class Problem:
         """Compute the same with PyTorch's operations in ``dtype``."""
         inputs = [self.weights[layer]] + ([self.gains[layer]] if self.gains else [])
         inputs = [t.to(dtype).detach().requires_grad_() for t in inputs]
-        eps, eps_outside, unbiased = self.variant
-        out = reference.weight_standardize(
-            inputs[0], eps, gain=inputs[1] if self.gains else None, scale=self.scales[layer],
-            eps_outside=eps_outside, unbiased=unbiased,
-        )  # fmt: skip
+        gain = inputs[1] if self.gains else None
+        options = {"gain": gain, "scale": self.scales[layer], **self.variant._asdict()}
+        out = reference.weight_standardize(inputs[0], **options)
         return out, *torch.autograd.grad(out, inputs, self.douts[layer].to(dtype))
 
     def check(self):

@@ -1,15 +1,15 @@
 """Run all of benchmarks/gpu.sh without a GPU; it continues whatever fails."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 
 import pytest
 
 from tests import ROOT
-from tests.process import python
+from tests.process import python, run
+
+SCRIPT = ROOT / "benchmarks/gpu.sh"
 
 STUB = """#!/bin/sh
 echo "$@" >>"$CALLS"
@@ -28,13 +28,8 @@ def test_gpu_script_goes_on_after_a_failure_and_prints_the_table_last(tmp_path):
     stub.write_text(STUB)
     stub.chmod(0o755)
     calls = tmp_path / "calls"
-    done = subprocess.run(
-        [ROOT / "benchmarks/gpu.sh", "full", tmp_path / "out", "--tiny"],
-        env=os.environ | {"PYTHON": str(stub), "CALLS": str(calls)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1, done.stderr
+    environment = {"PYTHON": str(stub), "CALLS": str(calls)}
+    done = run(SCRIPT, "full", tmp_path / "out", "--tiny", code=1, **environment)
     lines = done.stdout.splitlines()
     assert lines[-1] == "the table"
     assert any(line.startswith("build: failed with status 1") for line in lines)
@@ -49,7 +44,7 @@ def test_gpu_script_goes_on_after_a_failure_and_prints_the_table_last(tmp_path):
 
 
 def test_gpu_script_stays_under_nine_minutes():
-    script = (ROOT / "benchmarks/gpu.sh").read_text()
+    script = SCRIPT.read_text()
     steps = re.findall(r"^  (\w+)\)\n(.*?)\n    ;;", script, re.M | re.S)
     assert [name for name, _ in steps] == ["kernels", "sweep", "full", "sanitize"]
     for name, body in steps:
@@ -59,10 +54,7 @@ def test_gpu_script_stays_under_nine_minutes():
 
 
 def test_gpu_script_names_its_steps():
-    done = subprocess.run(
-        [ROOT / "benchmarks/gpu.sh", "all", "out"], capture_output=True, text=True, cwd="/tmp"
-    )
-    assert done.returncode == 2 and "kernels|sweep|full|sanitize" in done.stderr
+    assert "kernels|sweep|full|sanitize" in run(SCRIPT, "all", "out", code=2, cwd="/tmp").stderr
 
 
 @pytest.mark.sweep
@@ -71,14 +63,10 @@ def test_gpu_script_runs_without_a_gpu(step, tmp_path):
     """The test below and ``pytest benchmarks/ --tiny`` cover the step "full"."""
     stub = tmp_path / "python"  # all but the build, and numbers that the interpreter does not know
     left_out = '*setup.py*|*"--stages "[24]*|*"--maxnreg 255"*'
-    run = f'exec {sys.executable} "$@"'
-    stub.write_text(f'#!/bin/sh\ncase "$*" in {left_out}) ;; *) {run} ;; esac\n')
+    rest = f'exec {sys.executable} "$@"'
+    stub.write_text(f'#!/bin/sh\ncase "$*" in {left_out}) ;; *) {rest} ;; esac\n')
     stub.chmod(0o755)
-    done = subprocess.run(
-        [ROOT / "benchmarks/gpu.sh", step, tmp_path, "--tiny"],
-        env=os.environ | {"PYTHON": str(stub)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(SCRIPT, step, tmp_path, "--tiny", PYTHON=str(stub))
     if step == "kernels":
         lines = [json.loads(line) for line in open(tmp_path / "kernels.jsonl")]
         names = {line.get("kernel") for line in lines}
@@ -93,9 +81,9 @@ def test_profile_of_a_step(tmp_path):
 
 def test_gpu_tests_need_no_optional_packages(tmp_path):
     """A machine with a GPU may lack such packages, and one failed import stops all tests."""
-    script = (ROOT / "benchmarks/gpu.sh").read_text()
+    script = SCRIPT.read_text()
     named = re.search(r"^with_gpu_tests=\((.*)\)$", script, re.M)[1]
-    files = subprocess.run(["bash", "-c", f"echo {named}"], capture_output=True, text=True).stdout
+    files = run("bash", "-c", f"echo {named}").stdout
     for package in ("datasets", "diffusers", "webdataset", "timm", "transformers", "monai"):
         (tmp_path / f"{package}.py").write_text("raise ImportError('not here')\n")
     command = ["-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-n", "0", *files.split()]

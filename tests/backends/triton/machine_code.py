@@ -1,12 +1,13 @@
 """Registers, spills and the memory traffic of loops, read from a cubin's machine code."""
 
 import re
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import triton
+
+from tests.process import run
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Of a multiprocessor: threads, KB of shared memory. All have 65536 registers.
@@ -36,8 +37,7 @@ def _dump(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [CUOBJDUMP, what, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return run(CUOBJDUMP, what, file.name).stdout
 
 
 def registers_and_spills(cubin: bytes) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """Tests that need a GPU: real sizes, streams, CUDA graphs, memory, the sanitizers."""
 
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from bitkern.backends.triton import group_norm_act, launch
 from tests.backends.triton import shipped
 from tests.backends.triton.test_group_norm_act import DTYPES, EPS, FORMATS, problem
 from tests.backends.triton.test_weight_standardize import Problem as Weights
+from tests.process import run
 
 pytestmark = pytest.mark.gpu
 
@@ -201,6 +201,5 @@ torch.cuda.synchronize()
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizer(tool):
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "-c"]
-    done = subprocess.run([*command, SANITIZED], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    options = "--tool", tool, "--error-exitcode", "1"
+    run("compute-sanitizer", *options, sys.executable, "-c", SANITIZED)
