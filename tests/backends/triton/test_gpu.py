@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from bitkern.backends.triton import group_norm_act, launch
+from tests import process
 from tests.backends.triton import shipped
 from tests.backends.triton.test_group_norm_act import DTYPES, EPS, FORMATS, problem
 from tests.backends.triton.test_weight_standardize import Problem as Weights
-from tests.process import run
 
 pytestmark = pytest.mark.gpu
 
@@ -202,4 +202,4 @@ torch.cuda.synchronize()
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizer(tool):
     options = "--tool", tool, "--error-exitcode", "1"
-    run("compute-sanitizer", *options, sys.executable, "-c", SANITIZED)
+    process.run("compute-sanitizer", *options, sys.executable, "-c", SANITIZED)
