@@ -111,6 +111,7 @@ NETWORKS = {
     ),
     "big_transfer": (big_transfer, (2, 3, 48, 40), (9, 1)),
 }
+LARGE = "timm resnet50_gn", "diffusers UNet2DConditionModel"
 IMAGES = 3, 224, 224
 # As published, their images, and how much of what PyTorch keeps is kept at most.
 PUBLISHED = {
@@ -129,7 +130,9 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.sweep] * (name in LARGE)) for name in NETWORKS]
+)
 def test_results_and_gradients(name):
     make, shape, nodes = NETWORKS[name]
     model = randomize(make()).train()

@@ -57,8 +57,7 @@ def test_compiled_in_four_processes(tmp_path, check):
     assert_passed(tmp_path, check)
 
 
-@pytest.mark.parametrize("rule", [reduction.RULE, reduction.PLAIN], ids=["mixup", "plain"])
-@pytest.mark.parametrize("name", reduction.MODELS)
+@pytest.mark.parametrize("name, rule", reduction.RUNS)
 def test_training_equals_one_process(folder, name, rule):
     out = folder / "training_equals_one_process" / f"{name} {rule.mixup_alpha}"
     model = reduction.MODELS[name]()

@@ -238,7 +238,7 @@ def resources(binary, warps):
 
 
 # Of each kernel's launches every nth is compiled for a target: PROVEN's first to last, the others.
-EVERY = {"few": (0, 12, 0, 0), "many": (6, 6, 6, 24), "all": (1, 1, 1, 1)}
+EVERY = {"few": (0, 16, 0, 0), "many": (6, 6, 6, 24), "all": (1, 1, 1, 1)}
 
 
 def selected(extent):

@@ -24,8 +24,8 @@ ALL = "triton or (ptx and not compile)"
 # Each kernel once.
 SELECTION = (
     "(test_dtypes_and_formats and bfloat16 and channels_last)"
-    " or (test_group_sizes and 12) or test_unaligned_addresses or test_no_variance"
-    " or test_many_layers_are_one_launch"
+    " or (test_group_sizes and 12) or test_unaligned_addresses"
+    " or (test_many_layers_are_one_launch and jax)"
 )
 
 
