@@ -152,7 +152,7 @@ def test_activations(way, device, act):
 
 @formats
 @ways
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 36, 100, 256])
+@pytest.mark.parametrize("size", [1, 3, 8, 36, 100, 256])
 def test_group_sizes(way, device, format, size):
     groups, pixels = (2, (5, 9)) if size > 8 else (4, (17, 17))
     problem(device, (1, groups * size, *pixels), groups, torch.bfloat16, format).check()
