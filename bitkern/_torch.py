@@ -1,6 +1,7 @@
 """All uses of private names of PyTorch. Tried on PyTorch 2.11.0 and 2.14.1."""
 
 import copy
+import ctypes
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ _BACKEND = "bitkern.backend"
 
 def carry_backend(name: str | None) -> None:
     """Make a backend's name known to the threads of autograd, too."""
+    # PyTorch 2.11 takes a reference that it was not given. Later ones leave a name one too many.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(name))
     torch._C._stash_obj_in_tls(_BACKEND, name)
 
 

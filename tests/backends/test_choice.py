@@ -1,5 +1,6 @@
 """The choice of an implementation, and the words for it."""
 
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -23,6 +24,16 @@ def test_use_backend_nests_and_restores():
             assert backends.requested() == "auto"
         assert backends.requested() == "reference"
     assert backends.requested() == "auto"
+
+
+def test_names_keep_their_references():
+    """PyTorch 2.11 takes one whenever a name is handed to it."""
+    name = "".join(("refer", "ence"))
+    before = sys.getrefcount(name)
+    for _ in range(10):
+        with bitkern.use_backend(name):
+            pass
+    assert sys.getrefcount(name) >= before
 
 
 def test_unknown_names():
