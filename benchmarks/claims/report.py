@@ -18,9 +18,9 @@ STATED = "title", "hypothesis", "setting", "metric", "across"
 INTRODUCTION = """\
 Do the claims of the BiT paper (arXiv 1912.11370) hold in this code, in networks small enough for \
 two CPU cores? The networks have one bottleneck block per stage and take images of 32 pixels. They \
-are trained on letters rendered from fonts, then on the handwritten digits of scikit-learn and of \
-MNIST, for 80 to 1000 optimizer steps. The results say nothing about ImageNet, large networks or \
-long trainings: a claim that is not seen here may hold there.
+are trained on letters rendered from fonts, and for transfer on the handwritten digits of \
+scikit-learn and of MNIST, for 80 to 1000 optimizer steps. The results say nothing about \
+ImageNet, large networks or long trainings: a claim that is not seen here may hold there.
 
 Hypotheses, metrics, seeds and the smallest effects of interest were committed before the runs. \
 Learning rates were chosen on seed 100, the number of seeds on seeds 0 to 4, with weight decay on \

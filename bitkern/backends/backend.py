@@ -117,7 +117,7 @@ def empty_standardized(
 def add_relu_forward(
     norm_forward: Callable[..., Any], x: Tensor, residual: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By a ``group_norm_act_forward`` that takes a shortcut; residual in the format of x."""
+    """Run ``group_norm_act_forward`` with the residual, in the format of x, as its shortcut."""
     _, y, mean, rstd = norm_forward(x, None, *args, "relu", shortcut=residual)
     return y, mean, rstd
 
@@ -127,7 +127,7 @@ def add_relu_backward(
     weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, need_dx: bool,
     need_dresidual: bool, need_dparams: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """By a ``group_norm_act_backward`` that takes y and dshortcut; dy, y in the format of x."""
+    """Run ``group_norm_act_backward`` with y and dshortcut; dy, y in the format of x."""
     dresidual = torch.empty_like(x) if need_dresidual else None
     args = num_groups, weight, bias, mean, rstd, "relu", need_dx, need_dparams
     dx, dweight, dbias = norm_backward(dy, None, x, *args, y=y, dshortcut=dresidual)

@@ -68,7 +68,7 @@ def kill_and_resume(folder):
     train(Net(), out=folder / "straight", **options)
     moments = random.Random(0)
     kills = killed_early = 0
-    for attempt in range(8):
+    for attempt in range(12):
         out = folder / f"{attempt}"
         for life in range(40):
             moment = moments.randrange(60 if life else 8) if life < 5 else -1
@@ -92,7 +92,7 @@ def kill_and_resume(folder):
         files.remove_temporary_files(out)
         assert sorted(path.name for path in out.iterdir()) == FILES
         assert content(out) == content(folder / "straight")
-    assert kills > 20 and killed_early > 0
+    assert kills > 30 and killed_early > 0
 
 
 def test_killed_at_any_file_operation(tmp_path):

@@ -1,14 +1,20 @@
-"""The Triton kernels of group_norm_add_relu on every way: interpreted, or on a GPU."""
+"""The Triton kernels of group_norm_add_relu against float64: interpreted, or on a GPU."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-import bitkern
-from bitkern import ops
-from bitkern.testing import affine, maps
-from tests.backends.triton.test_group_norm_act import FORMATS, dtypes, formats, set_way, way, ways
-from tests.ops.test_group_norm_act import leaves_of
-from tests.ops.test_group_norm_add_relu import compare
+from bitkern.backends.triton import group_norm_add_relu as kernels
+from bitkern.testing import affine, assert_accurate, maps
+from tests.backends.triton.test_group_norm_act import (
+    EPS,
+    FORMATS,
+    dtypes,
+    formats,
+    set_way,
+    way,
+    ways,
+)
 
 __all__ = ["set_way", "way"]  # the fixture
 SHAPE = (2, 6, 9, 9)
@@ -16,68 +22,93 @@ SHAPE = (2, 6, 9, 9)
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-def inputs(device, shape=SHAPE, dtype=torch.float32, format="channels_last"):
-    """Return x and residual, then weight and bias."""
-    x, residual = maps(shape, dtype), maps(shape, dtype, 1, -1.0, constant=False)
-    x, residual = (t.to(device).contiguous(memory_format=FORMATS[format]) for t in (x, residual))
-    return (x, residual), [p.to(device) for p in affine(shape[1], dtype)]
+class Problem:
+    def __init__(self, device, shape, groups, dtype=torch.float32, format="nchw"):
+        def tensor(seed, shift):
+            x = maps(shape, dtype, seed, shift, constant=seed == 0).to(device)
+            return x.contiguous(memory_format=FORMATS[format]) if len(shape) == 4 else x
 
+        self.x, self.residual, self.dy = tensor(0, 3.0), tensor(1, -1.0), tensor(2, 0.5)
+        self.groups = groups
+        self.weight, self.bias = (p.to(device) for p in affine(shape[1], dtype))
 
-def results(x, residual, weight, bias, dy, wanted=("dx", "dresidual", "dweight", "dbias")):
-    """Return y and the gradients that are wanted, by name."""
-    leaves = leaves_of(x, residual, weight, bias)
-    for name, leaf in leaves.items():
-        leaf.requires_grad_(name in wanted)
-    x, residual, *affine = leaves.values()
-    with bitkern.use_backend("triton"):
-        y = ops.group_norm_add_relu(x, residual, 2, *affine)
-    gradients = torch.autograd.grad(y, [leaves[name] for name in wanted], dy)
-    found = {"y": y.detach()} | dict(zip(wanted, gradients, strict=True))
-    assert all(t.stride() == x.stride() for t in found.values() if t.ndim > 1)
-    return found
+    def ours(self, **needs):
+        args = self.groups, self.weight, self.bias
+        y, mean, rstd = kernels.group_norm_add_relu_forward(self.x, self.residual, *args, EPS)
+        needs = {f"need_{name}": needs.get(name, True) for name in ("dx", "dresidual", "dparams")}
+        gradients = kernels.group_norm_add_relu_backward(
+            self.dy, self.x, y, *args, mean, rstd, **needs
+        )
+        for out in (y, *gradients[:2]):
+            assert out is None or out.stride() == self.x.stride()
+        names = ("y", "dx", "dresidual", "dweight", "dbias")
+        return dict(zip(names, (y, *gradients), strict=True))
+
+    def of(self, g, dtype):
+        """Compute with PyTorch's normalization and autograd in ``dtype``, for the gradient g."""
+        inputs = {"dx": self.x, "dweight": self.weight, "dbias": self.bias}
+        inputs = {
+            name: t.to(dtype).detach().requires_grad_()
+            for name, t in inputs.items()
+            if t is not None
+        }
+        x, weight, bias = (inputs.get(name) for name in ("dx", "dweight", "dbias"))
+        norm = torch.group_norm(x, self.groups, weight, bias, EPS)
+        gradients = torch.autograd.grad(norm, list(inputs.values()), g.to(dtype))
+        y = F.relu(norm.detach() + self.residual.to(dtype))
+        return {"y": y} | dict(zip(inputs, gradients, strict=True))
+
+    def check(self):
+        ours = self.ours()
+        g = torch.where(ours["y"] <= 0, 0.0, self.dy)
+        assert torch.equal(ours["dresidual"], g)
+        peer, exact = self.of(g, self.x.dtype), self.of(g, torch.float64)
+        for name in exact:
+            assert_accurate(ours[name], peer[name].to(ours[name].dtype), exact[name], name)
+        return ours
 
 
 @dtypes
 @formats
 @ways
 def test_dtypes_and_formats(way, device, dtype, format):
-    (x, residual), affine = inputs(device, SHAPE, dtype, format)
-    compare("triton", device, x, residual, 2, *affine)
+    Problem(device, SHAPE, 2, dtype, format).check()
 
 
 @formats
 @ways
 @pytest.mark.parametrize("size, pixels", [(1, (17, 17)), (12, (5, 7))])
 def test_group_sizes(way, device, format, size, pixels):
-    (x, residual), affine = inputs(device, (1, 2 * size, *pixels), torch.bfloat16, format)
-    compare("triton", device, x, residual, 2, *affine)
+    Problem(device, (1, 2 * size, *pixels), 2, torch.bfloat16, format).check()
 
 
 @ways
 def test_gradients_not_needed(way, device):
     """Needed gradients may differ by roundings when others are not: other code computes them."""
-    (x, residual), affine = inputs(device)
-    args = x, residual, *affine, residual + 0.5
-    every = results(*args)
-    for wanted in (["dx"], ["dresidual"], ["dweight", "dbias"]):
-        found = results(*args, wanted)
-        for name in wanted:
-            torch.testing.assert_close(found[name], every[name], rtol=1e-5, atol=1e-5)
+    case = Problem(device, SHAPE, 2, format="channels_last")
+    every = case.ours()
+    produced = {"dx": ["dx"], "dresidual": ["dresidual"], "dparams": ["dweight", "dbias"]}
+    for wanted in (["dx"], ["dresidual"], ["dparams"]):
+        found = case.ours(**{need: need in wanted for need in produced})
+        for need, names in produced.items():
+            for name in names:
+                assert (found[name] is None) == (need not in wanted)
+                if found[name] is not None:
+                    torch.testing.assert_close(found[name], every[name], rtol=1e-5, atol=1e-5)
 
 
 @ways
 def test_not_finite(way, device):
     """NaN in x spoils its group, in the residual only its place; where y is NaN dy passes."""
-    (x, residual), affine = inputs(device)
-    dy = residual + 0.5
-    clean = results(x, residual, *affine, dy)
-    x[0, 0, 4, 6] = float("inf")
-    residual[1, 5, 3, 4] = float("nan")
-    spoilt = results(x, residual, *affine, dy)
+    case = Problem(device, SHAPE, 2, format="channels_last")
+    clean = case.ours()
+    case.x[0, 0, 4, 6] = float("inf")
+    case.residual[1, 5, 3, 4] = float("nan")
+    spoilt = case.ours()
     group, place = (torch.zeros_like(clean["y"], dtype=torch.bool) for _ in range(2))
     group[0, :3] = place[1, 5, 3, 4] = True
     for name in ("y", "dresidual"):
         assert torch.equal(spoilt[name][~group & ~place], clean[name][~group & ~place])
     assert spoilt["y"][group | place].isnan().all() and spoilt["dx"][group].isnan().all()
-    assert torch.equal(spoilt["dresidual"][group | place], dy[group | place])
+    assert torch.equal(spoilt["dresidual"][group | place], case.dy[group | place])
     assert spoilt["dx"][~group].isfinite().all()
