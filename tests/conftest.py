@@ -23,7 +23,7 @@ def poison():
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen():
-    """Leave what is alive out of later garbage collections, each of which would take a second."""
+    """Leave what is alive out of later garbage collections: each takes half a second or more."""
     gc.collect()
     gc.freeze()
 
