@@ -34,10 +34,10 @@ else:
         Case("train_step", "R50x1", 128, 4, "fp32"),
         Case("train_step", "R50x1", 64, 2, "bf16"),
         Case("infer", "R50x1", 64, 2, "bf16"),
-        Case("infer", "R50x1", 128, 4, "fp32", ("default",)),
+        Case("infer", "R50x1", 128, 4, "fp32", ("default", "freezing")),
     ]
     PUBLISHED = [
-        Case(kind, "R50x1", 224, 4, dtype, ("default",))
+        Case(kind, "R50x1", 224, 4, dtype, ("default", "freezing")[: 1 + (kind == "infer")])
         for kind, dtype in product(KINDS, ("bf16", "fp32"))
     ]
     CASES, FULL = CASES + PUBLISHED[:1], PUBLISHED[1:]
@@ -59,7 +59,7 @@ def test_model(case, bench, request):
 
     bench(
         case,
-        gate=lambda: networks.gate(case.model, case.kind, case.dtype, DEVICE),
+        gate=lambda: networks.gate(case.model, case.kind, case.dtype, DEVICE, case.modes),
         contenders=networks.prepared(case, DEVICE),
         floor=floor,
         together=DEVICE == "cpu",

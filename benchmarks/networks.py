@@ -19,7 +19,7 @@ CLASSES = 1000
 
 
 class Case(NamedTuple):
-    """``kind`` is "train_step" or "infer"; ``modes`` are torch.compile's, beside eager."""
+    """``kind`` is "train_step" or "infer"; ``modes``, beside eager, are those of ``compiled``."""
 
     kind: str
     model: str
@@ -87,6 +87,8 @@ def contenders_of(case):
         compiled = {" amp": all["amp"], " bf16": all["bf16"]}
     if case.kind == "infer":
         all["folded"] = all["ours"]._replace(build=folded)
+    if "freezing" in case.modes:
+        all["folded freezing"] = all["folded"]._replace(mode="freezing")
     if "default" in case.modes:
         all["compile batchnorm"] = all["batchnorm"]._replace(mode="default")
     for mode in case.modes:
@@ -94,6 +96,21 @@ def contenders_of(case):
             name = ("compile" if mode == "default" else mode) + suffix
             all[name] = eager._replace(mode=mode)
     return all
+
+
+def compiled(model, mode):
+    """``torch.compile`` in one of its modes, or "freezing": with constant weights, which Inductor
+    lays out once as convolutions want them."""
+    if mode != "freezing":
+        return torch.compile(model, mode=mode)
+    options = {"freezing": True}
+    run = torch.compile(model, options=options)
+
+    def frozen(images):
+        with torch._inductor.config.patch(options):  # Dynamo asks for it too
+            return run(images)
+
+    return frozen
 
 
 def task(case, contender, device):
@@ -107,7 +124,7 @@ def task(case, contender, device):
     if contender.channels_last:
         model = model.to(memory_format=torch.channels_last)
         images = images.to(memory_format=torch.channels_last)
-    run = torch.compile(model, mode=contender.mode) if contender.mode else model
+    run = compiled(model, contender.mode) if contender.mode else model
     autocast = partial(torch.autocast, device, torch.bfloat16, contender.bf16 == "autocast")
 
     def infer():
@@ -171,24 +188,27 @@ def _results(model, images, dy, contender, train):
     if contender.channels_last:
         model = model.to(memory_format=torch.channels_last)
         images = images.to(memory_format=torch.channels_last)
-    dtype = model.stem.conv.weight.dtype
+    images = images.to(model.stem.conv.weight.dtype)
+    run = compiled(model, contender.mode) if contender.mode else model
     with torch.autocast(images.device.type, torch.bfloat16, contender.bf16 == "autocast"):
-        logits = model(images.to(dtype))
-    if not train:
-        return [logits.detach()]
+        if not train:
+            with torch.inference_mode():
+                return [run(images)]
+        logits = run(images)
     # Further down ReLUs that the last bit switches decide on gradients: noise, not error.
     ends = model.stages[-1].blocks[-1].conv3.weight, model.norm.weight, model.head.fc.weight
     return [logits.detach(), *torch.autograd.grad(logits, ends, dy.to(logits.dtype))]
 
 
 @cache
-def gate(model, kind, dtype, device):
+def gate(model, kind, dtype, device, modes=()):
     """Ours and timm's at the same precision, on two small images, against timm's in float64."""
     torch.manual_seed(0)
     train = kind == "train_step"
     images = torch.randn(2, 3, 97, 97, device=device)
     dy = torch.randn(2, CLASSES, device=device)
-    contender = contenders_of(Case(kind, model, 97, 2, dtype))["ours"]
+    contenders = contenders_of(Case(kind, model, 97, 2, dtype, modes))
+    contender = contenders["ours"]
     peer = timm_bit(model, device)
     _hostile_(peer)
     mine = ours(model, device)
@@ -198,9 +218,14 @@ def gate(model, kind, dtype, device):
         m.to(DTYPES[dtype] if contender.bf16 == "pure" else torch.float32) for m in (peer, mine)
     )
     theirs = _results(peer, images, dy, contender, train)
-    mine = _results(mine, images, dy, contender, train)
     names = "logits", *(f"gradient of the last {layer}" for layer in ("conv3", "norm", "head"))
-    for name, *trio in zip(names, mine, theirs, exact, strict=False):
-        assert_accurate(*trio, f"{model} {kind} {dtype}: {name}")
+    for one in ("ours", "folded", "folded freezing"):
+        if one not in contenders:
+            continue
+        if one == "folded":
+            bitkern.fold(mine)
+        results = _results(mine, images, dy, contenders[one], train)
+        for name, *trio in zip(names, results, theirs, exact, strict=False):
+            assert_accurate(*trio, f"{model} {kind} {dtype}: {one}: {name}")
     del peer, exact, theirs
     free(device)

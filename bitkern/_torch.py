@@ -228,7 +228,11 @@ def plain_conv(module: nn.Module) -> bool:
 
 def aoti_package(program: torch.export.ExportedProgram, path: Path) -> None:
     """Compile an exported program with AOTInductor into a package ending in .pt2."""
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    # Freezing makes the weights constants, so that Inductor fuses what it can into convolutions.
+    configs = {"freezing": True}
+    torch._inductor.aoti_compile_and_package(
+        program, package_path=str(path), inductor_configs=configs
+    )
 
 
 def load_aoti_package(path: Path) -> Callable[..., Any]:

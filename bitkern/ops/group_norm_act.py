@@ -276,6 +276,8 @@ def sum_group_norm_act(
         return summed, reference.group_norm_act(summed, num_groups, weight, bias, eps, act)
     weight, bias = parameters(weight, bias)
     if torch.compiler.is_compiling():
+        if residual is not None and x.device.type == "cpu" and not torch.is_grad_enabled():
+            x, residual = dense(x) + residual, None  # by Inductor: in place, or in a convolution
         arguments = x, residual, num_groups, weight, bias, eps, act
         summed, y, _, _ = torch.ops.bitkern.group_norm_act(*arguments)
         return x if residual is None else summed, y

@@ -304,6 +304,18 @@ def test_inductor_behind_it(training):
             assert relative(run(X), model(X)) < 1e-5
 
 
+@pytest.mark.sweep
+def test_frozen_weights_are_standardized_once():
+    model = small_timm().eval()
+    with torch._inductor.config.patch(freezing=True), torch.no_grad():
+        run = compiled(model, options={"inner": "inductor"})
+        assert relative(run(X), model(X)) < 1e-5
+        with torch.profiler.profile() as profile:
+            run(X)
+    called = {event.key for event in profile.key_averages()}
+    assert "bitkern::group_norm_act" in called and "bitkern::weight_standardize" not in called
+
+
 def test_a_list_of_augmented_operators():
     """``changes`` knows every in-place operator of Python."""
     from bitkern.compile.graph import _AUGMENTED

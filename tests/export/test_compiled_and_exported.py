@@ -87,6 +87,22 @@ def test_onnx(make, tmp_path):
     assert (torch.from_numpy(y) - outputs(model, x)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_in_inference_the_sum_is_an_operator_of_its_own(training):
+    class Norm(nn.Module):
+        def forward(self, x, residual):
+            return bitkern.ops.add_group_norm_act(x, residual, 2)
+
+    x = torch.randn(2, 8, 7, 5).to(memory_format=torch.channels_last)[:, :, ::2]
+    residual = torch.randn(2, 8, 4, 5)
+    with torch.set_grad_enabled(training):
+        program = torch.export.export(Norm(), (x, residual))
+    norm = next(n for n in program.graph.nodes if "group_norm_act" in str(n.target))
+    assert (norm.args[1] is None) is not training
+    for y, expected in zip(program.module()(x, residual), Norm()(x, residual), strict=True):
+        assert torch.equal(y, expected) and y.stride() == expected.stride()
+
+
 @pytest.mark.sweep
 def test_aot_inductor(tmp_path):
     model = bitkern.fold(bitkern.convert(tiny())).eval()

@@ -184,6 +184,22 @@ def test_gate_stops_a_wrong_model(monkeypatch, fresh_gate, kind, dtype):
         networks.gate("R26x0.5", kind, dtype, "cpu")
 
 
+@pytest.mark.sweep
+def test_frozen_weights_are_frozen():
+    """Also where the same network was compiled before with weights that may change."""
+    case = networks.Case("infer", "R26x0.5", 64, 2, "fp32", ("default", "freezing"))
+    networks.gate("R26x0.5", "infer", "fp32", "cpu", case.modes)
+    for name, prepare in networks.prepared(case, "cpu").items():
+        if name not in ("compile", "freezing", "folded freezing"):
+            continue
+        run = prepare()
+        run()
+        with torch.profiler.profile() as profile:
+            run()
+        called = {event.key for event in profile.key_averages()}
+        assert ("mkldnn::_convolution_pointwise" in called) == ("freezing" in name)
+
+
 # The race.
 
 
