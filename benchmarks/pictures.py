@@ -195,7 +195,11 @@ WORDS = {
     "compile amp": "timm, autocast, compiled",
     "compile bf16": "timm, pure bf16, compiled",
     "batchnorm": "BatchNorm twin",
+    "freezing": "timm, frozen",
+    "freezing amp": "timm, autocast, frozen",
+    "freezing bf16": "timm, pure bf16, frozen",
     "folded": "bitkern, folded",
+    "folded freezing": "bitkern, frozen",
 }
 
 
@@ -209,10 +213,10 @@ def speed_memory(path: Path) -> None:
     for row in measured["rows"]:
         _, size, batch, dtype = row["case"].split("/")
         peers = row["peers_ms"]
-        compiled = [name for name in peers if name.startswith("compile")]
+        compiled = [n for n in peers if n in WORDS and n.startswith(("compile", "freezing"))]
         eager = [name for name in peers if name in ("eager", "channels_last", "amp", "bf16")]
         times = [("bitkern", row["ours_ms"], OURS)]
-        times += [(WORDS[name], peers[name], OURS_BOX) for name in peers if name == "folded"]
+        times += [(WORDS[name], peers[name], OURS_BOX) for name in peers if "folded" in name]
         best = [min(names, key=lambda name: peers[name]) for names in (eager, compiled)]
         times += [(WORDS[name], peers[name], PEER) for name in best]
         times += [(WORDS["batchnorm"], peers["batchnorm"], PEER_BOX)]
@@ -235,7 +239,8 @@ def speed_memory(path: Path) -> None:
     notes = (
         f"{processor}, PyTorch {release(measured)},",
         f"{batch.removeprefix('bs')} images of {size} pixels. Of timm's ways the fastest,",
-        "eager and compiled. The twin has BatchNorm and plain convolutions.",
+        "eager and compiled; frozen: compiled, with constant weights.",
+        "The twin has BatchNorm and plain convolutions.",
         "Shorter is better. All rows: docs/performance.md",
     )
     drawing.save(path, y + 30, notes)
