@@ -3,7 +3,8 @@
 
 def fused(module, *args, **kwargs):
     """Count norms fused with activation and convolutions, and those with activation alone."""
-    queue, seen = [module(*args, **kwargs).grad_fn], set()
+    y = module(*args, **kwargs)  # kept, or PyTorch 2.11 frees nodes whose Python objects live on
+    queue, seen = [y.grad_fn], set()
     while queue:
         node = queue.pop()
         if node is not None and node not in seen:
