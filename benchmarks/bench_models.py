@@ -37,7 +37,7 @@ else:
         Case("infer", "R50x1", 128, 4, "fp32", ("default", "freezing")),
     ]
     PUBLISHED = [
-        Case(kind, "R50x1", 224, 4, dtype, ("default", "freezing")[: 1 + (kind == "infer")])
+        Case(kind, "R50x1", 224, 4, dtype, ("default", *["freezing"] * (kind == "infer")))
         for kind, dtype in product(KINDS, ("bf16", "fp32"))
     ]
     CASES, FULL = CASES + PUBLISHED[:1], PUBLISHED[1:]
@@ -59,7 +59,9 @@ def test_model(case, bench, request):
 
     bench(
         case,
-        gate=lambda: networks.gate(case.model, case.kind, case.dtype, DEVICE, case.modes),
+        gate=lambda: networks.gate(
+            case.model, case.kind, case.dtype, DEVICE, "freezing" in case.modes
+        ),
         contenders=networks.prepared(case, DEVICE),
         floor=floor,
         together=DEVICE == "cpu",

@@ -201,12 +201,13 @@ def _results(model, images, dy, contender, train):
 
 
 @cache
-def gate(model, kind, dtype, device, modes=()):
+def gate(model, kind, dtype, device, freezing=False):
     """Ours and timm's at the same precision, on two small images, against timm's in float64."""
     torch.manual_seed(0)
     train = kind == "train_step"
     images = torch.randn(2, 3, 97, 97, device=device)
     dy = torch.randn(2, CLASSES, device=device)
+    modes = ("freezing",) * freezing
     contenders = contenders_of(Case(kind, model, 97, 2, dtype, modes))
     contender = contenders["ours"]
     peer = timm_bit(model, device)

@@ -240,7 +240,7 @@ def speed_memory(path: Path) -> None:
         f"{processor}, PyTorch {release(measured)},",
         f"{batch.removeprefix('bs')} images of {size} pixels. Of timm's ways the fastest,",
         "eager and compiled; frozen: compiled, with constant weights.",
-        "The twin has BatchNorm and plain convolutions.",
+        "The twin, eager, has BatchNorm and plain convolutions.",
         "Shorter is better. All rows: docs/performance.md",
     )
     drawing.save(path, y + 30, notes)

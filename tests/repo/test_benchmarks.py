@@ -188,7 +188,7 @@ def test_gate_stops_a_wrong_model(monkeypatch, fresh_gate, kind, dtype):
 def test_frozen_weights_are_frozen():
     """Also where the same network was compiled before with weights that may change."""
     case = networks.Case("infer", "R26x0.5", 64, 2, "fp32", ("default", "freezing"))
-    networks.gate("R26x0.5", "infer", "fp32", "cpu", case.modes)
+    networks.gate("R26x0.5", "infer", "fp32", "cpu", freezing=True)
     for name, prepare in networks.prepared(case, "cpu").items():
         if name not in ("compile", "freezing", "folded freezing"):
             continue
